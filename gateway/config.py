@@ -1,0 +1,176 @@
+"""The configuration: frozen dataclasses, composed, read from a YAML file whose unknown keys raise."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import yaml
+
+from gateway.errors import ConfigInvalid
+
+T = TypeVar("T")
+
+DATABASE_URL_VARIABLE: Final = "PATCHBAY_DATABASE_URL"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """One engine: its base, its memory and its batch limits.
+
+    base: a Hugging Face folder, or "embedded" for the model that ships with Patchbay.
+    quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
+    dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
+    kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
+    max_num_batched_tokens: tokens of one step, prefill and decode together.
+    """
+
+    base: str = "embedded"
+    quantization: Literal["nf4", "none"] = "nf4"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    block_size: int = 16
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    max_waiting: int = 4096
+    enable_prefix_caching: bool = True
+    share_base_prefixes: bool = False
+    num_adapter_slots: int = 64
+    max_lora_rank: int = 64
+    num_adapter_pages: int | None = None
+    host_cache_bytes: int = 4 << 30
+    torch_threads: int | None = None
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others."""
+
+    data_dir: str = "patchbay-data"
+    database_url: str | None = None
+    blob_url: str | None = None
+
+    @property
+    def database(self) -> str:
+        """The SQLAlchemy URL: database_url, else the environment's PATCHBAY_DATABASE_URL, else SQLite in data_dir.
+
+        The environment is the way in for a URL with a password: it stays out of files and of Ray's messages.
+        """
+        url = self.database_url or os.environ.get(DATABASE_URL_VARIABLE)
+        return url or f"sqlite:///{Path(self.data_dir).resolve() / 'patchbay.db'}"
+
+    @property
+    def blobs(self) -> str:
+        """The fsspec URL of the blob folder."""
+        return self.blob_url or f"file://{Path(self.data_dir).resolve() / 'blobs'}"
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """What one request or upload may ask for. Sizes in bytes."""
+
+    max_upload_bytes: int = 2 << 30
+    max_unpacked_bytes: int = 4 << 30
+    max_training_file_bytes: int = 512 << 20
+    max_request_bytes: int = 4 << 20
+    max_n: int = 16
+    max_prompts: int = 128
+    max_logprobs: int = 20
+    max_stop: int = 16
+    max_logit_bias: int = 1024
+    default_max_rank: int = 64
+    default_max_tokens: int = 256
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The front doors and the replicas. Port 0 asks the system for a free one.
+
+    front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
+    """
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 50051
+    num_front_doors: int = 1
+    front_door_resource: str | None = None
+    num_replicas: int = 1
+    replica_num_cpus: float = 1.0
+    replica_num_gpus: float = 0.0
+    ray_address: str | None = None
+    metrics_aggregate: bool = True
+    replica_metrics_port: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The fine-tune worker."""
+
+    enabled: bool = True
+    num_cpus: float = 0.5
+    num_gpus: float = 0.0
+    torch_threads: int | None = None
+    max_steps: int = 100_000
+    max_seq_len: int = 2048
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """The whole configuration of one Patchbay deployment."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> GatewayConfig:
+        """Read a YAML file. Raises `ConfigInvalid`, naming the key, for unknown keys and wrong types."""
+        try:
+            data = yaml.safe_load(Path(path).read_text()) or {}
+        except (OSError, yaml.YAMLError) as error:
+            raise ConfigInvalid(f"cannot read the configuration {path}: {error}") from error
+        return from_dict(cls, data)
+
+
+def from_dict(cls: type[T], data: Any, where: str = "") -> T:
+    """Build the frozen dataclass `cls` from plain data. Raises `ConfigInvalid` with the dotted key."""
+    if not isinstance(data, dict):
+        raise ConfigInvalid(f"{where or 'the configuration'} must be a mapping", param=where or None)
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key not in known:
+            raise ConfigInvalid(f"unknown key {name}; known keys: {', '.join(sorted(known))}", param=name)
+        values[key] = _convert(hints[key], value, name)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast("type[Any]", hint), value, name)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigInvalid(f"{name} must be one of {', '.join(map(str, args))}", param=name)
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigInvalid(f"{name} must be {hint.__name__}, not {value!r}", param=name)
+    return value
