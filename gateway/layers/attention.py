@@ -1,0 +1,52 @@
+"""Causal grouped-query attention over a paged KV cache."""
+
+from __future__ import annotations
+
+import torch
+from lora_kernels.attention import paged_attention
+from lora_kernels.kv_store import store_kv
+
+from gateway.layers.forward_batch import ForwardBatch
+from gateway.layers.linear import AdaptedLinear
+from gateway.layers.norm import RMSNorm
+from gateway.layers.rotary import rotate
+
+
+class Attention:
+    """One layer's attention. `q_norm` and `k_norm` are Qwen3's norms over each head, None elsewhere.
+
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], this layer's pages.
+    """
+
+    def __init__(
+        self,
+        qkv: AdaptedLinear,
+        o: AdaptedLinear,
+        *,
+        head_dim: int,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        sliding_window: int | None,
+    ) -> None:
+        self.qkv = qkv
+        self.o = o
+        self.head_dim = head_dim
+        self.q_norm = q_norm
+        self.k_norm = k_norm
+        self.sliding_window = sliding_window
+        self.scale = head_dim**-0.5
+
+    def __call__(
+        self, x: torch.Tensor, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
+        num_tokens = x.shape[0]
+        q, k, v = (
+            part.view(num_tokens, -1, self.head_dim) for part in torch.split(self.qkv(x, batch), list(self.qkv.widths), dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, batch.cos, batch.sin), rotate(k, batch.cos, batch.sin)
+        store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        attended = paged_attention(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
+        return self.o(attended.reshape(num_tokens, -1), batch)

@@ -1,0 +1,30 @@
+"""The device tensors of one engine step, passed down to every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from lora_kernels.attention import AttentionMetadata
+from lora_kernels.segments import LoRASegments
+
+from adapters_store.slots import AdapterSlots
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """The tokens of one step, decode rows first, then the prefill chunks; sequences lie back to back.
+
+    input_ids, positions, slot_mapping: int64 [num_tokens]; slot_mapping is where a token's key and value go
+    (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted. cos, sin:
+    [num_tokens, 1, head_dim]. segments is None when no row has an adapter.
+    """
+
+    input_ids: torch.Tensor
+    slot_mapping: torch.Tensor
+    attention: AttentionMetadata
+    cos: torch.Tensor
+    sin: torch.Tensor
+    last_rows: torch.Tensor
+    adapters: AdapterSlots
+    segments: LoRASegments | None

@@ -1,0 +1,22 @@
+"""The gated feed-forward block."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gateway.layers.forward_batch import ForwardBatch
+from gateway.layers.linear import AdaptedLinear
+
+
+class GatedMLP:
+    """y = down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear) -> None:
+        self.gate_up = gate_up
+        self.down = down
+
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
+        gate, up = self.gate_up(x, batch).chunk(2, dim=-1)
+        return self.down(F.silu(gate).mul_(up), batch)

@@ -1,0 +1,178 @@
+"""From a Hugging Face folder to a decoder on its device, its tokenizer and its fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from adapters_store.base_spec import BaseSpec, module_path
+from adapters_store.slots import GROUPS
+from gateway.config import EngineConfig
+from gateway.embedded import embedded_path
+from gateway.errors import BaseModelUnsupported
+from gateway.layers.attention import Attention
+from gateway.layers.linear import AdaptedLinear, DenseLinear, fuse_nf4
+from gateway.layers.mlp import GatedMLP
+from gateway.layers.norm import RMSNorm
+from gateway.models.checkpoint import Checkpoint
+from gateway.models.config import DecoderConfig
+from gateway.models.decoder import Decoder, DecoderLayer
+from lora_kernels.nf4 import NF4Weight
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base ready to serve. `name` is what clients call it; `spec` is what adapters are checked against."""
+
+    name: str
+    folder: Path
+    decoder: Decoder
+    tokenizer: Any
+    spec: BaseSpec
+
+
+def base_folder(base: str) -> Path:
+    """The folder that `EngineConfig.base` names. Raises `BaseModelUnsupported` when there is none."""
+    folder = embedded_path() if base == "embedded" else Path(base).expanduser()
+    if not folder.is_dir():
+        raise BaseModelUnsupported(f"--base {base}: no such folder; give a Hugging Face model folder.")
+    return folder
+
+
+def base_name(base: str) -> str:
+    """What clients call the base: "patchbay-embedded", or the folder's name."""
+    return "patchbay-embedded" if base == "embedded" else Path(base).expanduser().resolve().name
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load, quantize and fingerprint the base that `config` names.
+
+    Raises `BaseModelUnsupported` naming the file and field of anything that cannot be served.
+    """
+    folder = base_folder(config.base)
+    decoder_config = DecoderConfig.from_folder(folder)
+    device = resolve_device(config.device)
+    builder = _Builder(decoder_config, Checkpoint(folder, decoder_config), config, device)
+    decoder = builder.build()
+    return LoadedModel(
+        name=base_name(config.base),
+        folder=folder,
+        decoder=decoder,
+        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        spec=BaseSpec(
+            fingerprint=builder.fingerprint(),
+            num_layers=decoder_config.num_layers,
+            linears=decoder_config.linears,
+        ),
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+class _Builder:
+    """Builds the decoder tensor by tensor, hashing each packed tensor on the way."""
+
+    def __init__(
+        self, config: DecoderConfig, checkpoint: Checkpoint, engine: EngineConfig, device: torch.device
+    ) -> None:
+        if engine.quantization == "none" and checkpoint.prequantized:
+            raise BaseModelUnsupported(
+                f"{checkpoint.folder} is quantized to 4 bits already; serve it with --quantization nf4."
+            )
+        self.config = config
+        self.checkpoint = checkpoint
+        self.quantize = engine.quantization == "nf4"
+        self.device = device
+        self.dtype = resolve_dtype(engine.dtype, device)
+        self._hash = hashlib.sha256(
+            json.dumps({"quantization": engine.quantization, "block": 64, "double": True}).encode()
+        )
+
+    def build(self) -> Decoder:
+        c = self.config
+        embed = self._tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+        layers = tuple(self._layer(i) for i in range(c.num_layers))
+        norm = self._norm("model.norm.weight", c.hidden_size)
+        head = embed if c.tie_word_embeddings else self._tensor("lm_head.weight", (c.vocab_size, c.hidden_size))
+        return Decoder(c, embed, layers, norm, DenseLinear(head))
+
+    def fingerprint(self) -> str:
+        """sha256 over the packed base, in the order of loading. Call it once, after `build`."""
+        return self._hash.hexdigest()
+
+    def _layer(self, i: int) -> DecoderLayer:
+        c, prefix = self.config, f"model.layers.{i}"
+        has_head_norms = f"{prefix}.self_attn.q_norm.weight" in self.checkpoint
+        attention = Attention(
+            self._linear(i, "qkv"),
+            self._linear(i, "o"),
+            head_dim=c.head_dim,
+            q_norm=self._norm(f"{prefix}.self_attn.q_norm.weight", c.head_dim) if has_head_norms else None,
+            k_norm=self._norm(f"{prefix}.self_attn.k_norm.weight", c.head_dim) if has_head_norms else None,
+            sliding_window=c.sliding_windows[i],
+        )
+        return DecoderLayer(
+            self._norm(f"{prefix}.input_layernorm.weight", c.hidden_size),
+            attention,
+            self._norm(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
+            GatedMLP(self._linear(i, "gate_up"), self._linear(i, "down")),
+        )
+
+    def _linear(self, layer: int, group: str) -> AdaptedLinear:
+        names = GROUPS[group]
+        shapes = [self.config.linears[name] for name in names]
+        paths = [module_path(layer, name) for name in names]
+        biases = [
+            self._tensor(f"{path}.bias", (shape[0],))
+            for path, shape in zip(paths, shapes, strict=True)
+            if f"{path}.bias" in self.checkpoint
+        ]
+        bias = torch.cat(biases) if biases else None
+        pairs = list(zip(paths, shapes, strict=True))
+        if self.quantize:
+            base = fuse_nf4([self._nf4(path, shape) for path, shape in pairs], bias, self.dtype)
+        else:
+            dense = [self._tensor(f"{path}.weight", shape) for path, shape in pairs]
+            base = DenseLinear(torch.cat(dense), bias)
+        return AdaptedLinear(base, layer, group, tuple(shape[0] for shape in shapes))
+
+    def _nf4(self, path: str, shape: tuple[int, int]) -> NF4Weight:
+        if shape[1] % 64:
+            raise BaseModelUnsupported(
+                f"{path} has {shape[1]} inputs, not a multiple of 64; serve it with --quantization none."
+            )
+        weight = self.checkpoint.nf4(path, shape, self.device)
+        for part in (weight.packed, weight.absmax_u8, weight.nested_absmax, weight.nested_offset):
+            self._update(path, part)
+        return weight
+
+    def _norm(self, name: str, dim: int) -> RMSNorm:
+        return RMSNorm(self._tensor(name, (dim,)), self.config.rms_norm_eps)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = self.checkpoint.checked(name, shape)
+        self._update(name, tensor)
+        return tensor.to(self.device, self.dtype)
+
+    def _update(self, name: str, tensor: torch.Tensor) -> None:
+        self._hash.update(f"{name} {tensor.dtype} {list(tensor.shape)}\0".encode())
+        self._hash.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

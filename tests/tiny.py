@@ -1,0 +1,129 @@
+"""Tiny models, tokenizers and adapters that the tests make themselves, in Hugging Face's and peft's own formats."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from adapters_store.base_spec import BaseSpec
+from adapters_store.blobs import BlobStore
+from adapters_store.upload import Staging
+from gateway.engine.request import AdapterRef
+from gateway.models.config import DecoderConfig
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 300 tokens with ChatML specials, saved into `folder`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 20], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_base(folder: Path, family: str = "llama", *, seed: int = 0, shard: str = "1GB", **overrides: Any) -> Path:
+    """A two-layer model of the family with random fp32 weights, saved as Hugging Face saves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(folder)
+    settings: dict[str, Any] = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if family in ("llama", "qwen3") else None,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": False,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    torch.manual_seed(seed)
+    settings |= overrides
+    config = _CONFIGS[family](**{key: value for key, value in settings.items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        # Larger than the default initialisation: logits far enough apart for greedy tokens to be stable.
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def make_adapter(
+    base: Path,
+    folder: Path,
+    *,
+    rank: int = 4,
+    alpha: int = 8,
+    targets: Sequence[str] = ALL_LINEARS,
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """A random LoRA on `base`, saved by peft."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), task_type="CAUSAL_LM", **config),
+    )
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.08)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def stored_adapter(base: Path, folder: Path, blobs: BlobStore, name: str, **settings: Any) -> AdapterRef:
+    """A `make_adapter`, validated as an upload is and put into the blob store."""
+    make_adapter(base, folder, **settings)
+    config = DecoderConfig.from_folder(base)
+    with Staging(folder.parent / "staging") as staging:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            staging.add_file(file, [(folder / file).read_bytes()])
+        staged = staging.validate(BaseSpec("any", config.num_layers, config.linears), max_rank=256)
+        blobs.put(staged.manifest.digest, staged.path)
+    return AdapterRef(name, staged.manifest.digest, staged.manifest.rank)
+
+
+def load_oracle(base: Path, adapter: Path | None = None) -> torch.nn.Module:
+    """The base, or `peft`'s model of an adapter on it, in fp32: what our logits are compared with."""
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(model, adapter)
+    return model.eval()
