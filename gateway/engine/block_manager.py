@@ -1,0 +1,141 @@
+"""Host bookkeeping of the paged KV cache: who holds which block, and which blocks hold a reusable prefix."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence as Seq
+
+from gateway.engine.sequence import Sequence
+
+
+def prefix_root(fingerprint: str, adapter_digest: str | None, salt: str) -> bytes:
+    """The start of a prefix hash chain.
+
+    Each field is hashed with its tag and length, so that no two different triples share a chain: neither two adapter
+    versions, nor two tenants, nor a salt that looks like a digest.
+    """
+    chain = hashlib.blake2b(digest_size=20)
+    for tag, value in (("base", fingerprint), ("adapter", adapter_digest or ""), ("salt", salt)):
+        data = value.encode()
+        chain.update(f"{tag}:{len(data)}:".encode() + data)
+    return chain.digest()
+
+
+def block_hash(parent: bytes, token_ids: Seq[int]) -> bytes:
+    """The chain's next link: `parent` and the block's tokens."""
+    return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=20).digest()
+
+
+class BlockManager:
+    """Blocks of `block_size` tokens, shared by reference count, free ones kept in least-recently-used order.
+
+    A free block keeps its content until it is handed out again, so a prefix survives its sequences.
+    Invariant: blocks with a holder + free blocks = num_blocks (`check_integrity`).
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self._num_holders = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be handed out."""
+        return len(self._free)
+
+    @property
+    def usage(self) -> float:
+        """The share of blocks that sequences hold, 0 to 1."""
+        return 1 - self.num_free / self.num_blocks
+
+    def adopt_prefix(self, sequence: Sequence) -> int:
+        """Give a sequence without blocks the cached blocks of its prefix. Returns the number of tokens they hold.
+
+        At least its last token is left to compute, so that there are logits to sample from.
+        """
+        assert not sequence.block_table
+        if not self.enable_prefix_caching:
+            return 0
+        shareable = (sequence.num_tokens - 1) // self.block_size
+        self._extend_hashes(sequence, shareable)
+        for link in sequence.block_hashes[:shareable]:
+            block = self._block_of.get(link)
+            if block is None:
+                break
+            self._hold(block)
+            sequence.block_table.append(block)
+        sequence.num_sealed = len(sequence.block_table)
+        sequence.num_computed = sequence.num_sealed * self.block_size
+        self.prefix_queries += sequence.num_tokens
+        self.prefix_hits += sequence.num_computed
+        return sequence.num_computed
+
+    def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0) -> bool:
+        """Make the sequence hold blocks for `num_tokens`. False, and nothing taken, if fewer than `leave` would stay."""
+        missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
+        if missing <= 0:
+            return True
+        if missing + leave > self.num_free:
+            return False
+        sequence.block_table.extend(self._take() for _ in range(missing))
+        return True
+
+    def seal(self, sequence: Sequence) -> None:
+        """Offer the sequence's computed full blocks to later prefixes."""
+        if not self.enable_prefix_caching:
+            return
+        num_full = sequence.num_computed // self.block_size
+        self._extend_hashes(sequence, num_full)
+        for i in range(sequence.num_sealed, num_full):
+            self._offer(sequence.block_table[i], sequence.block_hashes[i])
+        sequence.num_sealed = max(sequence.num_sealed, num_full)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks back from a sequence; its last blocks are reused first."""
+        for block in reversed(sequence.block_table):
+            self._num_holders[block] -= 1
+            if self._num_holders[block] == 0:
+                self._free[block] = None
+        sequence.block_table.clear()
+        sequence.num_computed = sequence.num_sealed = 0
+
+    def check_integrity(self) -> None:
+        """Assert that held and free blocks add up, and that each offered link leads to its block."""
+        held = sum(1 for holders in self._num_holders if holders)
+        assert held + self.num_free == self.num_blocks, (held, self.num_free, self.num_blocks)
+        assert all(self._num_holders[block] == 0 for block in self._free)
+        assert all(self._hash_of[block] == link for link, block in self._block_of.items())
+
+    def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
+        hashes, size = sequence.block_hashes, self.block_size
+        for i in range(len(hashes), num_blocks):
+            parent = hashes[-1] if hashes else sequence.prefix_root
+            hashes.append(block_hash(parent, sequence.token_ids[i * size : (i + 1) * size]))
+
+    def _offer(self, block: int, link: bytes) -> None:
+        # Two sequences may compute the same block side by side; the first stays the one that is found.
+        if link not in self._block_of:
+            self._hash_of[block] = link
+            self._block_of[link] = block
+
+    def _hold(self, block: int) -> None:
+        if self._num_holders[block] == 0:
+            del self._free[block]
+        self._num_holders[block] += 1
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        link = self._hash_of[block]
+        if link is not None:
+            del self._block_of[link]
+            self._hash_of[block] = None
+        self._num_holders[block] = 1
+        return block

@@ -1,0 +1,304 @@
+"""The engine: `step()` schedules, runs and updates; requests go in by `add`, tokens come out as deltas."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from adapters_store.blobs import BlobStore
+from adapters_store.host_cache import HostCache
+from adapters_store.residency import AdapterResidency
+from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
+from gateway.config import EngineConfig
+from gateway.engine.block_manager import BlockManager, prefix_root
+from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.kv_cache import KVCache, num_cache_blocks
+from gateway.engine.model_runner import ModelRunner
+from gateway.engine.prompt import PromptEncoder
+from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
+from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
+from gateway.engine.scheduler import Scheduler, SchedulerOutput
+from gateway.engine.sequence import RunningRequest, Sequence
+from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
+from gateway.errors import ConfigInvalid, InternalError
+from gateway.models.loader import load_model
+
+
+class LLMEngine:
+    """One base on one device, many adapters, continuous batching. Used by one thread.
+
+    Raises `BaseModelUnsupported` or `ConfigInvalid` when it cannot be built.
+    """
+
+    def __init__(self, config: EngineConfig, blobs: BlobStore, on_adapter_ready: Callable[[], None]) -> None:
+        self.model = load_model(config)
+        decoder, spec = self.model.decoder, self.model.spec
+        num_blocks = num_cache_blocks(config, decoder.config, decoder.device, decoder.dtype)
+        self.max_model_len = _max_model_len(
+            config, decoder.config.max_position_embeddings, num_blocks * config.block_size
+        )
+        cache = KVCache(decoder.config, num_blocks, config.block_size, decoder.device, decoder.dtype)
+        slots = AdapterSlots(
+            LoRALayout.from_linears(spec.linears, spec.num_layers),
+            config.num_adapter_slots,
+            config.num_adapter_pages or config.num_adapter_slots * num_pages_for(config.max_lora_rank),
+            decoder.dtype,
+            decoder.device,
+        )
+        self.host_cache = HostCache(blobs, config.host_cache_bytes)
+        self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
+        self.blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.residency,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
+        self.prompts = PromptEncoder(self.model.tokenizer, decoder.config.vocab_size, self.max_model_len)
+        self.sampler = Sampler(decoder.config.eos_token_ids)
+        self._table = TokenTable(self.model.tokenizer.backend_tokenizer)
+        self._slots = slots
+        self._config = config
+        self._requests: dict[str, RunningRequest] = {}
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self.scheduler.has_work
+
+    @property
+    def num_unfinished(self) -> int:
+        """Accepted requests that have not ended."""
+        return len(self._requests)
+
+    def encode(self, request: GenerateRequest) -> list[int]:
+        """The prompt's token ids, checked; may be called from any thread. Raises `GatewayError` subclasses."""
+        prompt = self.prompts.encode(request)
+        self.prompts.max_tokens(request, len(prompt))
+        return prompt
+
+    def add(self, request: GenerateRequest, prompt: list[int]) -> None:
+        """Queue a request whose prompt `encode` has made."""
+        running = RunningRequest(request, len(prompt), self.prompts.max_tokens(request, len(prompt)))
+        adapter = request.adapter
+        shared = self._config.share_base_prefixes and adapter is None
+        root = prefix_root(
+            self.model.spec.fingerprint,
+            adapter.digest if adapter is not None else None,
+            "" if shared else request.cache_salt,
+        )
+        for index in range(request.sampling.n):
+            running.sequences.append(
+                Sequence(
+                    request=running,
+                    index=index,
+                    token_ids=list(prompt),
+                    prefix_root=root,
+                    sampling=SamplingRow(request.sampling, prompt, [], index),
+                    detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
+                )
+            )
+        self._requests[request.request_id] = running
+        for sequence in running.sequences:
+            self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str, output: StepOutput) -> None:
+        """End a request as cancelled, its last deltas into `output`; nothing when it has ended already."""
+        running = self._requests.get(request_id)
+        if running is not None:
+            self._end(running, "cancelled", None, output)
+
+    def abort_all(self, reason: FinishReason, error: BaseException | None) -> StepOutput:
+        """End every request."""
+        output = StepOutput()
+        for running in list(self._requests.values()):
+            self._end(running, reason, error, output)
+        return output
+
+    @torch.inference_mode()
+    def step(self) -> StepOutput:
+        """Run one batch. Comes back without tokens while adapters load."""
+        scheduled = self.scheduler.schedule()
+        output = StepOutput(
+            num_tokens=scheduled.num_tokens,
+            num_sequences=len(scheduled.scheduled),
+            num_adapters=len({s.adapter.digest for s, _ in scheduled.scheduled if s.adapter is not None}),
+        )
+        for sequence, error in scheduled.failed:
+            self._end(sequence.request, "error", error, output)
+        if scheduled.scheduled:
+            self._mark_scheduled(scheduled)
+            self._run(scheduled, output)
+        return output
+
+    def stats(self) -> EngineStats:
+        """A snapshot for metrics."""
+        residency = self.residency.stats
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_cache_usage=self.blocks.usage,
+            prefix_queries=self.blocks.prefix_queries,
+            prefix_hits=self.blocks.prefix_hits,
+            num_preemptions=self.scheduler.num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            running_adapters=_adapter_names(self.scheduler.running),
+            waiting_adapters=_adapter_names(self.scheduler.waiting),
+            resident_adapters=len(residency.resident),
+            adapter_slots=self._slots.num_slots,
+            adapter_loads=residency.loads,
+            adapter_evictions=residency.evictions,
+            adapter_load_seconds=residency.load_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that an idle engine holds no block and no pin."""
+        self.scheduler.check_integrity()
+        self.residency.check_integrity()
+        assert not self._requests
+
+    def close(self) -> None:
+        """Stop the loader threads."""
+        self.host_cache.close()
+
+    def _mark_scheduled(self, scheduled: SchedulerOutput) -> None:
+        now = time.monotonic()
+        for sequence, _ in scheduled.scheduled:
+            running = sequence.request
+            if running.scheduled_at is None:
+                running.scheduled_at = now
+                running.num_cached = sequence.num_computed
+                self._prompt_tokens += running.num_prompt
+
+    def _run(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
+        logits = self.runner.execute(scheduled)
+        self.scheduler.update(scheduled)
+        if not scheduled.sampled:
+            return
+        sampled = self.sampler(logits, [sequence.sampling for sequence in scheduled.sampled])
+        bad = set(sampled.bad_rows)
+        now = time.monotonic()
+        for row, (sequence, token, logprob) in enumerate(
+            zip(scheduled.sampled, sampled.token_ids, sampled.logprobs, strict=True)
+        ):
+            if sequence.finished:
+                continue  # its request ended on an earlier row of this step
+            if row in bad:
+                self._end(sequence.request, "error", _not_finite(sequence), output)
+            else:
+                self._append(sequence, token, logprob, now, output)
+
+    def _append(
+        self, sequence: Sequence, token: int, logprob: RawLogprob | None, now: float, output: StepOutput
+    ) -> None:
+        sequence.append(token)
+        self._generation_tokens += 1
+        _clock(sequence.request, now, output)
+        ended_by_id = self._ends(sequence, token)
+        text = "" if ended_by_id else sequence.detokenizer.push([token])
+        reason: FinishReason | None = None
+        if ended_by_id or sequence.detokenizer.stop_string is not None:
+            reason = "stop"
+        elif sequence.num_output >= sequence.request.max_tokens:
+            reason = "length"
+        if reason is not None:
+            text += sequence.detokenizer.flush()
+            self.scheduler.finish(sequence)
+        delta = TokenDelta(sequence.request.request.request_id, sequence.index, text, [token])
+        if logprob is not None:
+            delta.logprobs.append(self._logprob(sequence, logprob))
+        delta.finish_reason = reason
+        output.deltas.append(delta)
+        if reason is not None and sequence.request.finished:
+            self._close(sequence.request, delta, output)
+
+    def _ends(self, sequence: Sequence, token: int) -> bool:
+        params = sequence.params
+        if token in params.stop_token_ids:
+            return True
+        return not params.ignore_eos and token in self.model.decoder.config.eos_token_ids
+
+    def _logprob(self, sequence: Sequence, raw: RawLogprob) -> TokenLogprob:
+        text = self._table.text
+        top = tuple(
+            (token_id, text(token_id), logprob) for token_id, logprob in zip(raw.top_ids, raw.top_logprobs, strict=True)
+        )
+        return TokenLogprob(raw.token_id, text(raw.token_id), raw.logprob, top)
+
+    def _end(
+        self, running: RunningRequest, reason: FinishReason, error: BaseException | None, output: StepOutput
+    ) -> None:
+        """End all of a request's unfinished sequences, the last of its deltas with its usage."""
+        delta: TokenDelta | None = None
+        for sequence in running.sequences:
+            if not sequence.finished:
+                self.scheduler.finish(sequence)
+                delta = TokenDelta(running.request.request_id, sequence.index, "", [])
+                delta.finish_reason, delta.error = reason, error
+                output.deltas.append(delta)
+        if delta is not None:
+            self._close(running, delta, output)
+
+    def _close(self, running: RunningRequest, last: TokenDelta, output: StepOutput) -> None:
+        del self._requests[running.request.request_id]
+        last.usage = Usage(running.num_prompt, running.num_output, running.num_cached)
+        assert last.finish_reason is not None
+        output.finished.append(_timings(running, last.finish_reason))
+
+
+def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
+    wanted = config.max_model_len or min(positions, cache_tokens)
+    if wanted > positions:
+        raise ConfigInvalid(
+            f"engine.max_model_len {wanted} is more than the base's {positions} positions.",
+            param="engine.max_model_len",
+        )
+    if wanted > cache_tokens:
+        raise ConfigInvalid(
+            f"engine.max_model_len {wanted} does not fit the KV cache of {cache_tokens} tokens; raise kv_cache_tokens "
+            "or lower max_model_len.",
+            param="engine.max_model_len",
+        )
+    return wanted
+
+
+def _not_finite(sequence: Sequence) -> InternalError:
+    name = sequence.adapter.name if sequence.adapter is not None else "the base"
+    return InternalError(f"{name} produced logits that are not finite; the request was ended.")
+
+
+def _clock(running: RunningRequest, now: float, output: StepOutput) -> None:
+    if running.first_token_at is None:
+        running.first_token_at = now
+        output.first_tokens.append(now - running.arrived_at)
+    elif running.last_token_at is not None and now > running.last_token_at:
+        output.inter_tokens.append(now - running.last_token_at)
+    running.last_token_at = now
+
+
+def _timings(running: RunningRequest, reason: FinishReason) -> RequestTimings:
+    now = time.monotonic()
+    scheduled, first = running.scheduled_at, running.first_token_at
+    return RequestTimings(
+        tenant=running.request.tenant,
+        finish_reason=reason,
+        prompt_tokens=running.num_prompt,
+        completion_tokens=running.num_output,
+        max_tokens=running.max_tokens,
+        num_sequences=len(running.sequences),
+        e2e=now - running.arrived_at,
+        queued=scheduled - running.arrived_at if scheduled is not None else None,
+        prefill=first - scheduled if first is not None and scheduled is not None else None,
+        decode=now - first if first is not None else None,
+    )
+
+
+def _adapter_names(sequences: object) -> tuple[str, ...]:
+    names = {s.adapter.name for s in sequences if s.adapter is not None}  # type: ignore[attr-defined]
+    return tuple(sorted(names))

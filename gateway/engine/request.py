@@ -1,0 +1,77 @@
+"""What goes into an engine and what comes out: plain data that crosses process boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.engine.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One immutable adapter version: what the engine needs to find, load and key it.
+
+    name: "tenant/name:3", for logs and metrics. digest: sha256 hex of the content, the key of the blob and of caches.
+    """
+
+    name: str
+    digest: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One call. Exactly one of `prompt` (text or token ids) and `messages` (chat) is set.
+
+    cache_salt separates prefix caches: requests share pages only under the same salt (the tenant's id).
+    """
+
+    request_id: str
+    sampling: SamplingParams
+    prompt: str | Sequence[int] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    adapter: AdapterRef | None = None
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log probability of one token, and of the top alternatives at its position."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one finished request (all of its `n` sequences together)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class TokenDelta:
+    """What one engine step added to one sequence of one request.
+
+    index: which of the request's `n` sequences. text: new text, never half a character. finish_reason: set on the
+    sequence's last delta. usage: set on the last delta of the whole request. error: the exception that ended the
+    request, with finish_reason "error".
+    """
+
+    request_id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    error: BaseException | None = None

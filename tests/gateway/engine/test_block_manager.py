@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.engine.block_manager import BlockManager, block_hash, prefix_root
+from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.request import GenerateRequest
+from gateway.engine.sampler import SamplingRow
+from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.sequence import RunningRequest, Sequence
+from tests.tiny import make_tokenizer
+
+ROOT = prefix_root("base", None, "tenant")
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
+    return TokenTable(make_tokenizer(tmp_path_factory.mktemp("tok")).backend_tokenizer)
+
+
+def sequence(table: TokenTable, tokens: list[int], root: bytes = ROOT) -> Sequence:
+    request = RunningRequest(GenerateRequest("r", SamplingParams(), prompt=tokens), len(tokens), 16)
+    detokenizer = IncrementalDetokenizer(table, tokens, SamplingParams())
+    made = Sequence(request, 0, list(tokens), root, SamplingRow(SamplingParams(), tokens, []), detokenizer)
+    request.sequences.append(made)
+    return made
+
+
+def compute(blocks: BlockManager, seq: Sequence) -> int:
+    """Run the whole sequence through the cache; returns the tokens that its prefix saved."""
+    saved = blocks.adopt_prefix(seq)
+    assert blocks.grow(seq, seq.num_tokens)
+    seq.num_computed = seq.num_tokens
+    blocks.seal(seq)
+    return saved
+
+
+def test_a_second_sequence_reuses_the_full_blocks_of_the_first(table: TokenTable) -> None:
+    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    tokens = list(range(10))
+    first, second = sequence(table, tokens), sequence(table, tokens)
+    assert compute(blocks, first) == 0
+    assert compute(blocks, second) == 8
+    assert second.block_table[:2] == first.block_table[:2]
+    assert second.block_table[2] != first.block_table[2]
+
+
+def test_the_last_token_is_always_computed(table: TokenTable) -> None:
+    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    compute(blocks, sequence(table, list(range(8))))
+    assert compute(blocks, sequence(table, list(range(8)))) == 4
+
+
+def test_versions_and_tenants_never_share_pages(table: TokenTable) -> None:
+    """Invariant 1: the chain is seeded with base, adapter content and tenant."""
+    roots = [
+        prefix_root(base, digest, salt)
+        for base in ("b1", "b2")
+        for digest in (None, "d1", "d2")
+        for salt in ("", "t1", "t2")
+    ]
+    blocks = BlockManager(256, 4, enable_prefix_caching=True)
+    for root in roots:
+        assert compute(blocks, sequence(table, list(range(12)), root)) == 0
+    for root in roots:
+        assert compute(blocks, sequence(table, list(range(12)), root)) == 8
+
+
+field = st.text(max_size=6)
+
+
+@given(
+    st.tuples(field, st.none() | field.filter(bool), field),
+    st.tuples(field, st.none() | field.filter(bool), field),
+)
+def test_roots_are_equal_only_when_every_field_is(
+    a: tuple[str, str | None, str], b: tuple[str, str | None, str]
+) -> None:
+    assert (prefix_root(*a) == prefix_root(*b)) == (a == b)
+
+
+def test_a_block_hash_depends_on_all_before_it() -> None:
+    assert block_hash(b"a", [1, 2]) != block_hash(b"b", [1, 2])
+    assert block_hash(b"a", [1, 2]) != block_hash(b"a", [2, 1])
+    assert len(block_hash(b"a", [1])) == hashlib.blake2b(digest_size=20).digest_size
+
+
+def test_growing_past_what_is_free_takes_nothing(table: TokenTable) -> None:
+    blocks = BlockManager(2, 4, enable_prefix_caching=True)
+    seq = sequence(table, list(range(12)))
+    assert not blocks.grow(seq, 12)
+    assert blocks.num_free == 2
+    assert not blocks.grow(seq, 8, leave=1)
+    assert blocks.grow(seq, 8)
+
+
+def test_an_overwritten_block_is_no_longer_found(table: TokenTable) -> None:
+    blocks = BlockManager(3, 4, enable_prefix_caching=True)
+    first = sequence(table, list(range(12)))
+    compute(blocks, first)
+    blocks.release(first)
+    other = sequence(table, list(range(100, 112)))
+    compute(blocks, other)
+    blocks.release(other)
+    again = sequence(table, list(range(12)))
+    assert compute(blocks, again) == 0
+    blocks.check_integrity()
+
+
+def test_without_prefix_caching_nothing_is_shared(table: TokenTable) -> None:
+    blocks = BlockManager(16, 4, enable_prefix_caching=False)
+    compute(blocks, sequence(table, list(range(12))))
+    assert compute(blocks, sequence(table, list(range(12)))) == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_random_use_keeps_the_books(table: TokenTable, data: st.DataObject) -> None:
+    blocks = BlockManager(12, 2, enable_prefix_caching=True)
+    live: list[Sequence] = []
+    for _ in range(data.draw(st.integers(1, 30))):
+        if live and data.draw(st.booleans()):
+            blocks.release(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        else:
+            tokens = data.draw(st.lists(st.integers(0, 1), min_size=1, max_size=9))
+            seq = sequence(table, tokens)
+            blocks.adopt_prefix(seq)
+            if blocks.grow(seq, seq.num_tokens):
+                seq.num_computed = seq.num_tokens
+                blocks.seal(seq)
+                live.append(seq)
+            else:
+                blocks.release(seq)
+        blocks.check_integrity()
+    for seq in live:
+        blocks.release(seq)
+    assert blocks.num_free == blocks.num_blocks

@@ -1,0 +1,207 @@
+"""The engine against its oracle: `peft` on transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.request import GenerateRequest, TokenDelta
+from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.stats import StepOutput
+from tests.gateway.engine.conftest import TinyWorld
+from tests.tiny import load_oracle
+
+MakeEngine = Callable[..., LLMEngine]
+PROMPT = list(range(40, 71))
+
+
+def request(
+    world: TinyWorld, name: str, prompt: Sequence[int] = PROMPT, adapter: str | None = None, **params: Any
+) -> GenerateRequest:
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True} | params
+    ref = world.refs[adapter] if adapter is not None else None
+    return GenerateRequest(name, SamplingParams(**settings), prompt=list(prompt), adapter=ref, cache_salt="t")
+
+
+def run(engine: LLMEngine, *requests: GenerateRequest) -> dict[str, list[TokenDelta]]:
+    """Serve the requests together to their ends; deltas by request id."""
+    for one in requests:
+        engine.add(one, engine.encode(one))
+    return drain(engine)
+
+
+def drain(engine: LLMEngine, into: dict[str, list[TokenDelta]] | None = None) -> dict[str, list[TokenDelta]]:
+    deltas: dict[str, list[TokenDelta]] = {} if into is None else into
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            deltas.setdefault(delta.request_id, []).append(delta)
+    engine.check_integrity()
+    return deltas
+
+
+def tokens(deltas: list[TokenDelta], index: int = 0) -> list[int]:
+    return [t for delta in deltas if delta.index == index for t in delta.token_ids]
+
+
+def oracle_tokens(model: torch.nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def oracles(world: TinyWorld) -> dict[str | None, torch.nn.Module]:
+    made: dict[str | None, torch.nn.Module] = {n: load_oracle(world.base, p) for n, p in world.adapters.items()}
+    return made | {None: load_oracle(world.base)}
+
+
+@pytest.mark.parametrize("adapter", [None, "a4", "b20", "c8"])
+def test_logits_equal_peft_within_fp32_rounding(
+    world: TinyWorld, make_engine: MakeEngine, oracles: dict[str | None, torch.nn.Module], adapter: str | None
+) -> None:
+    engine = make_engine()
+    done = run(engine, request(world, "r", adapter=adapter, max_tokens=4, logprobs=20))["r"]
+    ids = PROMPT + tokens(done)
+    with torch.no_grad():
+        expected = oracles[adapter](torch.tensor([ids])).logits[0].log_softmax(-1)
+    for step, delta in enumerate(done):
+        at = expected[len(PROMPT) - 1 + step]
+        for token_id, _, logprob in delta.logprobs[0].top:
+            assert logprob == pytest.approx(float(at[token_id]), abs=2e-4)
+        assert [t for t, _, _ in delta.logprobs[0].top] == at.topk(20).indices.tolist()
+
+
+def test_greedy_tokens_are_the_same_alone_and_in_a_mixed_batch(
+    world: TinyWorld, make_engine: MakeEngine, oracles: dict[str | None, torch.nn.Module]
+) -> None:
+    """Invariant 4."""
+    names: list[str | None] = [None, "a4", "b20", "c8", None, "b20"]
+    prompts = [PROMPT[i : i + 9 + 3 * i] for i in range(len(names))]
+    wanted = [oracle_tokens(oracles[n], p, 12) for n, p in zip(names, prompts, strict=True)]
+    alone = make_engine()
+    mixed = make_engine(max_num_batched_tokens=16)
+    requests = [request(world, str(i), p, n) for i, (n, p) in enumerate(zip(names, prompts, strict=True))]
+    together = run(mixed, *requests)
+    for i, one in enumerate(requests):
+        assert tokens(run(alone, one)[str(i)]) == wanted[i]
+        assert tokens(together[str(i)]) == wanted[i]
+
+
+def test_a_prefix_is_reused_and_changes_nothing(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    first = run(engine, request(world, "1", adapter="a4"))["1"]
+    again = run(engine, request(world, "2", adapter="a4"))["2"]
+    assert tokens(first) == tokens(again)
+    assert first[-1].usage is not None
+    assert again[-1].usage is not None
+    assert (first[-1].usage.cached_tokens, again[-1].usage.cached_tokens) == (0, 28)
+    other = run(engine, request(world, "3", adapter="b20"))["3"]
+    assert other[-1].usage is not None
+    assert other[-1].usage.cached_tokens == 0
+
+
+def test_preemption_changes_no_token(world: TinyWorld, make_engine: MakeEngine) -> None:
+    names = [None, "a4", "b20", "c8"]
+    requests = [request(world, str(i), PROMPT[i:], n, max_tokens=40) for i, n in enumerate(names)]
+    roomy, tight = make_engine(), make_engine(kv_cache_tokens=140, enable_prefix_caching=False)
+    wanted, got = run(roomy, *requests), run(tight, *requests)
+    assert tight.stats().num_preemptions > 0
+    assert {r: tokens(d) for r, d in got.items()} == {r: tokens(d) for r, d in wanted.items()}
+
+
+def test_requests_join_and_leave_at_every_step(world: TinyWorld, make_engine: MakeEngine) -> None:
+    names = [None, "a4", "b20", "c8", "a4", None]
+    requests = [request(world, str(i), PROMPT[i:], n, max_tokens=3 + 2 * i) for i, n in enumerate(names)]
+    engine, alone = make_engine(), make_engine()
+    deltas: dict[str, list[TokenDelta]] = {}
+    for one in requests:
+        engine.add(one, engine.encode(one))
+        for delta in engine.step().deltas:
+            deltas.setdefault(delta.request_id, []).append(delta)
+    drain(engine, deltas)
+    for one in requests:
+        assert tokens(deltas[one.request_id]) == tokens(run(alone, one)[one.request_id])
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_cancelling_at_any_stage_frees_everything(world: TinyWorld, make_engine: MakeEngine, steps: int) -> None:
+    """Invariants 5 and 6."""
+    engine = make_engine(max_num_batched_tokens=16)
+    for name, adapter in (("x", "a4"), ("y", None)):
+        one = request(world, name, adapter=adapter, n=2)
+        engine.add(one, engine.encode(one))
+    ends: list[TokenDelta] = []
+    for _ in range(steps):
+        ends += [d for d in engine.step().deltas if d.finish_reason]
+    output = StepOutput()
+    engine.cancel("x", output)
+    engine.cancel("x", output)
+    ends += output.deltas
+    rest = drain(engine)
+    ends += [d for deltas in rest.values() for d in deltas if d.finish_reason]
+    assert sorted((d.request_id, d.index) for d in ends) == [("x", 0), ("x", 1), ("y", 0), ("y", 1)]
+    assert {d.finish_reason for d in ends if d.request_id == "x"} == {"cancelled"}
+
+
+def test_n_sequences_share_the_prompt_and_each_ends_once(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    done = run(engine, request(world, "r", n=3, temperature=1.0, seed=7))["r"]
+    assert sorted(d.index for d in done if d.finish_reason) == [0, 1, 2]
+    assert [d.usage for d in done if d.usage] == [done[-1].usage]
+    assert done[-1].usage is not None
+    assert done[-1].usage.completion_tokens == 36
+    assert len({tuple(tokens(done, i)) for i in range(3)}) == 3
+    assert engine.blocks.prefix_hits >= 2 * 28
+
+
+def test_a_seed_gives_the_same_tokens_whoever_else_runs(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    one = request(world, "1", temperature=1.0, seed=11)
+    alone = tokens(run(engine, one)["1"])
+    crowd = [request(world, f"c{i}", PROMPT[i:], temperature=1.0) for i in range(1, 4)]
+    assert tokens(run(engine, *crowd, one)["1"]) == alone
+
+
+def test_end_token_stop_ids_and_length_end_a_sequence(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    free = tokens(run(engine, request(world, "f"))["f"])
+    stopped = run(engine, request(world, "s", stop_token_ids=(free[4],)))["s"]
+    assert tokens(stopped) == free[: free.index(free[4]) + 1]
+    assert stopped[-1].finish_reason == "stop"
+    assert run(engine, request(world, "l", max_tokens=2))["l"][-1].finish_reason == "length"
+
+
+def test_a_stop_string_cuts_the_text(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    whole = "".join(d.text for d in run(engine, request(world, "w"))["w"])
+    stop = whole[3:5]
+    cut = run(engine, request(world, "c", stop=(stop,)))["c"]
+    assert "".join(d.text for d in cut) == whole[: whole.index(stop)]
+    assert cut[-1].finish_reason == "stop"
+
+
+def test_a_missing_adapter_ends_only_its_own_request(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    missing = request(world, "bad")
+    lost = type(world.refs["a4"])("t/lost:1", "0" * 64, 4)
+    missing = GenerateRequest("bad", missing.sampling, prompt=PROMPT, adapter=lost)
+    done = run(engine, missing, request(world, "good", adapter="a4"))
+    assert done["bad"][-1].finish_reason == "error"
+    assert done["bad"][-1].error is not None
+    assert len(tokens(done["good"])) == 12
+
+
+def test_more_adapters_than_slots_take_turns(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine(num_adapter_slots=1)
+    done = run(engine, *(request(world, n, adapter=n) for n in world.refs), request(world, "base"))
+    assert all(len(tokens(deltas)) == 12 for deltas in done.values())
+    assert engine.stats().adapter_evictions == 2
+    alone = make_engine()
+    for name in world.refs:
+        assert tokens(done[name]) == tokens(run(alone, request(world, name, adapter=name))[name])
