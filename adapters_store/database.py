@@ -1,0 +1,102 @@
+"""The metadata database: SQLite embedded, PostgreSQL for a cluster, both through SQLAlchemy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from adapters_store.errors import StoreUnavailable
+
+_WRITES = "patchbay_writes"
+
+
+class Database:
+    """One metadata database, named by an SQLAlchemy URL. Safe to use from any thread.
+
+    A SQLite file is opened in WAL mode with full fsync; its folder is made when absent.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.engine: Engine = _create_engine(url)
+
+    def upgrade(self) -> None:
+        """Bring the schema to the newest migration, in one transaction; several processes may do so at once.
+
+        Raises `StoreUnavailable`.
+        """
+        config = Config()
+        config.set_main_option("script_location", "adapters_store:migrations")
+        with self.write() as connection:
+            self.lock(connection, "migrations")
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for queries that change nothing. Raises `StoreUnavailable`."""
+        with _unavailable(), self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """A transaction: committed when the block ends, rolled back when it raises.
+
+        Raises `StoreUnavailable`.
+        SQLite takes its one write lock at the start, so a transaction never fails half way for being late.
+        """
+        with (
+            _unavailable(),
+            self.engine.connect().execution_options(**{_WRITES: True}) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    def lock(self, connection: Connection, name: str) -> None:
+        """Hold the lock `name` against others until this transaction ends (SQLite's write lock covers all)."""
+        if connection.dialect.name == "postgresql":
+            key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+    def dispose(self) -> None:
+        """Close all idle connections."""
+        self.engine.dispose()
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, InterfaceError) as error:
+        raise StoreUnavailable(f"the metadata database does not answer: {error.orig}") from error
+
+
+def _create_engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_pre_ping=True)
+    if parsed.database and parsed.database != ":memory:":
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(parsed, connect_args={"timeout": 30.0})
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transactions by itself; `_begin_sqlite` does
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    writes = connection.get_execution_options().get(_WRITES)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

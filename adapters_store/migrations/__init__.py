@@ -1,0 +1,1 @@
+"""Alembic migrations of the metadata database; `Database.upgrade` runs them."""

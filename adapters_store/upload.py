@@ -1,0 +1,220 @@
+"""Staging: an upload on its way to become a version. It is written to disk as it arrives, and kept only if valid."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final, Self
+
+from adapters_store.archive import ARCHIVE_FILE
+from adapters_store.base_spec import BaseSpec
+from adapters_store.canonical import CANONICAL_FILE
+from adapters_store.errors import AdapterInvalid, UploadTooLarge
+from adapters_store.file_names import CONFIG_FILE, KEPT_FILES, WEIGHTS_FILE, is_kept, split_name
+from adapters_store.manifest import AdapterManifest
+from adapters_store.sandbox import SandboxLimits, run_confined
+from adapters_store.strict_json import shown
+
+_HEADROOM: Final = 32 << 20
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks."""
+
+    max_upload_bytes: int = 2 << 30
+    max_unpacked_bytes: int = 4 << 30
+    sandbox: SandboxLimits = field(default_factory=SandboxLimits)
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """A validated adapter, ready to be published while its `Staging` is open. `path` is its canonical file."""
+
+    manifest: AdapterManifest
+    path: Path
+
+
+class Staging:
+    """One upload's private folder under `root`; leaving the `with` block removes it, whatever happened.
+
+    Memory stays bounded: chunks go to disk as they come. Not for several threads at once.
+    """
+
+    def __init__(self, root: Path, limits: UploadLimits | None = None) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self._limits = limits or UploadLimits()
+        self._lock = _lock_new(root)
+        self._path = Path(self._lock.name).with_suffix("")
+        self._path.mkdir(mode=0o700)
+        self._source: str | None = None
+        self._files: set[str] = set()
+        self._sinks: list[UploadSink] = []
+        self._num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove everything that was staged."""
+        for sink in self._sinks:
+            sink.close()
+        shutil.rmtree(self._path, ignore_errors=True)
+        Path(self._lock.name).unlink(missing_ok=True)
+        self._lock.close()
+
+    def add_file(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Take one file of a peft folder. Raises `AdapterInvalid` or `UploadTooLarge`."""
+        sink = self.begin_file(name)
+        for chunk in chunks:
+            sink.write(chunk)
+        sink.finish()
+
+    def add_archive(self, name: str, chunks: Iterable[bytes]) -> None:
+        """Take a tar, tar.gz or zip of a peft folder. Raises `AdapterInvalid` or `UploadTooLarge`."""
+        sink = self.begin_archive(name)
+        for chunk in chunks:
+            sink.write(chunk)
+        sink.finish()
+
+    def begin_file(self, name: str) -> UploadSink:
+        """Begin a file whose chunks come one by one. Raises `AdapterInvalid` when its name is refused."""
+        folder, file = split_name(name)
+        if not is_kept(folder, file):
+            return self._sink(None, shown(name), self._limits.max_upload_bytes)
+        self._claim(folder, file)
+        return self._sink(self._path / file, file, KEPT_FILES[file])
+
+    def begin_archive(self, name: str) -> UploadSink:
+        """Begin an archive whose chunks come one by one; `finish` unpacks it."""
+        if self._files:
+            raise AdapterInvalid("an upload holds either files or one archive", file=shown(name))
+        self._files.add(ARCHIVE_FILE)
+        path = self._path / ARCHIVE_FILE
+        limit = self._limits.max_upload_bytes
+        return self._sink(path, shown(name), limit, lambda: self._unpack(path, name))
+
+    def validate(self, base: BaseSpec, max_rank: int, base_fingerprint: str | None = None) -> StagedAdapter:
+        """Check what was staged against the served base, in a confined process.
+
+        max_rank: the tenant's limit. base_fingerprint: the base that the uploader says it was trained on, if any.
+        Raises `AdapterInvalid` naming the file and the field or tensor at fault.
+        """
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if name not in self._files:
+                raise AdapterInvalid("is missing from the upload", file=name)
+        weights_bytes = (self._path / WEIGHTS_FILE).stat().st_size
+        request = {
+            "base": {
+                "fingerprint": base.fingerprint,
+                "num_layers": base.num_layers,
+                "linears": dict(base.linears),
+            },
+            "max_rank": max_rank,
+            "base_fingerprint": base_fingerprint,
+        }
+        limits = self._limits.sandbox  # the library maps the whole file once
+        limits = replace(limits, memory_bytes=limits.memory_bytes + weights_bytes, file_bytes=weights_bytes + _HEADROOM)
+        answer = run_confined("validate", self._path, request, limits)
+        return StagedAdapter(AdapterManifest.model_validate(answer), self._path / CANONICAL_FILE)
+
+    def _sink(self, path: Path | None, name: str, max_bytes: int, then: Callable[[], None] | None = None) -> UploadSink:
+        sink = UploadSink(path, name, max_bytes, self._count, then)
+        self._sinks.append(sink)
+        return sink
+
+    def _claim(self, folder: str, file: str) -> None:
+        """Note that `file` came: all in one folder, none twice, and no archive beside them."""
+        if ARCHIVE_FILE in self._files:
+            raise AdapterInvalid("an upload holds either files or one archive", file=file)
+        if file in self._files:
+            raise AdapterInvalid("the upload holds this file twice", file=file)
+        if self._source not in (None, folder):
+            raise AdapterInvalid("the upload holds the files of more than one folder", file=file)
+        self._source = folder
+        self._files.add(file)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._limits.max_upload_bytes:
+            raise UploadTooLarge("the upload", self._limits.max_upload_bytes)
+
+    def _unpack(self, path: Path, name: str) -> None:
+        request = {"name": name, "max_bytes": self._limits.max_unpacked_bytes}
+        limits = replace(self._limits.sandbox, file_bytes=self._limits.max_unpacked_bytes + _HEADROOM)
+        answer = run_confined("unpack", self._path, request, limits)
+        self._files |= set(answer["files"])
+        path.unlink()
+
+
+class UploadSink:
+    """One file that is arriving. A file that is ignored is counted and dropped (`path` None)."""
+
+    def __init__(
+        self,
+        path: Path | None,
+        name: str,
+        max_bytes: int,
+        count: Callable[[int], None],
+        then: Callable[[], None] | None,
+    ) -> None:
+        self._name = name
+        self._max_bytes = max_bytes
+        self._count = count
+        self._then = then
+        self._num_bytes = 0
+        self._file: IO[bytes] | None = None if path is None else path.open("xb")
+
+    def write(self, chunk: bytes) -> None:
+        """Take the next bytes. Raises `UploadTooLarge`."""
+        self._count(len(chunk))
+        self._num_bytes += len(chunk)
+        if self._num_bytes > self._max_bytes:
+            raise UploadTooLarge(self._name, self._max_bytes)
+        if self._file is not None:
+            self._file.write(chunk)
+
+    def finish(self) -> None:
+        """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
+        self.close()
+        if self._then is not None:
+            self._then()
+
+    def close(self) -> None:
+        """Stop writing; harmless when done already."""
+        if self._file is not None:
+            self._file.close()
+
+
+def clean_staging(root: Path) -> int:
+    """Remove what uploads left under `root` whose process is gone; for start-up. Returns how many."""
+    removed = 0
+    for lock_path in root.glob("*.lock"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+            lock_path.unlink()
+            removed += 1
+    return removed
+
+
+def _lock_new(root: Path) -> IO[bytes]:
+    """A locked file of a new name; while its process lives, `clean_staging` leaves the folder beside it alone."""
+    while True:
+        file = (root / f"{secrets.token_hex(8)}.lock").open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else a cleaner came between the two lines above
+            return file
+        file.close()

@@ -1,0 +1,161 @@
+"""A tiny Llama, adapters that peft itself saved for it, and a fresh store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from sqlalchemy import text
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapters_store.base_spec import LINEARS, BaseSpec, module_path
+from adapters_store.blobs import BlobStore
+from adapters_store.database import Database
+from adapters_store.registry import AdapterRegistry
+from adapters_store.tables import metadata
+from adapters_store.upload import StagedAdapter, Staging
+
+FINGERPRINT = "f" * 64
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_adapter(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 1, **options: Any) -> Path:
+    """What `peft` writes for a LoRA on the tiny model, with B not zero."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **options})
+    model = get_peft_model(tiny_model(), config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (0.05 * torch.randn(parameter.shape, generator=generator)).to(dtype)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base() -> BaseSpec:
+    modules = dict(tiny_model().named_modules())
+    linears = {linear: modules[module_path(0, linear)] for linear in LINEARS}
+    return BaseSpec(
+        FINGERPRINT, 2, {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    )
+
+
+@pytest.fixture(scope="session")
+def saved_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapter(tmp_path_factory.mktemp("peft") / "adapter")
+
+
+@pytest.fixture
+def adapter(saved_adapter: Path, tmp_path: Path) -> Path:
+    """A copy of a good adapter that a test may spoil."""
+    return Path(shutil.copytree(saved_adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def staging(tmp_path: Path) -> Iterator[Staging]:
+    with Staging(tmp_path / "staging") as staging:
+        yield staging
+
+
+def stage_folder(staging: Staging, folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        staging.add_file(path.name, [path.read_bytes()])
+
+
+def stage(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> StagedAdapter:
+    stage_folder(staging, folder)
+    return staging.validate(base, **{"max_rank": 16, **options})
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite file with the newest schema and nothing in it."""
+    path = tmp_path_factory.mktemp("migrated") / "patchbay.db"
+    database = Database(f"sqlite:///{path}")
+    database.upgrade()
+    database.dispose()
+    return path
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path, migrated: Path) -> Iterator[Database]:
+    (tmp_path / "store").mkdir()
+    database = Database(f"sqlite:///{shutil.copy(migrated, tmp_path / 'store')}")
+    yield database
+    database.dispose()
+
+
+@pytest.fixture
+def postgresql() -> Iterator[Database]:
+    """An empty database without tables, where PATCHBAY_TEST_POSTGRESQL is the SQLAlchemy URL of one."""
+    url = os.environ.get("PATCHBAY_TEST_POSTGRESQL")
+    if not url:
+        pytest.skip("PATCHBAY_TEST_POSTGRESQL is not set")
+    database = Database(url)
+    yield database
+    with database.write() as connection:
+        metadata.drop_all(connection)
+        connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
+    database.dispose()
+
+
+@pytest.fixture
+def database(request: pytest.FixtureRequest) -> Database:
+    """A migrated database: SQLite, or the PostgreSQL that the environment names."""
+    if "PATCHBAY_TEST_POSTGRESQL" not in os.environ:
+        sqlite: Database = request.getfixturevalue("sqlite")
+        return sqlite
+    postgresql: Database = request.getfixturevalue("postgresql")
+    postgresql.upgrade()
+    return postgresql
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> BlobStore:
+    return BlobStore(f"file://{tmp_path / 'blobs'}")
+
+
+@pytest.fixture
+def registry(database: Database, blobs: BlobStore) -> AdapterRegistry:
+    return AdapterRegistry(database, blobs)
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory: pytest.TempPathFactory, saved_adapter: Path, base: BaseSpec) -> Iterator[StagedAdapter]:
+    """A validated adapter."""
+    with Staging(tmp_path_factory.mktemp("staged")) as staging:
+        yield stage(staging, saved_adapter, base)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory, saved_adapter: Path, base: BaseSpec) -> Iterator[StagedAdapter]:
+    """The same tensors with another scale: another adapter."""
+    folder = Path(shutil.copytree(saved_adapter, tmp_path_factory.mktemp("other") / "adapter"))
+    edit_config(folder, lora_alpha=3)
+    with Staging(folder.parent / "staging") as staging:
+        yield stage(staging, folder, base)

@@ -1,0 +1,107 @@
+"""Stored adapters of random weights for a base of small, all different widths, without the upload pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from adapters_store.base_spec import lora_tensor_name
+from adapters_store.blobs import BlobStore
+from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
+from adapters_store.slots import AdapterSlots, LoRALayout
+from adapters_store.weights import AdapterWeights
+
+NUM_LAYERS = 2
+SHAPES = {
+    "q_proj": (10, 12),
+    "k_proj": (6, 12),
+    "v_proj": (8, 12),
+    "o_proj": (12, 10),
+    "gate_proj": (20, 12),
+    "up_proj": (22, 12),
+    "down_proj": (12, 20),
+}
+LAYOUT = LoRALayout.from_linears(SHAPES, NUM_LAYERS)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    name: str
+    digest: str
+    rank: int
+
+
+class GatedBlobStore(BlobStore):
+    """A blob store whose reads wait until the gate is open, and are counted."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.gate = threading.Event()
+        self.num_reads = 0
+
+    def local_path(self, digest: str) -> Path:
+        self.num_reads += 1
+        assert self.gate.wait(timeout=30)
+        return super().local_path(digest)
+
+
+def random_weights(
+    rank: int, seed: int, linears: Iterable[str] = SHAPES, num_layers: int = NUM_LAYERS
+) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    return AdapterWeights(
+        rank,
+        {
+            (layer, linear): (
+                torch.randn(rank, SHAPES[linear][1], generator=generator),
+                torch.randn(SHAPES[linear][0], rank, generator=generator),
+            )
+            for layer in range(num_layers)
+            for linear in linears
+        },
+    )
+
+
+def put_adapter(blobs: BlobStore, folder: Path, rank: int, seed: int = 0) -> StoredAdapter:
+    """Store random weights of this rank, alike for the same (rank, seed)."""
+    weights = random_weights(rank, seed)
+    spec = AdapterSpec(
+        base_fingerprint="f" * 64,
+        deltas=tuple(
+            LoRADelta(linear=linear, rank=rank, scale=1.0, layers=tuple(range(NUM_LAYERS))) for linear in SHAPES
+        ),
+    )
+    tensors = {
+        lora_tensor_name(layer, linear, side): matrix
+        for (layer, linear), pair in weights.tensors.items()
+        for side, matrix in zip("AB", pair, strict=True)
+    }
+    path = folder / f"rank{rank}-seed{seed}.safetensors"
+    save_file(tensors, path, {ADAPTER_METADATA_KEY: spec.canonical_json()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blobs.put(digest, path)
+    return StoredAdapter(f"tenant/rank{rank}:{seed}", digest, rank)
+
+
+def assert_slot_holds(slots: AdapterSlots, slot: int, weights: AdapterWeights) -> None:
+    """The slot's pages, put together again, are the adapter's matrices and zeros everywhere else."""
+    pages = list(slots.pages_of(slot))
+    for layer in range(slots.layout.num_layers):
+        for group in slots.layout.groups:
+            a_pages, b_pages = slots.pools(layer, group.name)
+            for index, linear in enumerate(group.linears):
+                a = a_pages[pages, index].flatten(0, 1)
+                b = b_pages[pages][:, :, group.columns(linear)].flatten(0, 1)
+                pair = weights.tensors.get((layer, linear))
+                rank = 0 if pair is None else pair[0].shape[0]
+                if pair is not None:
+                    assert torch.equal(a[:rank], pair[0].to(a.dtype))
+                    assert torch.equal(b[:rank], pair[1].T.to(b.dtype))
+                assert not a[rank:].any()
+                assert not b[rank:].any()

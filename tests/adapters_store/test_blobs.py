@@ -1,0 +1,124 @@
+"""Blobs: whole or absent, checked on every read, in a folder and in a remote store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from adapters_store.blobs import BlobStore
+from adapters_store.errors import AdapterLoadFailed, StoreError, StoreUnavailable
+
+BYTES = b"some bytes" * 100
+DIGEST = hashlib.sha256(BYTES).hexdigest()
+
+
+@pytest.fixture(params=["file", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    url = f"file://{tmp_path / 'blobs'}" if request.param == "file" else f"memory://{uuid.uuid4().hex}/blobs"
+    return BlobStore(url, cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(BYTES)
+    return path
+
+
+def damage(store: BlobStore) -> None:
+    fs, root = fsspec.core.url_to_fs(store.url)
+    with fs.open(f"{root}/{DIGEST[:2]}/{DIGEST}", "wb") as file:
+        file.write(BYTES[:-1] + b"!")
+
+
+def test_what_was_put_is_read_back(store: BlobStore, source: Path) -> None:
+    assert not store.exists(DIGEST)
+    store.put(DIGEST, source)
+    assert store.exists(DIGEST)
+    assert store.local_path(DIGEST).read_bytes() == BYTES
+    with store.open(DIGEST) as file:
+        assert file.read() == BYTES
+    assert list(store.digests()) == [DIGEST]
+
+
+def test_putting_again_is_harmless(store: BlobStore, source: Path) -> None:
+    store.put(DIGEST, source)
+    store.put(DIGEST, source)
+    assert list(store.digests()) == [DIGEST]
+
+
+def test_a_file_with_another_digest_is_not_stored(store: BlobStore, source: Path) -> None:
+    with pytest.raises(StoreError):
+        store.put("0" * 64, source)
+    assert list(store.digests()) == []
+
+
+def test_damage_is_found_on_reading_and_healed_by_putting_again(store: BlobStore, source: Path) -> None:
+    store.put(DIGEST, source)
+    damage(store)
+    with pytest.raises(AdapterLoadFailed, match="damaged"):
+        store.local_path(DIGEST)
+    store.put(DIGEST, source)
+    assert store.local_path(DIGEST).read_bytes() == BYTES
+
+
+def test_a_missing_blob_says_so(store: BlobStore) -> None:
+    with pytest.raises(AdapterLoadFailed, match="missing"):
+        store.local_path(DIGEST)
+
+
+def test_a_deleted_blob_is_gone_and_deleting_twice_is_harmless(store: BlobStore, source: Path) -> None:
+    store.put(DIGEST, source)
+    store.delete(DIGEST)
+    store.delete(DIGEST)
+    assert not store.exists(DIGEST)
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc/passwd", "A" * 64, "0" * 63])
+def test_only_digests_name_blobs(store: BlobStore, digest: str) -> None:
+    with pytest.raises(ValueError, match="not a SHA-256 digest"):
+        store.exists(digest)
+
+
+def test_a_damaged_local_copy_of_a_remote_blob_is_fetched_again(tmp_path: Path, source: Path) -> None:
+    store = BlobStore(f"memory://{uuid.uuid4().hex}", cache_dir=tmp_path / "cache")
+    store.put(DIGEST, source)
+    store.local_path(DIGEST).write_bytes(b"damaged")
+    assert store.local_path(DIGEST).read_bytes() == BYTES
+
+
+def test_the_local_cache_of_a_remote_store_stays_within_its_limit(tmp_path: Path) -> None:
+    store = BlobStore(f"memory://{uuid.uuid4().hex}", cache_dir=tmp_path / "cache", cache_bytes=2500)
+    paths = []
+    for i in range(4):
+        data = bytes([i]) * 1000
+        (tmp_path / "source").write_bytes(data)
+        digest = hashlib.sha256(data).hexdigest()
+        store.put(digest, tmp_path / "source")
+        paths.append(store.local_path(digest))
+        os.utime(paths[-1], (i, i))
+    assert [path.exists() for path in paths] == [False, False, True, True]
+
+
+def test_opening_a_folder_removes_old_leftovers_only(tmp_path: Path, source: Path) -> None:
+    url = f"file://{tmp_path / 'blobs'}"
+    BlobStore(url).put(DIGEST, source)
+    folder = tmp_path / "blobs" / DIGEST[:2]
+    old, new = folder / ".tmp-old", folder / ".tmp-new"
+    old.touch()
+    new.touch()
+    os.utime(old, (time.time() - 7200,) * 2)
+    store = BlobStore(url)
+    assert (old.exists(), new.exists(), store.exists(DIGEST)) == (False, True, True)
+
+
+def test_a_store_that_cannot_be_written_is_unavailable(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "blobs").write_text("a file, not a folder")
+    with pytest.raises(StoreUnavailable):
+        BlobStore(f"file://{tmp_path / 'blobs'}").put(DIGEST, source)

@@ -1,0 +1,85 @@
+"""The schema: migrations make exactly the tables that the code declares, whoever runs them and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import insert, select
+from sqlalchemy.exc import IntegrityError
+
+from adapters_store.accounts import Accounts
+from adapters_store.database import Database
+from adapters_store.errors import StoreUnavailable
+from adapters_store.tables import adapters, metadata, tenants
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """A database without tables."""
+    if request.param == "postgresql":
+        yield request.getfixturevalue("postgresql")
+        return
+    database = Database(f"sqlite:///{tmp_path / 'new' / 'patchbay.db'}")
+    yield database
+    database.dispose()
+
+
+def test_migrations_make_the_declared_tables(empty: Database) -> None:
+    empty.upgrade()
+    with empty.read() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, metadata) == []
+
+
+def test_upgrading_again_changes_nothing(empty: Database) -> None:
+    empty.upgrade()
+    Accounts(empty).create_tenant("acme")
+    empty.upgrade()
+    assert [tenant.id for tenant in Accounts(empty).list_tenants()] == ["acme"]
+
+
+def test_several_processes_may_upgrade_at_once(empty: Database) -> None:
+    databases = [Database(empty.engine.url.render_as_string(hide_password=False)) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(Database.upgrade, databases))
+    for database in databases:
+        database.dispose()
+    assert Accounts(empty).list_tenants() == []
+
+
+def test_foreign_keys_are_enforced(database: Database) -> None:
+    values = {"tenant": "nobody", "name": "x", "last_version": 0, "created_at": 0}
+    with pytest.raises(IntegrityError), database.write() as connection:
+        connection.execute(insert(adapters).values(values))
+
+
+def test_a_write_that_raises_leaves_nothing(database: Database) -> None:
+    def fail() -> None:
+        with database.write() as connection:
+            connection.execute(insert(tenants).values(id="acme", created_at=0))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    with database.read() as connection:
+        assert connection.execute(select(tenants)).all() == []
+
+
+def test_commits_are_durable_and_readers_do_not_wait(sqlite: Database) -> None:
+    with sqlite.read() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2  # FULL
+    with sqlite.write() as writer, sqlite.read() as reader:
+        writer.execute(insert(tenants).values(id="acme", created_at=0))
+        assert reader.execute(select(tenants)).all() == []
+
+
+def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None:
+    (tmp_path / "folder.db").mkdir()
+    with pytest.raises(StoreUnavailable):
+        Database(f"sqlite:///{tmp_path / 'folder.db'}").upgrade()

@@ -1,0 +1,131 @@
+"""The host cache: one load at a time per adapter, bounded bytes, failures forgotten."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters_store.blobs import BlobStore
+from adapters_store.errors import AdapterLoadFailed
+from adapters_store.host_cache import HostCache
+
+from .random_adapters import GatedBlobStore, put_adapter, random_weights
+
+
+@pytest.fixture
+def gated(tmp_path: Path) -> GatedBlobStore:
+    return GatedBlobStore(f"file://{tmp_path / 'blobs'}")
+
+
+@pytest.fixture
+def caches() -> Iterator[Any]:
+    made: list[HostCache] = []
+
+    def make(*args: Any) -> HostCache:
+        made.append(HostCache(*args))
+        return made[-1]
+
+    yield make
+    for cache in made:
+        cache.close()
+
+
+def test_weights_come_back_as_stored(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
+    adapter = put_adapter(blobs, tmp_path, rank=5, seed=3)
+    weights = caches(blobs, 1 << 20).get(adapter.digest).result(timeout=30)
+    expected = random_weights(5, 3)
+    assert weights.rank == 5
+    assert weights.tensors.keys() == expected.tensors.keys()
+    for key, pair in expected.tensors.items():
+        assert all(map(torch.equal, weights.tensors[key], pair))
+
+
+def test_overlapping_gets_are_one_load(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
+    adapter = put_adapter(gated, tmp_path, rank=4)
+    cache = caches(gated, 1 << 20)
+    first, second = cache.get(adapter.digest), cache.get(adapter.digest)
+    assert not first.done()
+    gated.gate.set()
+    weights = first.result(timeout=30)
+    assert second.result(timeout=30) is weights
+    kept = cache.get(adapter.digest)
+    assert kept.done()
+    assert kept.result() is weights
+    assert gated.num_reads == 1
+
+
+def test_the_least_recently_used_leave_first(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
+    gated.gate.set()
+    a, b, c = (put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(3))
+    size = random_weights(4, 0).num_bytes
+    cache = caches(gated, 2 * size)
+    for digest in (a, b, a, c):  # c pushes b out
+        cache.get(digest).result(timeout=30)
+    assert cache.num_bytes == 2 * size
+    assert gated.num_reads == 3
+    assert cache.get(a).done()
+    assert cache.get(c).done()
+    cache.get(b).result(timeout=30)
+    assert gated.num_reads == 4
+    assert cache.num_bytes == 2 * size
+
+
+def test_an_adapter_larger_than_the_cache_is_handed_out_and_not_kept(
+    gated: GatedBlobStore, caches: Any, tmp_path: Path
+) -> None:
+    gated.gate.set()
+    small, large = (put_adapter(gated, tmp_path, rank=rank).digest for rank in (2, 30))
+    cache = caches(gated, random_weights(2, 0).num_bytes)
+    cache.get(small).result(timeout=30)
+    assert cache.get(large).result(timeout=30).rank == 30
+    assert cache.get(small).done(), "the small one was thrown out for nothing"
+    cache.get(large).result(timeout=30)
+    assert gated.num_reads == 3
+
+
+def test_failures_are_not_kept(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
+    adapter = put_adapter(blobs, tmp_path, rank=4)
+    path = blobs.local_path(adapter.digest)
+    good = path.read_bytes()
+    cache = caches(blobs, 1 << 20)
+    path.write_bytes(good[:-8] + bytes(8))
+    with pytest.raises(AdapterLoadFailed, match="damaged"):
+        cache.get(adapter.digest).result(timeout=30)
+    path.write_bytes(good)
+    assert cache.get(adapter.digest).result(timeout=30).rank == 4
+
+
+def test_callbacks_may_use_the_cache(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
+    a, b = (put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(2))
+    cache = caches(gated, 1 << 20, 1)
+    chained = threading.Event()
+    again: list[bool] = []
+
+    def on_done(_: Any) -> None:
+        again.append(cache.get(a).done())
+        cache.get(b).add_done_callback(lambda _: chained.set())
+
+    cache.get(a).add_done_callback(on_done)
+    gated.gate.set()
+    assert chained.wait(timeout=30)
+    assert again == [True], "a result is kept before its callbacks run"
+
+
+def test_close_fails_what_has_not_begun(gated: GatedBlobStore, tmp_path: Path) -> None:
+    digests = [put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(2)]
+    cache = HostCache(gated, 1 << 20, num_threads=1)
+    running, queued = (cache.get(digest) for digest in digests)
+    closer = threading.Thread(target=cache.close)
+    closer.start()
+    gated.gate.set()
+    closer.join(timeout=30)
+    assert running.result(timeout=30).rank == 4
+    # It may have begun between the two: then it ends well.
+    assert queued.done()
+    with pytest.raises(RuntimeError):
+        cache.get("0" * 64)

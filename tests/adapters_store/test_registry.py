@@ -1,0 +1,207 @@
+"""Versions and aliases: numbering, isolation between tenants, rollback, deletion, concurrency."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from adapters_store.accounts import Accounts
+from adapters_store.blobs import BlobStore
+from adapters_store.database import Database
+from adapters_store.errors import (
+    AdapterNotFound,
+    AliasInUse,
+    InvalidName,
+    NoPreviousVersion,
+    TenantNotFound,
+)
+from adapters_store.names import AdapterRef
+from adapters_store.registry import AdapterRegistry
+from adapters_store.upload import StagedAdapter
+
+
+@pytest.fixture(autouse=True)
+def _tenants(database: Database) -> None:
+    for tenant in ("acme", "globex"):
+        Accounts(database).create_tenant(tenant)
+
+
+def test_a_published_version_resolves_by_all_its_names(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    created = registry.publish("acme", "support", staged)
+    registry.set_alias("acme", "support", "prod", 1)
+    assert created.ref == "acme/support:1"
+    for ref in ("acme/support", "acme/support:1", "acme/support@default", "acme/support@prod"):
+        assert registry.resolve("acme", ref) == created
+
+
+def test_publishing_moves_only_the_alias_it_names(
+    registry: AdapterRegistry, staged: StagedAdapter, other: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    registry.publish("acme", "support", other, alias="canary")
+    assert registry.get("acme", "support").aliases == {"canary": 2, "default": 1}
+    assert registry.resolve("acme", "acme/support@canary").digest == other.manifest.digest
+
+
+def test_equal_content_is_a_new_version_that_shares_the_blob(
+    registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter
+) -> None:
+    first = registry.publish("acme", "support", staged)
+    second = registry.publish("globex", "theirs", staged)
+    third = registry.publish("acme", "support", staged)
+    assert (first.version, second.version, third.version) == (1, 1, 2)
+    assert len(list(blobs.digests())) == 1
+
+
+@pytest.mark.parametrize("ref", ["acme/support", "acme/support:1", "acme/support@default"])
+def test_a_foreign_adapter_looks_like_an_absent_one(registry: AdapterRegistry, staged: StagedAdapter, ref: str) -> None:
+    registry.publish("acme", "support", staged)
+    with pytest.raises(AdapterNotFound) as foreign:
+        registry.resolve("globex", ref)
+    absent_ref = ref.replace("support", "absence")
+    with pytest.raises(AdapterNotFound) as absent:
+        registry.resolve("globex", absent_ref)
+    assert str(foreign.value).replace(ref, "") == str(absent.value).replace(absent_ref, "")
+    assert registry.list("globex") == ()
+
+
+def test_no_operation_reaches_another_tenants_adapter(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    for call in (
+        lambda: registry.get("globex", "support"),
+        lambda: registry.set_alias("globex", "support", "prod", 1),
+        lambda: registry.rollback("globex", "support"),
+        lambda: registry.delete("globex", "support", 1),
+    ):
+        with pytest.raises(AdapterNotFound):
+            call()
+    assert registry.get("acme", "support").aliases == {"default": 1}
+
+
+@pytest.mark.parametrize(
+    "ref",
+    ["", "acme", "acme/", "/support", "acme/support:", "acme/support:0", "acme/support:01", "acme/support:-1",
+     "acme/support:9999999999", "acme/support@", "acme/support@prod:1", "acme/a/b", "ACME/support", "acme/support ",
+     "acme/support\n", "acme/suppor\u0442", "acme/%", "acme/support' OR '1'='1"],
+)  # fmt: skip
+def test_what_is_not_a_reference_is_not_found(registry: AdapterRegistry, staged: StagedAdapter, ref: str) -> None:
+    registry.publish("acme", "support", staged)
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("acme", ref)
+
+
+def test_references_parse() -> None:
+    assert AdapterRef.parse("a/b") == AdapterRef("a", "b", None, "default")
+    assert AdapterRef.parse("a/b.c-1:12") == AdapterRef("a", "b.c-1", 12, None)
+    assert AdapterRef.parse("a/b@prod") == AdapterRef("a", "b", None, "prod")
+
+
+@pytest.mark.parametrize("name", ["", "Support", "-a", ".a", "a/b", "a:b", "a@b", "a b", "x" * 64, "\u0430", "a\n"])
+def test_invalid_names_are_refused(registry: AdapterRegistry, staged: StagedAdapter, name: str) -> None:
+    with pytest.raises(InvalidName):
+        registry.publish("acme", name, staged)
+    with pytest.raises(InvalidName):
+        registry.publish("acme", "support", staged, alias=name)
+    assert registry.list("acme") == ()
+
+
+def test_an_unknown_tenant_cannot_publish(registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter) -> None:
+    with pytest.raises(TenantNotFound):
+        registry.publish("initech", "support", staged)
+    assert list(blobs.digests()) == []
+
+
+@pytest.mark.parametrize("version", [0, -1, 2, 2**31, 2**70])
+def test_an_alias_cannot_name_an_absent_version(registry: AdapterRegistry, staged: StagedAdapter, version: int) -> None:
+    registry.publish("acme", "support", staged)
+    with pytest.raises(AdapterNotFound):
+        registry.set_alias("acme", "support", "default", version)
+    assert registry.get("acme", "support").aliases == {"default": 1}
+
+
+def test_rollback_goes_back_step_by_step(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    for _ in range(3):
+        registry.publish("acme", "support", staged)
+    assert registry.rollback("acme", "support").version == 2
+    assert registry.rollback("acme", "support").version == 1
+    with pytest.raises(NoPreviousVersion):
+        registry.rollback("acme", "support")
+    registry.set_alias("acme", "support", "default", 3)
+    assert registry.rollback("acme", "support").version == 1
+
+
+def test_setting_an_alias_twice_to_one_version_is_one_step(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    registry.publish("acme", "support", staged)
+    registry.set_alias("acme", "support", "default", 2)
+    assert registry.rollback("acme", "support").version == 1
+
+
+def test_rollback_of_an_absent_alias_is_not_found(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    with pytest.raises(AdapterNotFound):
+        registry.rollback("acme", "support", "prod")
+
+
+def test_an_aliased_version_cannot_be_deleted(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    registry.set_alias("acme", "support", "prod", 1)
+    with pytest.raises(AliasInUse) as caught:
+        registry.delete("acme", "support", 1)
+    assert caught.value.aliases == ["default", "prod"]
+    assert registry.resolve("acme", "acme/support").version == 1
+
+
+def test_a_deleted_version_is_gone_with_its_bytes_and_its_number_stays_used(
+    registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter, other: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    registry.publish("acme", "support", other)
+    registry.rollback("acme", "support")
+    registry.delete("acme", "support", 2)
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("acme", "acme/support:2")
+    assert list(blobs.digests()) == [staged.manifest.digest]
+    assert registry.publish("acme", "support", other).version == 3
+
+
+def test_rollback_passes_over_a_deleted_version(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    for _ in range(3):
+        registry.publish("acme", "support", staged)
+    registry.delete("acme", "support", 2)
+    assert registry.rollback("acme", "support").version == 1
+
+
+def test_deleting_keeps_bytes_that_another_version_shares(
+    registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    registry.publish("acme", "support", staged)
+    registry.delete("acme", "support", 1)
+    assert blobs.local_path(registry.resolve("acme", "acme/support").digest).exists()
+
+
+def test_concurrent_publishes_get_distinct_versions(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        published = list(pool.map(lambda _: registry.publish("acme", "support", staged), range(24)))
+    assert sorted(version.version for version in published) == list(range(1, 25))
+    info = registry.get("acme", "support")
+    assert [version.version for version in info.versions] == list(range(1, 25))
+    assert info.aliases["default"] in range(1, 25)
+
+
+def test_publishing_and_deleting_one_blob_at_once_never_loses_it(
+    registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter, other: StagedAdapter
+) -> None:
+    def come_and_go(tenant: str) -> None:
+        registry.publish(tenant, "support", other)
+        for _ in range(8):
+            version = registry.publish(tenant, "support", staged)
+            assert blobs.local_path(version.digest).exists()
+            registry.set_alias(tenant, "support", "default", 1)
+            registry.delete(tenant, "support", version.version)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(come_and_go, ["acme", "globex"]))
+    assert list(blobs.digests()) == [other.manifest.digest]
