@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -25,7 +25,7 @@ class PromptEncoder:
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids.
 
-        Raises `InvalidRequest` for an empty prompt, ids outside the vocabulary or messages that the template refuses,
+        Raises `InvalidRequest` for an empty prompt, ids outside the vocabulary (also in logit_bias and stop ids) or messages that the template refuses,
         and `ContextLengthExceeded` when the prompt leaves no room for one token.
         """
         if request.messages is not None:
@@ -35,6 +35,8 @@ class PromptEncoder:
         else:
             token_ids = list(request.prompt or ())
         self._check(token_ids, "messages" if request.messages is not None else "prompt")
+        self._check_ids(request.sampling.logit_bias, "logit_bias")
+        self._check_ids(request.sampling.stop_token_ids, "stop_token_ids")
         return token_ids
 
     def max_tokens(self, request: GenerateRequest, num_prompt: int) -> int:
@@ -65,10 +67,13 @@ class PromptEncoder:
     def _check(self, token_ids: list[int], param: str) -> None:
         if not token_ids:
             raise InvalidRequest(f"{param} is empty; send at least one token.", param=param)
-        if min(token_ids) < 0 or max(token_ids) >= self.vocab_size:
-            raise InvalidRequest(f"{param}: token ids must be in [0, {self.vocab_size}).", param=param)
+        self._check_ids(token_ids, param)
         if len(token_ids) >= self.max_model_len:
             raise ContextLengthExceeded(
                 f"This model's context is {self.max_model_len} tokens; the prompt has {len(token_ids)}.",
                 param=param,
             )
+
+    def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
+        if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):
+            raise InvalidRequest(f"{param}: token ids must be in [0, {self.vocab_size}).", param=param)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from adapters_store.blobs import BlobStore
 
+from adapters_store.blobs import BlobStore
 from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef

@@ -55,7 +55,7 @@ def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> Counter[i
 
 
 def reference_filter(logits: torch.Tensor, params: SamplingParams, slack: float = 0.0) -> torch.Tensor:
-    """min-p, top-k, top-p of one row [vocab], in fp64 and one token at a time; ties live or die together.
+    """min-p, top-k, top-p of one row [vocab], in fp64 and by their definitions; ties live or die together.
 
     slack: how far the bounds are moved, outwards where it is positive.
     """
@@ -67,11 +67,8 @@ def reference_filter(logits: torch.Tensor, params: SamplingParams, slack: float 
         logits = logits.where(logits >= kth, -torch.inf)
     if params.top_p == 1.0:
         return logits
-    probs = logits.softmax(-1)
-    kept = [token for token in range(len(logits)) if probs[logits > logits[token]].sum() < params.top_p + slack]
-    mask = torch.zeros(len(logits), dtype=torch.bool)
-    mask[kept or logits.argmax()] = True
-    return logits.where(mask, -torch.inf)
+    mass_before = (logits > logits[:, None]).double() @ logits.softmax(-1)
+    return logits.where((mass_before < params.top_p + slack) | (logits == logits.max()), -torch.inf)
 
 
 @pytest.mark.parametrize("vocab_size", [64, 100, 512])
@@ -99,7 +96,7 @@ FILTERS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=100, derandomize=True)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(
     params=st.lists(FILTERS, min_size=1, max_size=5),
     vocab_size=st.sampled_from([3, 64, 150, 700]),
