@@ -1,0 +1,226 @@
+"""Causal attention of ragged queries over a paged key-value cache, grouped heads, optional sliding window."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Decode rows are gathered as one group up to this ratio of gathered blocks to used ones.
+_MAX_PADDING = 1.5
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Decode rows of similar context length, attended in one batched call by the plain PyTorch path.
+
+    rows: int64 [n] rows of q, or None when they are all rows of q. blocks: int32 [n * num_blocks] (0 beyond a row's).
+    num_positions: cache positions gathered a row. context_lens: int32 [n, 1, 1, 1].
+    mask: fp32 [n, 1, 1, num_positions], 0 on the context and -inf beyond it.
+    """
+
+    rows: Tensor | None
+    blocks: Tensor
+    num_positions: int
+    context_lens: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """One step's sequences, decode rows (one query) first; built once, shared by every layer.
+
+    query_lens, context_lens: host lists; a context counts the tokens of this step.
+    num_decodes: how many sequences at the front have one query.
+    block_table: int32 [num_seqs, max_blocks] (0 beyond a sequence's blocks). context_len: int32 [num_seqs].
+    query_start: int32 [num_seqs + 1], where each sequence's rows of q begin.
+    """
+
+    query_lens: list[int]
+    context_lens: list[int]
+    block_size: int
+    num_decodes: int
+    max_query_len: int
+    block_table: Tensor
+    context_len: Tensor
+    query_start: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        query_lens: list[int],
+        context_lens: list[int],
+        block_tables: list[list[int]],
+        block_size: int,
+        device: torch.device | str,
+    ) -> "AttentionMetadata":
+        """Packs one step's sequences and copies them to the device in one transfer.
+
+        Decode rows come first (a sequence with one query elsewhere is right too, but slower). A block table may be
+        longer than its context needs.
+        """
+        num_seqs = len(query_lens)
+        used = [-(-context // block_size) for context in context_lens]
+        max_blocks = max(used, default=0)
+        packed = np.zeros(num_seqs * (max_blocks + 2) + 1, dtype=np.int32)
+        table = packed[: num_seqs * max_blocks].reshape(num_seqs, max_blocks)
+        filled = np.arange(max_blocks) < np.array(used, dtype=np.int32)[:, None]
+        table[filled] = list(chain.from_iterable(map(_first, block_tables, used)))
+        packed[table.size : table.size + num_seqs] = context_lens
+        packed[table.size + num_seqs :] = [0, *accumulate(query_lens)]
+        on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+        return cls(
+            query_lens=query_lens,
+            context_lens=context_lens,
+            block_size=block_size,
+            num_decodes=next((i for i, n in enumerate(query_lens) if n > 1), num_seqs),
+            max_query_len=max(query_lens, default=0),
+            block_table=on_device[: table.size].view(num_seqs, max_blocks),
+            context_len=on_device[table.size : table.size + num_seqs],
+            query_start=on_device[table.size + num_seqs :],
+        )
+
+    @cached_property
+    def decode_groups(self) -> tuple[DecodeGroup, ...]:
+        """The decode rows: one group when that pads little, else groups within a factor of two of each other."""
+        used = [self.num_blocks(row) for row in range(self.num_decodes)]
+        if not used:
+            return ()
+        if max(used) * len(used) <= _MAX_PADDING * sum(used):
+            return (self._decode_group(list(range(len(used)))),)
+        by_size: dict[int, list[int]] = {}
+        for row, blocks in enumerate(used):
+            by_size.setdefault(blocks.bit_length(), []).append(row)
+        return tuple(self._decode_group(rows) for rows in by_size.values())
+
+    @cached_property
+    def prefill_masks(self) -> tuple[Tensor | None, ...]:
+        """Causal mask, bool [query_len, context_len], of each sequence after the decode rows; None without a prefix."""
+        return tuple(
+            None if n == c else causal_mask(n, c, None, self.context_len.device)
+            for n, c in zip(self.query_lens[self.num_decodes :], self.context_lens[self.num_decodes :], strict=True)
+        )
+
+    def num_blocks(self, seq: int) -> int:
+        """Blocks that the context of sequence `seq` fills."""
+        return -(-self.context_lens[seq] // self.block_size)
+
+    def _decode_group(self, rows: list[int]) -> DecodeGroup:
+        device = self.context_len.device
+        index = torch.tensor(rows, device=device)
+        width = max(self.num_blocks(row) for row in rows)
+        num_positions = width * self.block_size
+        context_lens = self.context_len.index_select(0, index).view(-1, 1, 1, 1)
+        mask = torch.zeros((len(rows), 1, 1, num_positions), device=device)
+        mask.masked_fill_(torch.arange(num_positions, device=device) >= context_lens, float("-inf"))
+        return DecodeGroup(
+            rows=None if len(rows) == sum(self.query_lens) else index,
+            blocks=self.block_table[:, :width].index_select(0, index).view(-1),
+            num_positions=num_positions,
+            context_lens=context_lens,
+            mask=mask,
+        )
+
+
+def _first(blocks: list[int], count: int) -> list[int]:
+    return blocks[:count]
+
+
+def causal_mask(query_len: int, context_len: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [query_len, context_len]: key j is seen by the query at position i iff i - window < j <= i."""
+    query = torch.arange(context_len - query_len, context_len, device=device).unsqueeze(1)
+    key = torch.arange(context_len, device=device)
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+def paged_attention_ref(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, sliding_window: int | None
+) -> Tensor:
+    """`paged_attention` in plain PyTorch: one SDPA a group of decode rows, one a longer sequence."""
+    out = torch.empty_like(q)
+    for group in meta.decode_groups:
+        rows = q if group.rows is None else q.index_select(0, group.rows)
+        attended = _attend_decodes(rows, k_cache, v_cache, group, scale, sliding_window)
+        if group.rows is None:
+            return attended
+        out.index_copy_(0, group.rows, attended)
+    start = meta.num_decodes
+    for index in range(len(meta.query_lens) - meta.num_decodes):
+        end = start + meta.query_lens[meta.num_decodes + index]
+        out[start:end] = _attend_prefill(q[start:end], k_cache, v_cache, meta, index, scale, sliding_window)
+        start = end
+    return out
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, sliding_window: int | None
+) -> Tensor:
+    """softmax(scale q k^T + causal mask) v for each sequence over its own pages.
+
+    q: [num_tokens, num_heads, head_dim] fp32, bf16 or fp16, the sequences' rows one after the other as in `meta`.
+    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] in q's dtype, contiguous, and finite everywhere
+    (allocated as zeros); num_heads is a multiple of num_kv_heads. The last query of a sequence sits at its context's
+    last position. With `sliding_window` w a query sees itself and the w - 1 positions before it.
+    Returns [num_tokens, num_heads, head_dim]. Triton on a GPU, `paged_attention_ref` elsewhere.
+    """
+    if q.is_cuda:
+        from lora_kernels.triton_attention import paged_attention_triton
+
+        return paged_attention_triton(q, k_cache, v_cache, meta, scale, sliding_window)
+    return paged_attention_ref(q, k_cache, v_cache, meta, scale, sliding_window)
+
+
+def _attend_decodes(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, group: DecodeGroup, scale: float, window: int | None
+) -> Tensor:
+    num_rows, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    # One buffer for both: two of one size are just what makes glibc return the memory to the system after each call
+    # and fault it in again at the next (seen with 12 MB: 3,000 page faults a call, against none).
+    gathered = k_cache.new_empty((2, len(group.blocks), *k_cache.shape[1:]))
+    torch.index_select(k_cache, 0, group.blocks, out=gathered[0])
+    torch.index_select(v_cache, 0, group.blocks, out=gathered[1])
+    k, v = gathered.view(2, num_rows, group.num_positions, num_kv_heads, head_dim).transpose(2, 3)
+    mask = group.mask
+    if window is not None:
+        outside = torch.arange(group.num_positions, device=q.device) < group.context_lens - window
+        mask = mask.masked_fill(outside, float("-inf"))
+    out = F.scaled_dot_product_attention(
+        q.unsqueeze(2), k, v, attn_mask=mask.to(q.dtype), scale=scale, enable_gqa=num_heads != num_kv_heads
+    )
+    return out.view(num_rows, num_heads, head_dim)
+
+
+def _attend_prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    meta: AttentionMetadata,
+    index: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """[query_len, num_heads, head_dim] of the sequence that is `index` places after the decode rows."""
+    query_len, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    seq = meta.num_decodes + index
+    context, blocks = meta.context_lens[seq], meta.block_table[seq, : meta.num_blocks(seq)]
+    k = k_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context]
+    v = v_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context]
+    mask = meta.prefill_masks[index]
+    if window is not None and window < context:
+        mask = causal_mask(query_len, context, window, q.device)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1).unsqueeze(0),
+        k.transpose(0, 1).unsqueeze(0),
+        v.transpose(0, 1).unsqueeze(0),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=num_heads != num_kv_heads,
+    )
+    return out.squeeze(0).transpose(0, 1)

@@ -1,0 +1,187 @@
+"""NF4 weights (QLoRA, arXiv 2305.14314) laid out as bitsandbytes stores them, and the product with them.
+
+Blocks of 64 consecutive weights share one scale (absmax); the scales are quantized again to 8 bits in blocks of 256
+after their mean is taken off ("double quantization"). Everything but `nf4_matmul` is plain PyTorch and runs on the
+device of its argument.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+NESTED_BLOCK = 256
+
+# The 16 quantiles of the normal distribution, bitsandbytes' constants.
+NF4_CODE = torch.tensor(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=torch.float32,
+)
+
+_SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LUT_LAST = 65535
+
+
+@dataclass(frozen=True)
+class NF4Weight:
+    """One quantized [out, in] matrix.
+
+    packed: uint8 [out * in / 2], two weights a byte, the first in the high nibble.
+    absmax_u8: uint8 [num_blocks], the scale of each 64 weights, quantized.
+    nested_absmax: fp32 [ceil(num_blocks / 256)], the scale of each 256 scales.
+    nested_offset: fp32 scalar, the mean of the scales.
+    nested_code: fp32 [256], the 8-bit dynamic map that absmax_u8 indexes.
+    shape: (out, in). dtype: that of the weight before quantization.
+    """
+
+    packed: Tensor
+    absmax_u8: Tensor
+    nested_absmax: Tensor
+    nested_offset: Tensor
+    nested_code: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    def absmax(self) -> Tensor:
+        """The scales, fp32 [num_blocks], with bitsandbytes' rounding (multiply, then add)."""
+        nested = self.nested_absmax.repeat_interleave(NESTED_BLOCK)[: self.absmax_u8.numel()]
+        return self.nested_code[self.absmax_u8.int()] * nested + self.nested_offset
+
+
+def quantize_nf4(weight: Tensor) -> NF4Weight:
+    """Quantizes weight [out, in] (fp32, bf16 or fp16) to the bits that bitsandbytes makes of it on a CPU.
+
+    Equal to `bitsandbytes.functional.quantize_4bit(w, quant_type="nf4", compress_statistics=True, blocksize=64)`.
+    Raises ValueError when the weight is not a 2-d float matrix or `in` is not a multiple of 64.
+    """
+    if weight.ndim != 2 or weight.dtype not in _SOURCE_DTYPES or weight.shape[1] % BLOCK:
+        raise ValueError(
+            f"NF4 needs an fp32, bf16 or fp16 matrix with columns in multiples of {BLOCK}, "
+            f"got {weight.dtype} {tuple(weight.shape)}"
+        )
+    blocks = weight.reshape(-1, BLOCK).float()
+    absmax = blocks.abs().amax(dim=1)
+    scaled = blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)
+    midpoints = ((NF4_CODE[:-1] + NF4_CODE[1:]) / 2).to(weight.device)
+    codes = torch.bucketize(scaled.clamp_(-1, 1).view(-1), midpoints, out_int32=True).to(torch.uint8)
+    # The mean is taken on the CPU so that a weight quantized on a GPU has the offset that bitsandbytes' CPU path gives.
+    offset = absmax.cpu().mean().to(weight.device)
+    absmax_u8, nested_absmax = _quantize_absmax(absmax - offset)
+    return NF4Weight(
+        packed=(codes[::2] << 4) | codes[1::2],
+        absmax_u8=absmax_u8,
+        nested_absmax=nested_absmax,
+        nested_offset=offset,
+        nested_code=dynamic_map().to(weight.device, copy=True),
+        shape=(weight.shape[0], weight.shape[1]),
+        dtype=weight.dtype,
+    )
+
+
+def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] in `dtype`: fp32 code times fp32 scale, rounded once."""
+    out_features, in_features = weight.shape
+    packed = weight.packed.view(out_features, in_features // 2)
+    return unpack_nf4(packed, weight.absmax().view(out_features, in_features // BLOCK), dtype)
+
+
+def unpack_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] in `dtype` from packed uint8 [out, in / 2] and absmax fp32 [out, in / 64]."""
+    if packed.is_cuda:
+        from lora_kernels.triton_nf4 import unpack_nf4_triton
+
+        return unpack_nf4_triton(packed, absmax, dtype)
+    return unpack_nf4_ref(packed, absmax, dtype)
+
+
+def unpack_nf4_ref(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """`unpack_nf4` in plain PyTorch: one look-up of a pair of weights a byte."""
+    pairs = _pair_table().to(packed.device)[packed.view(-1).int()]  # [out * in / 2, 2]
+    return (pairs.view(-1, BLOCK) * absmax.view(-1, 1)).to(dtype).view(packed.shape[0], -1)
+
+
+def nf4_matmul_ref(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+    """`nf4_matmul` in plain PyTorch: the weight is unpacked to x's dtype, then multiplied."""
+    return F.linear(x, unpack_nf4_ref(packed, absmax, x.dtype))
+
+
+def nf4_matmul(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+    """y = x W^T with an NF4 W, accumulated in fp32.
+
+    x: [num_tokens, in] fp32, bf16 or fp16, in % 64 == 0. packed: uint8 [out, in / 2]. absmax: fp32 [out, in / 64].
+    Returns [num_tokens, out] in x's dtype. Triton on a GPU, `nf4_matmul_ref` elsewhere. Raises ValueError on shapes
+    that do not belong together.
+    """
+    in_features = x.shape[-1]
+    if x.ndim != 2 or packed.shape[1] * 2 != in_features or absmax.shape != (packed.shape[0], in_features // BLOCK):
+        raise ValueError(
+            f"x {tuple(x.shape)}, packed {tuple(packed.shape)} and absmax {tuple(absmax.shape)} do not match"
+        )
+    if x.is_cuda:
+        from lora_kernels.triton_nf4 import nf4_matmul_triton
+
+        return nf4_matmul_triton(x, packed, absmax)
+    return nf4_matmul_ref(x, packed, absmax)
+
+
+@cache
+def dynamic_map() -> Tensor:
+    """The signed 8-bit dynamic data type of arXiv 1511.04561, sorted, fp32 [256]."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2
+        values += (10 ** (exponent - 6) * means).tolist()
+        values += (-(10 ** (exponent - 6)) * means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+@cache
+def _dynamic_lut() -> Tensor:
+    """uint8 [65536]: the code of each of 65,536 even steps over [-1, 1].
+
+    bitsandbytes' CPU path rounds a scale to such a step before it takes the nearest code, so codes that are closer to
+    each other than a step (those near zero) are never chosen. Bit equality needs the same detour.
+    """
+    code = dynamic_map()
+    steps = torch.arange(_LUT_LAST + 1, dtype=torch.float32) * 2 / _LUT_LAST - 1
+    return torch.bucketize(steps, (code[:-1] + code[1:]) * 0.5).to(torch.uint8)
+
+
+def _quantize_absmax(values: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit codes uint8 [n] of centred scales fp32 [n], and the scale fp32 of each 256 of them."""
+    blocks = F.pad(values, (0, -values.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    unit = (blocks * (1.0 / absmax).unsqueeze(1)).clamp(-1, 1)
+    # fp64 holds the product and the sum exactly, so the cast to fp32 rounds once, like the fused multiply-add there.
+    step = ((unit + 1) * 0.5).double() * _LUT_LAST + 0.5
+    step = step.float().nan_to_num(nan=0.0).int()  # an all-zero block has no scale; its codes are 0
+    codes = _dynamic_lut().to(values.device)[step].view(-1)
+    return codes[: values.numel()], absmax
+
+
+@cache
+def _pair_table() -> Tensor:
+    """fp32 [256, 2]: the two codes of each packed byte."""
+    byte = torch.arange(256)
+    return torch.stack([NF4_CODE[byte >> 4], NF4_CODE[byte & 15]], dim=1)
