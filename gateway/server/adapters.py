@@ -1,0 +1,197 @@
+"""The adapters of a tenant, for both wires: uploads, versions and aliases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final, Self, TypeVar
+
+from adapters_store.errors import AdapterNotFound
+from adapters_store.names import DEFAULT_ALIAS, check_name
+from adapters_store.upload import Staging, UploadLimits, UploadSink
+from gateway.errors import InvalidRequest, PermissionDenied
+
+if TYPE_CHECKING:
+    from adapters_store.accounts import Principal
+    from adapters_store.registry import AdapterInfo, AdapterVersion
+    from gateway.server.context import ServerContext
+
+T = TypeVar("T")
+
+ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
+_CONCURRENT_CHECKS: Final = 2
+
+
+class AdapterService:
+    """What a caller may do with adapters. An admin key reaches every tenant's, a tenant's key its own.
+
+    Every method may raise `StoreUnavailable`; an adapter of another tenant is `AdapterNotFound`, as an absent one.
+    """
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._registry = context.registry
+        self._checks = asyncio.Semaphore(_CONCURRENT_CHECKS)
+
+    async def list(self, principal: Principal) -> Sequence[AdapterInfo]:
+        """The adapters that the caller may call, by tenant and name."""
+        return await asyncio.to_thread(reachable_adapters, self._context, principal)
+
+    async def get(self, principal: Principal, tenant: str, name: str) -> AdapterInfo:
+        """One adapter. Raises `AdapterNotFound`."""
+        _check_reach(principal, tenant, name)
+        return await asyncio.to_thread(self._registry.get, tenant, name)
+
+    async def set_alias(self, principal: Principal, tenant: str, name: str, alias: str, version: int) -> AdapterInfo:
+        """Point an alias at a version. Raises `AdapterNotFound` or `InvalidName`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._registry.set_alias, tenant, name, alias, version)
+        return await self.get(principal, tenant, name)
+
+    async def rollback(self, principal: Principal, tenant: str, name: str, alias: str) -> AdapterInfo:
+        """Point an alias at the version before. Raises `AdapterNotFound` or `NoPreviousVersion`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._registry.rollback, tenant, name, alias)
+        return await self.get(principal, tenant, name)
+
+    async def delete(self, principal: Principal, tenant: str, name: str, version: int) -> None:
+        """Delete a version. Raises `AdapterNotFound` or `AliasInUse`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._registry.delete, tenant, name, version)
+
+    def upload(self, principal: Principal) -> Upload:
+        """An upload to fill and publish inside `async with`."""
+        return Upload(self._context, self._checks, principal)
+
+
+class Upload(AbstractAsyncContextManager["Upload"]):
+    """One upload on its way: nothing of it is left after the `async with` block but what was published.
+
+    All blocking work is done, in order, by one thread of its own, so a cancelled call never races its own clean-up.
+    checks: shared by all uploads, bounds how many unpack or validate at once, each in a process of its own.
+    """
+
+    def __init__(self, context: ServerContext, checks: asyncio.Semaphore, principal: Principal) -> None:
+        self._context = context
+        self.checks = checks
+        self._principal = principal
+        self._thread = ThreadPoolExecutor(1, "patchbay-upload")
+        self._staged: Staging | None = None
+
+    async def __aenter__(self) -> Self:
+        config = self._context.config
+        limits = UploadLimits(config.limits.max_upload_bytes, config.limits.max_unpacked_bytes)
+        root = Path(config.store.data_dir).resolve() / "staging"
+        try:
+            await self.run(lambda: self._open(root, limits))
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.shield(asyncio.wrap_future(self._close()))
+
+    @property
+    def _staging(self) -> Staging:
+        assert self._staged is not None, "used outside of `async with`"
+        return self._staged
+
+    async def begin(self, file_name: str, *, archive: bool | None = None) -> UploadFile:
+        """Begin the next file. archive: whether to unpack it; None goes by the name's suffix.
+
+        Raises `AdapterInvalid` when the name is refused.
+        """
+        if archive is None:
+            archive = file_name.endswith(ARCHIVE_SUFFIXES)
+        begin = self._staging.begin_archive if archive else self._staging.begin_file
+        return UploadFile(self, await self.run(lambda: begin(file_name)))
+
+    async def publish(
+        self, name: str, alias: str = DEFAULT_ALIAS, base_fingerprint: str | None = None
+    ) -> AdapterVersion:
+        """Check what came and publish it as the next version of `name` ("name" or "tenant/name").
+
+        base_fingerprint: of the base that the adapter was trained on, where the uploader knows it. Raises
+        `AdapterInvalid`, `InvalidName`, `TenantNotFound` or `PermissionDenied`; then nothing is kept.
+        """
+        tenant, own_name = self.target(name, alias)
+        base = (await self._context.router.info()).base_spec
+        async with self.checks:
+            max_rank = await self.run(lambda: self._max_rank(tenant))
+            staged = await self.run(lambda: self._staging.validate(base, max_rank, base_fingerprint))
+            return await self.run(lambda: self._context.registry.publish(tenant, own_name, staged, alias))
+
+    def target(self, name: str, alias: str = DEFAULT_ALIAS) -> tuple[str, str]:
+        """The tenant and the name to publish under. Raises `InvalidName` or `PermissionDenied`."""
+        tenant, own_name = split_name(self._principal, name)
+        if self._principal.tenant not in (None, tenant):
+            raise PermissionDenied(
+                f"This key publishes under {self._principal.tenant}/ only, not {tenant}/.", param="name"
+            )
+        check_name("name", own_name)
+        check_name("alias", alias)
+        return tenant, own_name
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do blocking work in the upload's thread."""
+        return await asyncio.wrap_future(self._thread.submit(work))
+
+    def _open(self, root: Path, limits: UploadLimits) -> None:
+        self._staged = Staging(root, limits)
+
+    def _close(self) -> Future[None]:
+        # Queued behind whatever still runs, the opening too: so it sees the staging that is there by then.
+        closed = self._thread.submit(lambda: self._staged.close() if self._staged else None)
+        self._thread.shutdown(wait=False)
+        return closed
+
+    def _max_rank(self, tenant: str) -> int:
+        own = self._context.accounts.get_tenant(tenant).max_rank
+        config = self._context.config
+        return min(own or config.limits.default_max_rank, config.engine.max_lora_rank)
+
+
+class UploadFile:
+    """One file of an upload."""
+
+    def __init__(self, upload: Upload, sink: UploadSink) -> None:
+        self._upload = upload
+        self._sink = sink
+
+    async def write(self, chunk: bytes) -> None:
+        """Take the next bytes. Raises `UploadTooLarge`."""
+        await self._upload.run(lambda: self._sink.write(chunk))
+
+    async def finish(self) -> None:
+        """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
+        async with self._upload.checks:
+            await self._upload.run(self._sink.finish)
+
+
+def reachable_adapters(context: ServerContext, principal: Principal) -> Sequence[AdapterInfo]:
+    """The caller's tenant's adapters; an admin's key reaches every tenant's. Blocks on the database."""
+    if principal.tenant is not None:
+        return context.registry.list(principal.tenant)
+    return [info for tenant in context.accounts.list_tenants() for info in context.registry.list(tenant.id)]
+
+
+def split_name(principal: Principal, name: str) -> tuple[str, str]:
+    """ "tenant/name", or "name" in the caller's tenant. Raises `InvalidRequest` where no tenant is known."""
+    tenant, slash, own_name = name.rpartition("/")
+    if slash:
+        return tenant, own_name
+    if principal.tenant is None:
+        raise InvalidRequest("an admin key must name the adapter as tenant/name", param="name")
+    return principal.tenant, own_name
+
+
+def _check_reach(principal: Principal, tenant: str, name: str) -> None:
+    if principal.tenant not in (None, tenant):
+        raise AdapterNotFound(f"{tenant}/{name}")

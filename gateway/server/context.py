@@ -1,0 +1,58 @@
+"""What one front door holds, handed whole to the HTTP and gRPC servers that it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapters_store.accounts import Accounts
+    from adapters_store.blobs import BlobStore
+    from adapters_store.database import Database
+    from adapters_store.registry import AdapterRegistry
+    from gateway.config import GatewayConfig
+    from gateway.metrics import FrontDoorMetrics
+    from gateway.server.router import Router
+    from gateway.trainer.files import TrainingFiles
+    from gateway.trainer.jobs import FineTuningJobs
+    from grpc_health.v1.health import aio as grpc_health
+
+
+class Readiness:
+    """Whether this front door takes new requests. Written by the `FrontDoor` only.
+
+    `reason` is None when ready, else a short text for people ("starting", "draining", "no replica").
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = "starting"
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self.reason is None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """The objects behind both wires of one front door; every one is safe to use from its event loop.
+
+    The store's and the jobs' methods block on the database: call them in a thread (`asyncio.to_thread`).
+    health: the servicer to add to the gRPC server; its statuses are set by the `FrontDoor`.
+    metrics_text: the Prometheus text of /metrics, in the version 0.0.4 text format (UTF-8), this process's own and,
+        with server.metrics_aggregate, all replicas'.
+    """
+
+    config: GatewayConfig
+    router: Router
+    database: Database
+    accounts: Accounts
+    registry: AdapterRegistry
+    blobs: BlobStore
+    training_files: TrainingFiles
+    jobs: FineTuningJobs
+    metrics: FrontDoorMetrics
+    readiness: Readiness
+    health: grpc_health.HealthServicer
+    metrics_text: Callable[[], Awaitable[bytes]]

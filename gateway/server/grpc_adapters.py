@@ -1,0 +1,110 @@
+"""The gRPC service patchbay.v1.Adapters."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from adapters_store.names import DEFAULT_ALIAS
+from adapters_store.registry import AdapterInfo, AdapterVersion
+from gateway.errors import InvalidRequest
+from gateway.rpc import patchbay_pb2 as pb
+from gateway.rpc import patchbay_pb2_grpc as pb_grpc
+from gateway.server.adapters import AdapterService, Upload, UploadFile, split_name
+from gateway.server.context import ServerContext
+from gateway.server.grpc_calls import Call
+
+
+class AdaptersServicer(pb_grpc.AdaptersServicer):
+    """Each method gets a `Call` from the guard in place of grpc's context."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._adapters = AdapterService(context)
+
+    async def Upload(  # noqa: N802
+        self, requests: AsyncIterator[pb.UploadRequest], call: Call
+    ) -> pb.AdapterVersion:
+        """Publish the files that come as the next version."""
+        async with self._adapters.upload(call.principal) as upload:
+            start = await _receive(requests, upload)
+            alias, fingerprint = start.alias or DEFAULT_ALIAS, start.base_fingerprint or None
+            return _version(await upload.publish(start.name, alias, fingerprint))
+
+    async def List(self, request: pb.ListAdaptersRequest, call: Call) -> pb.ListAdaptersResponse:  # noqa: N802
+        """The adapters that the caller may call."""
+        infos = await self._adapters.list(call.principal)
+        return pb.ListAdaptersResponse(adapters=[_adapter(info) for info in infos])
+
+    async def Get(self, request: pb.GetAdapterRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """One adapter."""
+        tenant, name = split_name(call.principal, request.name)
+        return _adapter(await self._adapters.get(call.principal, tenant, name))
+
+    async def SetAlias(self, request: pb.SetAliasRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """Point an alias at a version."""
+        tenant, name = split_name(call.principal, request.name)
+        alias = request.alias or DEFAULT_ALIAS
+        return _adapter(await self._adapters.set_alias(call.principal, tenant, name, alias, request.version))
+
+    async def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """Point an alias at the version before."""
+        tenant, name = split_name(call.principal, request.name)
+        alias = request.alias or DEFAULT_ALIAS
+        return _adapter(await self._adapters.rollback(call.principal, tenant, name, alias))
+
+    async def Delete(self, request: pb.DeleteAdapterRequest, call: Call) -> pb.DeleteAdapterResponse:  # noqa: N802
+        """Delete a version."""
+        tenant, name = split_name(call.principal, request.name)
+        await self._adapters.delete(call.principal, tenant, name, request.version)
+        return pb.DeleteAdapterResponse()
+
+
+async def _receive(requests: AsyncIterator[pb.UploadRequest], upload: Upload) -> pb.UploadStart:
+    """Stage what comes; the message that came first, which is checked before any bytes are taken."""
+    start: pb.UploadStart | None = None
+    file: UploadFile | None = None
+    async for request in requests:
+        part = request.WhichOneof("part")
+        if start is None:
+            if part != "start":
+                raise InvalidRequest("the first message must be `start`", param="start")
+            start = request.start
+            upload.target(start.name, start.alias or DEFAULT_ALIAS)
+        elif part == "file":
+            if file is not None:
+                await file.finish()
+            file = await upload.begin(request.file.name)
+        elif part == "chunk" and file is not None:
+            await file.write(request.chunk)
+        else:
+            raise InvalidRequest("send `start` once, then `file` and its `chunk`s, file by file", param=part)
+    if start is None or file is None:
+        raise InvalidRequest("the upload holds no file", param="file")
+    await file.finish()
+    return start
+
+
+def _adapter(info: AdapterInfo) -> pb.Adapter:
+    return pb.Adapter(
+        tenant=info.tenant,
+        name=info.name,
+        created_at=info.created_at,
+        aliases=dict(info.aliases),
+        versions=[_version(version) for version in info.versions],
+    )
+
+
+def _version(version: AdapterVersion) -> pb.AdapterVersion:
+    manifest = version.manifest
+    return pb.AdapterVersion(
+        ref=version.ref,
+        tenant=version.tenant,
+        name=version.name,
+        version=version.version,
+        digest=version.digest,
+        rank=version.rank,
+        target_modules=manifest.target_modules,
+        num_parameters=manifest.num_parameters,
+        size_bytes=manifest.size_bytes,
+        base_fingerprint=manifest.base_fingerprint,
+        created_at=version.created_at,
+    )

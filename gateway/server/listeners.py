@@ -1,0 +1,101 @@
+"""The two public listeners of one front door: HTTP by uvicorn and gRPC by grpc.aio, both on its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import TYPE_CHECKING, Final
+
+import grpc
+import uvicorn
+
+from gateway.errors import ConfigInvalid
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+_BACKLOG: Final = 2048
+
+
+def bind_http(host: str, port: int, *, shared: bool) -> socket.socket:
+    """A bound TCP socket; `shared` lets several front doors of this machine take the same port.
+
+    Raises `ConfigInvalid` when the port is taken or may not be bound.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise port_error("http", host, port, error) from error
+    return sock
+
+
+def bind_grpc(server: grpc.aio.Server, host: str, port: int) -> int:
+    """Add a plain-text port to a server that has not started, and return it. Raises `ConfigInvalid`.
+
+    Whether several front doors may share it is the server's own option `grpc.so_reuseport`.
+    """
+    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return server.add_insecure_port(target)
+    except RuntimeError as error:
+        raise port_error("grpc", host, port, error) from error
+
+
+def port_error(name: str, host: str, port: int, error: Exception) -> ConfigInvalid:
+    """Says why a listener could not be had, and what to do."""
+    if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+        why = "another process listens there"
+    else:
+        why = str(error)
+    param = f"server.{name}_port"
+    return ConfigInvalid(f"cannot listen on {host}:{port}: {why}. Choose another {param} (0: any).", param=param)
+
+
+class HttpListener:
+    """A running uvicorn server on this event loop, which handles no signals."""
+
+    def __init__(self, app: ASGIApp, sock: socket.socket, drain_s: float) -> None:
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=round(drain_s),
+        )
+        self._server = uvicorn.Server(config)
+        self._socket = sock
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        port: int = self._socket.getsockname()[1]
+        return port
+
+    @property
+    def alive(self) -> bool:
+        """Whether it accepts connections."""
+        return self._task is not None and not self._task.done() and self._server.started
+
+    async def start(self) -> None:
+        """Accept connections."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        while not self._server.started:
+            if self._task.done():
+                await self._task
+                raise RuntimeError("the HTTP application did not start")
+            await asyncio.sleep(0.01)
+
+    async def stop(self) -> None:
+        """Accept no more; wait for running responses, at most the drain time."""
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task

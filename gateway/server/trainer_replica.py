@@ -1,0 +1,68 @@
+"""The trainer as a Ray Serve deployment: one process that runs fine-tune jobs, one after the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Final
+
+from gateway.config import GatewayConfig
+from gateway.server.logs import configure_logging
+
+if TYPE_CHECKING:
+    from gateway.trainer.worker import TrainerWorker
+
+logger = logging.getLogger(__name__)
+
+_POLL_S: Final = 0.5
+_ERROR_PAUSE_S: Final = 5.0
+_STOP_S: Final = 10.0
+_NICE: Final = 10  # serving goes first where both share the CPU
+
+
+class TrainerReplica:
+    """Claims jobs from the database and runs them on a thread. Takes no calls."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        configure_logging("trainer")
+        os.nice(_NICE)
+        self._config = config
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainer", daemon=True)
+        self._thread.start()
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a trainer that raises here."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the trainer's thread has stopped")
+
+    def __del__(self) -> None:
+        """Called by Serve at shutdown: the running job goes back to the queue at its next step."""
+        self._stop.set()
+        self._thread.join(_STOP_S)
+
+    def _run(self) -> None:
+        worker = self._make_worker()
+        while not self._stop.is_set():
+            try:
+                if not worker.run_next(self._stop):
+                    self._stop.wait(_POLL_S)
+            except Exception:
+                # A job's own failure ends that job; this is the database or the disk, which may come back.
+                logger.exception("the trainer cannot go on; it tries again in %g s", _ERROR_PAUSE_S)
+                self._stop.wait(_ERROR_PAUSE_S)
+
+    def _make_worker(self) -> TrainerWorker:
+        # Torch and the base belong to this process alone.
+        from adapters_store.blobs import BlobStore
+        from adapters_store.database import Database
+        from adapters_store.registry import AdapterRegistry
+        from gateway.trainer.files import TrainingFiles
+        from gateway.trainer.worker import TrainerWorker
+
+        database = Database(self._config.store.database)
+        database.upgrade()
+        blobs = BlobStore(self._config.store.blobs)
+        registry = AdapterRegistry(database, blobs)
+        return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs))
