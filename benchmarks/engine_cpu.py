@@ -1,0 +1,186 @@
+"""The engine on two CPU cores beside transformers' `generate` and `peft`'s mixed batch, in one run.
+
+    python -m benchmarks.engine_cpu [--repeats 3]
+
+32 greedy requests of 64 prompt tokens, 128 generated each, end-of-sequence ignored, on the embedded base: without
+adapters, and over 8 adapters of rank 16 on all linears; then with 1,000 registered adapters of which 8 are live.
+Both sides run the same NF4 base (the peers on its dequantized fp32 weights).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters_store.blobs import BlobStore
+from adapters_store.database import Database
+from adapters_store.registry import AdapterRegistry
+from adapters_store.upload import Staging
+from benchmarks.record import record
+from gateway.config import EngineConfig
+from gateway.embedded import embedded_path
+from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.request import AdapterRef, GenerateRequest
+from gateway.engine.sampling_params import SamplingParams
+from lora_kernels.nf4 import dequantize_nf4, quantize_nf4
+
+NUM_REQUESTS, PROMPT, OUTPUT, NUM_ADAPTERS = 32, 64, 128, 8
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def prompts() -> list[list[int]]:
+    """Random prompts that share no prefix, so that prefix reuse plays no part."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(10, 1500, (PROMPT,), generator=generator).tolist() for _ in range(NUM_REQUESTS)]
+
+
+def make_adapters(folder: Path, count: int) -> list[Path]:
+    """Random rank-16 adapters of the embedded base, saved by peft."""
+    paths = []
+    for i in range(count):
+        torch.manual_seed(i)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(embedded_path(), dtype=torch.float32),
+            LoraConfig(r=16, lora_alpha=16, target_modules=list(LINEARS), task_type="CAUSAL_LM"),
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        paths.append(folder / f"adapter{i}")
+        model.save_pretrained(paths[-1])
+    return paths
+
+
+def peer_base() -> torch.nn.Module:
+    """transformers' model with the NF4 base's dequantized weights."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_path(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("proj.weight"):
+                parameter.copy_(dequantize_nf4(quantize_nf4(parameter.to(torch.bfloat16)), torch.float32))
+    return model
+
+
+def peer_run(model: torch.nn.Module, adapter_names: list[str] | None) -> None:
+    """One static batch through `generate`."""
+    extra = {"adapter_names": adapter_names} if adapter_names else {}
+    with torch.inference_mode():
+        model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(prompts()),
+            attention_mask=torch.ones(NUM_REQUESTS, PROMPT, dtype=torch.long),
+            max_new_tokens=OUTPUT,
+            min_new_tokens=OUTPUT,
+            do_sample=False,
+            pad_token_id=0,
+            **extra,
+        )
+
+
+def engine_run(engine: LLMEngine, refs: list[AdapterRef | None]) -> None:
+    """The same requests through the engine, to their ends."""
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True)
+    for i, prompt in enumerate(prompts()):
+        request = GenerateRequest(f"{time.monotonic_ns()}-{i}", params, prompt=prompt, adapter=refs[i % len(refs)])
+        engine.add(request, engine.encode(request))
+    while engine.has_work:
+        engine.step()
+
+
+def tokens_per_s(run: Callable[[], None], repeats: int) -> float:
+    """Median of `repeats` runs after one warm-up."""
+    run()
+    rates = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        rates.append(NUM_REQUESTS * OUTPUT / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def publish(registry: AdapterRegistry, engine: LLMEngine, folder: Path, name: str, staging: Path) -> AdapterRef:
+    """Upload one adapter as a tenant would."""
+    with Staging(staging) as staged:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            staged.add_file(file, [(folder / file).read_bytes()])
+        version = registry.publish("t", name, staged.validate(engine.model.spec, max_rank=64))
+    return AdapterRef(version.ref, version.digest, version.rank)
+
+
+def main() -> None:
+    """Measure everything and append it to the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--registered", type=int, default=1000)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        measure(Path(name), args.repeats, args.registered)
+
+
+def measure(folder: Path, repeats: int, registered: int) -> None:
+    """All cases, peers beside us."""
+    blobs = BlobStore(f"file://{folder / 'blobs'}")
+    config = EngineConfig(device="cpu", enable_prefix_caching=False, num_adapter_slots=16)
+    engine = LLMEngine(config, blobs, lambda: None)
+    paths = make_adapters(folder, NUM_ADAPTERS)
+
+    base = peer_base()
+    peer = tokens_per_s(lambda: peer_run(base, None), repeats)
+    ours = tokens_per_s(lambda: engine_run(engine, [None]), repeats)
+    note = f"median of {repeats}; 64 in, 128 out, greedy"
+    record("engine_cpu", "32x0", "tokens_per_s", peer, "1/s", system="transformers generate", note=note)
+    record("engine_cpu", "32x0", "tokens_per_s", ours, "1/s", note=note)
+    record("engine_cpu", "32x0", "speedup_vs_transformers", ours / peer, "x", target=1.2, note=note)
+
+    registry, refs = register(folder, blobs, engine, paths)
+    mixed = PeftModel.from_pretrained(base, str(paths[0]), adapter_name="0")
+    for i, path in enumerate(paths[1:], start=1):
+        mixed.load_adapter(str(path), adapter_name=str(i))
+    names = [str(i % NUM_ADAPTERS) for i in range(NUM_REQUESTS)]
+    peer = tokens_per_s(lambda: peer_run(mixed.eval(), names), repeats)
+    few = tokens_per_s(lambda: engine_run(engine, list(refs)), repeats)
+    record("engine_cpu", "32x8", "tokens_per_s", peer, "1/s", system="peft adapter_names", note=note)
+    record("engine_cpu", "32x8", "tokens_per_s", few, "1/s", note=note)
+    record("engine_cpu", "32x8", "speedup_vs_peft", few / peer, "x", target=3.0, note=note)
+
+    for i in range(NUM_ADAPTERS, registered):
+        publish(registry, engine, paths[i % NUM_ADAPTERS], f"a{i}", folder / "staging")
+    many = tokens_per_s(lambda: engine_run(engine, list(refs)), repeats)
+    few = tokens_per_s(lambda: engine_run(engine, list(refs)), repeats)
+    record(
+        "engine_cpu",
+        f"32x8 of {registered} registered",
+        "share_of_8_registered",
+        many / few,
+        "x",
+        target=0.95,
+        note=note,
+    )
+    engine.close()
+
+
+def register(
+    folder: Path, blobs: BlobStore, engine: LLMEngine, paths: list[Path]
+) -> tuple[AdapterRegistry, list[AdapterRef]]:
+    """A registry with the eight adapters published."""
+    database = Database(f"sqlite:///{folder / 'registry.db'}")
+    database.upgrade()
+    from adapters_store.accounts import Accounts
+
+    Accounts(database).create_tenant("t")
+    registry = AdapterRegistry(database, blobs)
+    refs = [publish(registry, engine, path, f"a{i}", folder / "staging") for i, path in enumerate(paths)]
+    return registry, refs
+
+
+if __name__ == "__main__":
+    main()
