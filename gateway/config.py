@@ -28,6 +28,7 @@ class EngineConfig:
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     max_num_batched_tokens: tokens of one step, prefill and decode together.
+    default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     """
 
     base: str = "embedded"
@@ -41,6 +42,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     max_waiting: int = 4096
+    default_max_tokens: int = 256
     enable_prefix_caching: bool = True
     share_base_prefixes: bool = False
     num_adapter_slots: int = 64
@@ -72,6 +74,11 @@ class StoreConfig:
         """The fsspec URL of the blob folder."""
         return self.blob_url or f"file://{Path(self.data_dir).resolve() / 'blobs'}"
 
+    @property
+    def staging(self) -> Path:
+        """Where uploads wait while they are checked, on this machine's disk."""
+        return Path(self.data_dir).resolve() / "staging"
+
 
 @dataclass(frozen=True)
 class LimitsConfig:
@@ -87,7 +94,6 @@ class LimitsConfig:
     max_stop: int = 16
     max_logit_bias: int = 1024
     default_max_rank: int = 64
-    default_max_tokens: int = 256
 
 
 @dataclass(frozen=True)

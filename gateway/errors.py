@@ -106,9 +106,7 @@ class WireError:
 
 _ERRORS: Final[dict[type[Exception], WireError]] = {
     InvalidRequest: WireError("INVALID_ARGUMENT", 400, "invalid_request_error", "invalid_value"),
-    ContextLengthExceeded: WireError(
-        "INVALID_ARGUMENT", 400, "invalid_request_error", "context_length_exceeded"
-    ),
+    ContextLengthExceeded: WireError("INVALID_ARGUMENT", 400, "invalid_request_error", "context_length_exceeded"),
     RequestTooLarge: WireError("RESOURCE_EXHAUSTED", 413, "invalid_request_error", "request_too_large"),
     MethodNotAllowed: WireError("UNIMPLEMENTED", 405, "invalid_request_error", "method_not_allowed"),
     AuthenticationFailed: WireError("UNAUTHENTICATED", 401, "authentication_error", "invalid_api_key"),

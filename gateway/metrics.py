@@ -1,8 +1,8 @@
 """Every Prometheus metric of Patchbay, by name: vLLM's names where vLLM has one, `patchbay_*` for the rest.
 
-Where each is measured. `vllm:*` and the engine's `patchbay_*`: in the replica, on the engine's clock, so a time to first
-token counts from the request's arrival at the engine and adapter loads count as queueing. `http_*`, `grpc_*` and the
-rest: in the front door. Each object fills the registry that it is given; there is no global one.
+Where each is measured. `vllm:*` and the engine's `patchbay_*`: in the replica, on the engine's clock, so a time to
+first token counts from the request's arrival at the engine and adapter loads count as queueing. `http_*`, `grpc_*` and
+the rest: in the front door. Each object fills the registry that it is given; there is no global one.
 
 Label sets are bounded: adapters appear only in `vllm:lora_requests_info`, of which one label set lives at a time;
 tenants beyond the first `MAX_TENANTS` seen by a replica are counted as "other".
@@ -104,9 +104,7 @@ class EngineMetrics:
             "vllm:request_params_max_tokens", "The max_tokens of a request.", _TOKEN_COUNT_BUCKETS
         )
         self._n = histogram("vllm:request_params_n", "The n of a request.", _N_BUCKETS)
-        self._step_tokens = histogram(
-            "vllm:iteration_tokens_total", "Tokens of one engine step.", _STEP_TOKEN_BUCKETS
-        )
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens of one engine step.", _STEP_TOKEN_BUCKETS)
         self._step_sequences = histogram(
             "patchbay_step_sequences", "Sequences that shared one engine step.", _STEP_BUCKETS
         )
@@ -192,9 +190,7 @@ class FrontDoorMetrics:
                 ("ready", "1 while this front door takes requests."),
             )
         }
-        self._jobs = Gauge(
-            "patchbay_fine_tuning_jobs", "Fine-tune jobs by status.", ("status",), registry=registry
-        )
+        self._jobs = Gauge("patchbay_fine_tuning_jobs", "Fine-tune jobs by status.", ("status",), registry=registry)
 
     def http_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one HTTP request. route: the route's template ("/v1/models/{model}"), never the path itself."""

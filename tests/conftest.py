@@ -10,7 +10,6 @@ import pytest
 
 # Ray reads these when it is first imported, here and in its workers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1.0")
 
 
 @pytest.fixture(scope="session")

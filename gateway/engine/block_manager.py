@@ -79,7 +79,7 @@ class BlockManager:
         return sequence.num_computed
 
     def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0) -> bool:
-        """Make the sequence hold blocks for `num_tokens`. False, and nothing taken, if fewer than `leave` would stay."""
+        """Make the sequence hold blocks for `num_tokens`. False, taking nothing, if fewer than `leave` would stay."""
         missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         if missing <= 0:
             return True

@@ -57,7 +57,9 @@ class LLMEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
-        self.prompts = PromptEncoder(self.model.tokenizer, decoder.config.vocab_size, self.max_model_len)
+        self.prompts = PromptEncoder(
+            self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
+        )
         self.sampler = Sampler(decoder.config.eos_token_ids)
         self._table = TokenTable(self.model.tokenizer.backend_tokenizer)
         self._slots = slots

@@ -6,8 +6,6 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
-from lora_kernels.attention import AttentionMetadata
-from lora_kernels.segments import LoRASegments
 
 from adapters_store.slots import AdapterSlots
 from gateway.engine.kv_cache import KVCache
@@ -16,6 +14,8 @@ from gateway.engine.sequence import Sequence
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
+from lora_kernels.attention import AttentionMetadata
+from lora_kernels.segments import LoRASegments
 
 
 class ModelRunner:

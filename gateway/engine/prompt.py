@@ -17,16 +17,17 @@ class PromptEncoder:
     The chat template is the base's own, never a tenant's, rendered in transformers' sandbox.
     """
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int, default_max_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self.default_max_tokens = default_max_tokens
 
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids.
 
-        Raises `InvalidRequest` for an empty prompt, ids outside the vocabulary (also in logit_bias and stop ids) or messages that the template refuses,
-        and `ContextLengthExceeded` when the prompt leaves no room for one token.
+        Raises `InvalidRequest` for an empty prompt, ids outside the vocabulary (also in logit_bias and stop ids) or
+        messages that the template refuses, and `ContextLengthExceeded` when there is no room for one token.
         """
         if request.messages is not None:
             token_ids = self._chat(request.messages)
@@ -40,7 +41,7 @@ class PromptEncoder:
         return token_ids
 
     def max_tokens(self, request: GenerateRequest, num_prompt: int) -> int:
-        """How many tokens each sequence may generate: what was asked, within the context."""
+        """How many tokens each sequence may generate: what was asked, which must fit, or the default cut to fit."""
         room = self.max_model_len - num_prompt
         asked = request.sampling.max_tokens
         if asked is not None and asked > room:
@@ -49,7 +50,7 @@ class PromptEncoder:
                 f"for {asked}. Shorten the prompt or ask for at most {room}.",
                 param="max_tokens",
             )
-        return asked if asked is not None else room
+        return asked or min(room, max(self.default_max_tokens, request.sampling.min_tokens))
 
     def _chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if self.tokenizer.chat_template is None:

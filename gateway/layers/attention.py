@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from lora_kernels.attention import paged_attention
-from lora_kernels.kv_store import store_kv
 
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear
 from gateway.layers.norm import RMSNorm
 from gateway.layers.rotary import rotate
+from lora_kernels.attention import paged_attention
+from lora_kernels.kv_store import store_kv
 
 
 class Attention:
@@ -41,9 +41,8 @@ class Attention:
     ) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
         num_tokens = x.shape[0]
-        q, k, v = (
-            part.view(num_tokens, -1, self.head_dim) for part in torch.split(self.qkv(x, batch), list(self.qkv.widths), dim=-1)
-        )
+        parts = torch.split(self.qkv(x, batch), list(self.qkv.widths), dim=-1)
+        q, k, v = (part.view(num_tokens, -1, self.head_dim) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, batch.cos, batch.sin), rotate(k, batch.cos, batch.sin)

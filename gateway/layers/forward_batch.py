@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lora_kernels.attention import AttentionMetadata
-from lora_kernels.segments import LoRASegments
 
 from adapters_store.slots import AdapterSlots
+from lora_kernels.attention import AttentionMetadata
+from lora_kernels.segments import LoRASegments
 
 
 @dataclass(frozen=True)

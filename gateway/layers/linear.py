@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
 from lora_kernels.nf4 import NF4Weight, dequantize_nf4, nf4_matmul
+from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
 if TYPE_CHECKING:
     from gateway.layers.forward_batch import ForwardBatch

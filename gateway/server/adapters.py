@@ -85,7 +85,7 @@ class Upload(AbstractAsyncContextManager["Upload"]):
     async def __aenter__(self) -> Self:
         config = self._context.config
         limits = UploadLimits(config.limits.max_upload_bytes, config.limits.max_unpacked_bytes)
-        root = Path(config.store.data_dir).resolve() / "staging"
+        root = config.store.staging
         try:
             await self.run(lambda: self._open(root, limits))
         except BaseException:

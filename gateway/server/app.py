@@ -34,7 +34,6 @@ _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "1.0",
 }
 
 

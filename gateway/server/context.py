@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from grpc_health.v1.health import aio as grpc_health  # type: ignore[attr-defined]
+
     from adapters_store.accounts import Accounts
     from adapters_store.blobs import BlobStore
     from adapters_store.database import Database
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from gateway.server.router import Router
     from gateway.trainer.files import TrainingFiles
     from gateway.trainer.jobs import FineTuningJobs
-    from grpc_health.v1.health import aio as grpc_health
 
 
 class Readiness:

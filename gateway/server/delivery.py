@@ -181,7 +181,7 @@ class _Servicer(pb_grpc.DeliveryServicer):
     def __init__(self, door: DeliveryServer) -> None:
         self._door = door
 
-    async def Attach(
+    async def Attach(  # noqa: N802 (the name in the proto)
         self,
         request_iterator: AsyncIterator[pb.ReplicaMessage],
         context: grpc.aio.ServicerContext[pb.ReplicaMessage, pb.DoorMessage],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _CONNECT_TIMEOUT_S: Final = 5.0
 _CLOSE_TIMEOUT_S: Final = 2.0
+_POLL_S: Final = 0.05
 
 
 class RequestStream:
@@ -205,8 +207,10 @@ class DeliveryClient:
         if request.request_id in self._streams:
             stream.refuse(Conflict(f"A request with the id {request.request_id} is running.", param="request_id"))
             return
+        task = asyncio.create_task(self._serve(request, stream))
         self._streams[request.request_id] = stream
-        link.requests[request.request_id] = asyncio.create_task(self._serve(request, stream, link))
+        link.requests[request.request_id] = task
+        task.add_done_callback(lambda _: self._ended(request.request_id, link))
 
     def deliver(self, deltas: list[TokenDelta]) -> None:
         """Queue what one engine step made; the deltas belong to this client from then on."""
@@ -219,9 +223,10 @@ class DeliveryClient:
         """Ask the front doors for no more requests, and wait for those that run, at most `timeout_s` seconds."""
         for link in self._links.values():
             link.drain()
-        tasks = [task for link in self._links.values() for task in link.requests.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        await asyncio.sleep(_POLL_S)  # what was sent before the front doors knew has come then
+        while self._streams and time.monotonic() < deadline:
+            await asyncio.sleep(_POLL_S)
 
     async def close(self) -> None:
         """End all links, after what waits was sent."""
@@ -232,15 +237,16 @@ class DeliveryClient:
         if self._links.get(link.address.target) is link:
             del self._links[link.address.target]
 
-    async def _serve(self, request: GenerateRequest, stream: RequestStream, link: Link) -> None:
+    async def _serve(self, request: GenerateRequest, stream: RequestStream) -> None:
         try:
             await self._run(request, stream)
         except Exception:
             logger.exception("request %s failed", request.request_id)
             stream.refuse(InternalError("The replica failed on this request. Retry it."))
-        finally:
-            del self._streams[request.request_id]
-            del link.requests[request.request_id]
+
+    def _ended(self, request_id: str, link: Link) -> None:
+        del self._streams[request_id]
+        del link.requests[request_id]
 
 
 def _unreachable(address: DeliveryAddress) -> EngineUnavailable:

@@ -41,7 +41,7 @@ def encode_request(request: GenerateRequest) -> pb.Request:
         encoded = pb.Request(
             request_id=request.request_id,
             sampling=_encode_sampling(request.sampling),
-            adapter=None if adapter is None else pb.Adapter(name=adapter.name, digest=adapter.digest, rank=adapter.rank),
+            adapter=_encode_adapter(adapter) if adapter is not None else None,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
         )
@@ -79,9 +79,7 @@ def encode_step(deltas: list[TokenDelta]) -> pb.ReplicaMessage:
     message = pb.ReplicaMessage()
     add = message.step.deltas.add
     for delta in deltas:
-        encoded = add(
-            request_id=delta.request_id, index=delta.index, text=delta.text, token_ids=delta.token_ids
-        )
+        encoded = add(request_id=delta.request_id, index=delta.index, text=delta.text, token_ids=delta.token_ids)
         if delta.logprobs:
             encoded.logprobs.extend(_encode_logprob(logprob) for logprob in delta.logprobs)
         if delta.finish_reason is not None:
@@ -124,6 +122,10 @@ def decode_error(error: pb.Error) -> Exception:
     if isinstance(decoded, errors.Overloaded):
         decoded.retry_after = error.retry_after
     return decoded
+
+
+def _encode_adapter(adapter: AdapterRef) -> pb.Adapter:
+    return pb.Adapter(name=adapter.name, digest=adapter.digest, rank=adapter.rank)
 
 
 def _encode_sampling(sampling: SamplingParams) -> pb.Sampling:

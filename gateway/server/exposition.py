@@ -6,15 +6,15 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from adapters_store.tables import fine_tuning_jobs
 from sqlalchemy import func, select
 
+from adapters_store.tables import fine_tuning_jobs
 from gateway.metrics import FrontDoorMetrics, merge_texts, render
 
 if TYPE_CHECKING:
-    from adapters_store.database import Database
     from prometheus_client import CollectorRegistry
 
+    from adapters_store.database import Database
     from gateway.server.context import Readiness
     from gateway.server.router import Router
 
@@ -54,4 +54,4 @@ class Exposition:
         status = fine_tuning_jobs.c.status
         with self._database.read() as connection:
             rows = connection.execute(select(status, func.count()).group_by(status)).all()
-        return Counter(dict(row.tuple() for row in rows))
+        return Counter({row[0]: row[1] for row in rows})

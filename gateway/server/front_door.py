@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as grpc_health
+from grpc_health.v1.health import aio as grpc_health  # type: ignore[attr-defined]
 from ray import serve
 from ray.util import get_node_ip_address
 
@@ -20,6 +20,7 @@ from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.registry import AdapterRegistry
+from adapters_store.upload import clean_staging
 from gateway.config import GatewayConfig
 from gateway.errors import EngineUnavailable
 from gateway.metrics import FrontDoorMetrics, new_registry
@@ -114,6 +115,7 @@ class FrontDoor:
         config = self._config
         database = Database(config.store.database)
         database.upgrade()
+        clean_staging(config.store.staging)
         accounts = Accounts(database)
         _ensure_admin_key(accounts, Path(config.store.data_dir))
         blobs = BlobStore(config.store.blobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -154,7 +153,7 @@ class InferenceService:
         sampling: SamplingParams,
     ) -> Generation:
         self._check_ready()
-        sampling = within_limits(sampling, self._context.config.limits)
+        check_limits(sampling, self._context.config.limits)
         served, adapter = await self._resolve(principal, model)
         requests = [
             GenerateRequest(
@@ -182,17 +181,13 @@ class InferenceService:
             raise EngineUnavailable(f"No requests are taken here now: {reason}. Retry in a few seconds.")
 
 
-def within_limits(sampling: SamplingParams, limits: LimitsConfig) -> SamplingParams:
-    """`sampling` with the default max_tokens. Raises `InvalidRequest` naming the field that passes a cap."""
+def check_limits(sampling: SamplingParams, limits: LimitsConfig) -> None:
+    """Raises `InvalidRequest` naming the field that passes a cap."""
     _at_most("n", sampling.n, limits.max_n)
     _at_most("logprobs", sampling.logprobs or 0, limits.max_logprobs)
     _at_most("stop", len(sampling.stop), limits.max_stop, "entries")
     _at_most("stop_token_ids", len(sampling.stop_token_ids), limits.max_stop, "entries")
     _at_most("logit_bias", len(sampling.logit_bias), limits.max_logit_bias, "entries")
-    if sampling.max_tokens is not None:
-        return sampling
-    default = max(limits.default_max_tokens, sampling.min_tokens)
-    return dataclasses.replace(sampling, max_tokens=default)
 
 
 def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:

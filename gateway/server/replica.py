@@ -38,9 +38,7 @@ class EngineReplica:
         configure_logging(f"replica-{name}")
         self._loop = asyncio.get_running_loop()
         self._registry = new_registry()
-        self._engine = await asyncio.to_thread(
-            AsyncEngine, config.engine, BlobStore(config.store.blobs), self._on_step
-        )
+        self._engine = await asyncio.to_thread(AsyncEngine, config.engine, BlobStore(config.store.blobs), self._on_step)
         self._metrics = EngineMetrics(self._registry, self._engine.model_name, name, self._engine.stats)
         self._delivery = DeliveryClient(name, self._generate, self._metrics_text)
         await self._engine.start()

@@ -144,7 +144,7 @@ class TrainerWorker:
     def _publish(self, job: FineTuningJob, folder: Path) -> AdapterVersion:
         """The way of every upload: staged, validated in the confined process, published."""
         base, max_rank = self._loaded_base(), self._max_rank(job.tenant)
-        root = Path(self._config.store.data_dir).resolve() / "staging"
+        root = self._config.store.staging
         with Staging(root) as staging:
             for path in sorted(folder.iterdir()):
                 staging.add_file(path.name, _chunks(path))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from tests.tiny import make_tokenizer
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
-    return PromptEncoder(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), vocab_size=320, max_model_len=64)
+    return PromptEncoder(make_tokenizer(tmp_path_factory.mktemp("tokenizer")), 320, 64, 40)
 
 
 def request(prompt: Any = "the fox", messages: Any = None, **params: Any) -> GenerateRequest:
@@ -48,8 +47,9 @@ def test_a_bad_prompt_is_refused_with_its_field(
     assert caught.value.param == param
 
 
-def test_max_tokens_must_fit_the_context(encoder: PromptEncoder, tmp_path: Path) -> None:
-    assert encoder.max_tokens(request(), 10) == 54
+def test_max_tokens_must_fit_the_context_and_the_default_does(encoder: PromptEncoder) -> None:
+    assert encoder.max_tokens(request(), 10) == 40
+    assert encoder.max_tokens(request(), 50) == 14
     assert encoder.max_tokens(request(max_tokens=54), 10) == 54
     with pytest.raises(ContextLengthExceeded):
         encoder.max_tokens(request(max_tokens=55), 10)

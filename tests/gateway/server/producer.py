@@ -1,54 +1,43 @@
-"""A replica that makes tokens without a model: what the router and the delivery streams are loaded with."""
+"""A replica that makes tokens without a model: what the router and the delivery links are loaded with."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 
 from ray import serve
 
 from adapters_store.base_spec import BaseSpec
 from gateway.engine.request import GenerateRequest, TokenDelta, Usage
-from gateway.errors import InvalidRequest
 from gateway.server.delivery import DeliveryAddress
-from gateway.server.delivery_client import DeliveryClient
+from gateway.server.delivery_client import DeliveryClient, RequestStream
 from gateway.server.router import EngineInfo
 
 
 class Producer:
-    """Answers with `max_tokens` numbered tokens a sequence. The prompt says what happens: "refuse" refuses, "hang" stops
-    after the first token, "die" kills the process after it, "defect" raises."""
+    """Answers with `max_tokens` numbered tokens a sequence. The prompt says what else happens: "hang" stops after the
+    first token, "die" kills the process after it."""
 
     async def __init__(self) -> None:  # type: ignore[misc]
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._running: set[str] = set()
         self._cancelled: list[str] = []
-        self._delivery = DeliveryClient(self._name, self._cancelled.append, self._metrics_text)
+        self._delivery = DeliveryClient(self._name, self._run, self._metrics_text)
 
-    async def generate(self, request: GenerateRequest, address: DeliveryAddress) -> AsyncIterator[str]:
-        self._running.add(request.request_id)
+    async def attach(self, address: DeliveryAddress) -> None:
+        await self._delivery.connect(address)
+
+    async def cancelled(self) -> list[str]:
+        return self._cancelled
+
+    async def info(self) -> EngineInfo:
+        return EngineInfo("producer", BaseSpec("f" * 64, 0, {}), 1024, "f" * 64)
+
+    async def _run(self, request: GenerateRequest, stream: RequestStream) -> None:
         try:
-            async for connection in self._generate(request, address):
-                yield connection
-        finally:
-            self._running.discard(request.request_id)
-
-    async def _generate(self, request: GenerateRequest, address: DeliveryAddress) -> AsyncIterator[str]:
-        link = await self._delivery.connect(address)
-        with self._delivery.stream(request.request_id, request.sampling.n, link) as stream:
-            if request.prompt == "refuse":
-                stream.refuse(InvalidRequest("refused by the engine", param="prompt"))
-                return
-            if request.prompt == "defect":
-                raise KeyError("a defect of the replica")
-            yield link.connection
-            try:
-                await self._produce(request)
-                await stream.ended
-            finally:
-                if stream.unfinished:
-                    self._cancelled.append(f"call {request.request_id}")
+            await self._produce(request)
+        except asyncio.CancelledError:
+            self._cancelled.append(request.request_id)
+            raise
 
     async def _produce(self, request: GenerateRequest) -> None:
         last = (request.sampling.max_tokens or 1) - 1
@@ -68,18 +57,6 @@ class Producer:
             if index == request.sampling.n - 1:
                 delta.usage = Usage(1, (last + 1) * request.sampling.n)
         return delta
-
-    async def attach(self, address: DeliveryAddress) -> None:
-        await self._delivery.connect(address)
-
-    async def running(self) -> list[str]:
-        return list(self._running)
-
-    async def cancelled(self) -> list[str]:
-        return self._cancelled
-
-    async def info(self) -> EngineInfo:
-        return EngineInfo("producer", BaseSpec("f" * 64, 0, {}), 1024, "f" * 64)
 
     def _metrics_text(self) -> bytes:
         return f"# HELP produced By {self._name}.\n# TYPE produced gauge\n".encode()

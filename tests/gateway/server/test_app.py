@@ -68,9 +68,7 @@ def test_the_first_admin_key_is_this_users_alone(running: app.Running) -> None:
 def test_both_front_doors_share_the_ports_and_one_engine(running: app.Running, base: Path) -> None:
     answers, seen = set(), set()
     for _ in range(40):  # each on a connection of its own, which the kernel gives to either
-        reply = httpx.post(
-            f"{running.http_url}/v1/completions", headers=admin(running), json=completion(base.name)
-        )
+        reply = httpx.post(f"{running.http_url}/v1/completions", headers=admin(running), json=completion(base.name))
         answers.add(reply.json()["choices"][0]["text"])
         metrics = httpx.get(f"{running.http_url}/metrics").text
         seen |= {

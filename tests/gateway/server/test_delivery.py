@@ -11,12 +11,27 @@ import pytest
 import pytest_asyncio
 
 from adapters_store.errors import AdapterLoadFailed, StoreError, StoreUnavailable
-from gateway.engine.request import TokenDelta, TokenLogprob, Usage
-from gateway.errors import Conflict, ContextLengthExceeded, EngineUnavailable, InternalError, Overloaded
+from gateway.engine.request import AdapterRef, GenerateRequest, TokenDelta, TokenLogprob, Usage
+from gateway.engine.sampling_params import SamplingParams
+from gateway.errors import (
+    Conflict,
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+)
 from gateway.rpc import delivery_pb2 as pb
 from gateway.server.delivery import DeliveryServer
-from gateway.server.delivery_client import DeliveryClient, Link
-from gateway.server.delivery_codec import decode_delta, decode_error, encode_error, encode_step
+from gateway.server.delivery_client import DeliveryClient, Link, RequestStream
+from gateway.server.delivery_codec import (
+    decode_delta,
+    decode_error,
+    decode_request,
+    encode_error,
+    encode_request,
+    encode_step,
+)
 from gateway.server.mailbox import Mailbox
 
 WAIT = 5.0
@@ -34,13 +49,52 @@ async def read_all(mailbox: Mailbox) -> list[TokenDelta]:
     return taken
 
 
+class Replica:
+    """A replica's end whose requests run until the test has made their deltas."""
+
+    def __init__(self, name: str = "r1") -> None:
+        self.cancelled: list[str] = []
+        self.running: list[GenerateRequest] = []
+        self.client = DeliveryClient(name, self._run, lambda: f"# metrics of {name}\n".encode())
+
+    async def _run(self, request: GenerateRequest, stream: RequestStream) -> None:
+        if request.prompt == "refuse":
+            stream.refuse(InvalidRequest("refused", param="prompt"))
+            return
+        if request.prompt == "defect":
+            raise KeyError("secret prompt")
+        self.running.append(request)
+        try:
+            await stream.wait_ended()
+        except asyncio.CancelledError:
+            self.cancelled.append(request.request_id)
+            raise
+
+    async def runs(self, *request_ids: str) -> None:
+        """Wait until these requests have arrived."""
+        await until(lambda: set(request_ids) <= {request.request_id for request in self.running})
+
+
 @asynccontextmanager
-async def replica(cancelled: list[str] | None = None) -> AsyncIterator[DeliveryClient]:
-    client = DeliveryClient("r1", (cancelled if cancelled is not None else []).append, lambda: b"# metrics of r1\n")
+async def replica(name: str = "r1") -> AsyncIterator[Replica]:
+    made = Replica(name)
     try:
-        yield client
+        yield made
     finally:
-        await client.close()
+        await made.client.close()
+
+
+def request(request_id: str, n: int = 1, prompt: str = "") -> GenerateRequest:
+    return GenerateRequest(request_id, SamplingParams(n=n), prompt=prompt)
+
+
+async def submit(door: DeliveryServer, target: Replica, *requests: GenerateRequest) -> list[Mailbox]:
+    """Connect, send the requests and wait until they run."""
+    link = await target.client.connect(door.address)
+    (connection,) = (c for c in door.connections if c.name == link.name)
+    mailboxes = [door.submit(wanted, connection) for wanted in requests]
+    await target.runs(*(wanted.request_id for wanted in requests))
+    return mailboxes
 
 
 @pytest_asyncio.fixture
@@ -91,21 +145,57 @@ def test_a_defects_own_text_stays_in_the_replica() -> None:
     assert "secret" not in str(decoded)
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        GenerateRequest("r", SamplingParams(), prompt="né"),
+        GenerateRequest(
+            "r",
+            SamplingParams(
+                temperature=0.1, top_p=0.2, top_k=-1, min_p=0.3, repetition_penalty=1.1, presence_penalty=-1.2,
+                frequency_penalty=1.3, seed=-(1 << 63), n=2, max_tokens=7, min_tokens=3, stop=("a", "b"),
+                stop_token_ids=(1, 2), ignore_eos=True, logprobs=0, logit_bias={5: -1.0}, skip_special_tokens=False,
+            ),
+            prompt=[1, 300_000],
+            adapter=AdapterRef("t/a:1", "ab" * 32, 8),
+            tenant="t",
+            cache_salt="s",
+        ),
+        GenerateRequest("r", SamplingParams(), messages=[{"role": "user", "content": [{"type": "text"}]}]),
+    ],
+    ids=["defaults", "every field", "chat"],
+)  # fmt: skip
+def test_a_request_crosses_the_wire_whole(sent: GenerateRequest) -> None:
+    assert decode_request(pb.Request.FromString(encode_request(sent).SerializeToString())) == sent
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        GenerateRequest("r", SamplingParams(seed=1 << 64), prompt=""),
+        GenerateRequest("r", SamplingParams(), prompt="\ud800"),
+        GenerateRequest("r", SamplingParams(), prompt=[1 << 70]),
+    ],
+)
+def test_what_cannot_be_sent_is_the_callers_error(bad: GenerateRequest) -> None:
+    with pytest.raises(InvalidRequest):
+        encode_request(bad)
+
+
 async def test_tokens_arrive_in_order_and_the_request_ends_once(door: DeliveryServer) -> None:
-    async with replica() as client:
-        link = await client.connect(door.address)
-        mailbox = door.open("a", 2)
-        with client.stream("a", 2, link) as stream:
-            client.deliver([delta("a", "x0"), delta("a", "y0", 1)])
-            client.deliver([delta("a", "x1", finish_reason="stop"), delta("a", "y1", 1), delta("other", "lost")])
-            assert not stream.ended.done()
-            client.deliver([delta("a", "y2", 1, finish_reason="length", usage=Usage(3, 5))])
-            await asyncio.wait_for(stream.ended, WAIT)
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a", n=2))
+        target.client.deliver([delta("a", "x0"), delta("a", "y0", 1)])
+        target.client.deliver([delta("a", "x1", finish_reason="stop"), delta("a", "y1", 1), delta("other", "lost")])
+        assert target.client.num_running == 1
+        target.client.deliver([delta("a", "y2", 1, finish_reason="length", usage=Usage(3, 5))])
         taken = await read_all(mailbox)
         assert "".join(d.text for d in taken if d.index == 0) == "x0x1"
         assert "".join(d.text for d in taken if d.index == 1) == "y0y1y2"
         assert {d.index: d.finish_reason for d in taken if d.finish_reason} == {0: "stop", 1: "length"}
         assert await mailbox.take() == []
+        await until(lambda: target.client.num_running == 0)
+        assert target.cancelled == []
 
 
 async def test_one_message_carries_a_step_of_all_requests_of_one_front_door(door: DeliveryServer) -> None:
@@ -114,13 +204,12 @@ async def test_one_message_carries_a_step_of_all_requests_of_one_front_door(door
     messages: dict[str, list[pb.ReplicaMessage]] = {"door": [], "other": []}
     record(door, messages["door"])
     record(other, messages["other"])
-    async with replica() as client:
-        first, second = await client.connect(door.address), await client.connect(other.address)
-        mailboxes = [door.open("a", 1), door.open("b", 1), other.open("c", 1)]
-        with client.stream("a", 1, first), client.stream("b", 1, first), client.stream("c", 1, second):
-            client.deliver([delta(name, name, finish_reason="stop") for name in "abc"])
-            for mailbox in mailboxes:
-                await read_all(mailbox)
+    async with replica() as target:
+        mailboxes = await submit(door, target, request("a"), request("b"))
+        mailboxes += await submit(other, target, request("c"))
+        target.client.deliver([delta(name, name, finish_reason="stop") for name in "abc"])
+        for mailbox in mailboxes:
+            await read_all(mailbox)
     assert [sorted(d.request_id for d in m.step.deltas) for m in messages["door"]] == [["a", "b"]]
     assert [[d.request_id for d in m.step.deltas] for m in messages["other"]] == [["c"]]
     await other.stop()
@@ -140,13 +229,11 @@ def record(door: DeliveryServer, messages: list[pb.ReplicaMessage]) -> None:
 async def test_steps_that_wait_for_a_slow_link_become_one_message(door: DeliveryServer) -> None:
     messages: list[pb.ReplicaMessage] = []
     record(door, messages)
-    async with replica() as client:
-        link = await client.connect(door.address)
-        mailbox = door.open("a", 1)
-        with client.stream("a", 1, link):
-            for step in range(1000):  # the loop runs no writer in between: to it the link is slow
-                client.deliver([delta("a", f"{step} ", finish_reason="length" if step == 999 else None)])
-            taken = await read_all(mailbox)
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a"))
+        for step in range(1000):  # the loop runs no writer in between: to it the link is slow
+            target.client.deliver([delta("a", f"{step} ", finish_reason="length" if step == 999 else None)])
+        taken = await read_all(mailbox)
     assert len(messages) == 1
     assert "".join(d.text for d in taken) == "".join(f"{step} " for step in range(1000))
     assert sum(len(d.token_ids) for d in taken) == 1000
@@ -172,86 +259,123 @@ async def test_what_came_before_an_error_is_taken_first() -> None:
         await mailbox.take()
 
 
-async def test_an_abandoned_request_is_cancelled_on_its_replica(door: DeliveryServer) -> None:
-    cancelled: list[str] = []
-    async with replica(cancelled) as client:
-        link = await client.connect(door.address)
-        mailbox = door.open("a", 1)
-        with client.stream("a", 1, link):
-            client.deliver([delta("a", "x")])
-            await mailbox.take()
-            door.close(mailbox)
-            await until(lambda: cancelled == ["a"])
+async def test_an_abandoned_request_is_cancelled_in_its_replica_and_no_other(door: DeliveryServer) -> None:
+    async with replica() as target:
+        abandoned, kept = await submit(door, target, request("a"), request("b"))
+        door.close(abandoned)
+        await until(lambda: target.cancelled == ["a"])
+        target.client.deliver([delta("a", "late"), delta("b", "x", finish_reason="stop")])
+        assert [d.text for d in await read_all(kept)] == ["x"]
+
+
+async def test_a_request_abandoned_before_it_ran_leaves_nothing(door: DeliveryServer) -> None:
+    async with replica() as target:
+        link = await target.client.connect(door.address)
+        (connection,) = door.connections
+        for number in range(50):
+            door.close(door.submit(request(f"q{number}"), connection))
+        await door.collect_metrics()  # comes after them
+        await until(lambda: target.client.num_running == 0)
+        assert link.requests == {}
+        assert sorted(target.cancelled) == sorted(wanted.request_id for wanted in target.running)
 
 
 async def test_a_finished_request_is_not_cancelled(door: DeliveryServer) -> None:
-    cancelled: list[str] = []
-    async with replica(cancelled) as client:
-        link = await client.connect(door.address)
-        mailbox = door.open("a", 1)
-        with client.stream("a", 1, link):
-            client.deliver([delta("a", "x", finish_reason="stop")])
-            await read_all(mailbox)
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a"))
+        target.client.deliver([delta("a", "x", finish_reason="stop")])
+        await read_all(mailbox)
         door.close(mailbox)
-        assert await door.collect_metrics() == [b"# metrics of r1\n"]  # comes after any cancel
-        assert cancelled == []
+        await door.collect_metrics()  # comes after any cancel
+        assert target.cancelled == []
+        assert door.num_running == 0
+
+
+async def test_a_refusal_ends_all_sequences_at_once(door: DeliveryServer) -> None:
+    async with replica() as target:
+        await target.client.connect(door.address)
+        mailbox = door.submit(request("a", n=3, prompt="refuse"), door.connections[0])
+        with pytest.raises(InvalidRequest, match="refused") as caught:
+            await read_all(mailbox)
+        assert caught.value.param == "prompt"
+        await until(lambda: target.client.num_running == 0)
+
+
+async def test_a_defect_in_the_replica_is_an_internal_error_without_its_text(door: DeliveryServer) -> None:
+    async with replica() as target:
+        await target.client.connect(door.address)
+        mailbox = door.submit(request("a", prompt="defect"), door.connections[0])
+        with pytest.raises(InternalError) as caught:
+            await read_all(mailbox)
+        assert "secret" not in str(caught.value)
 
 
 async def test_a_lost_replica_ends_its_own_requests_only(door: DeliveryServer) -> None:
-    async with replica() as survivor, replica() as client:
-        lost, kept = door.open("a", 1), door.open("b", 1)
-        door.bind(lost, (await client.connect(door.address)).connection)
-        with survivor.stream("b", 1, await survivor.connect(door.address)):
-            await client.close()
-            with pytest.raises(EngineUnavailable):
-                await read_all(lost)
-            survivor.deliver([delta("b", "x", finish_reason="stop")])
-            assert [d.text for d in await read_all(kept)] == ["x"]
+    async with replica("r1") as lost, replica("r2") as survivor:
+        (ended,) = await submit(door, lost, request("a"))
+        (kept,) = await submit(door, survivor, request("b"))
+        await lost.client.close()
+        with pytest.raises(EngineUnavailable):
+            await read_all(ended)
+        assert [c.replica for c in door.connections] == ["r2"]
+        survivor.client.deliver([delta("b", "x", finish_reason="stop")])
+        assert [d.text for d in await read_all(kept)] == ["x"]
 
 
-async def test_a_lost_front_door_ends_its_requests_on_the_replica(door: DeliveryServer) -> None:
-    async with replica() as client:
-        link = await client.connect(door.address)
-        with client.stream("a", 1, link) as stream:
-            await door.stop()
-            with pytest.raises(EngineUnavailable):
-                await asyncio.wait_for(stream.ended, WAIT)
-        assert not link.alive
+async def test_a_lost_front_door_cancels_its_requests_in_the_replica(door: DeliveryServer) -> None:
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a"))
+        await door.stop()
+        with pytest.raises(EngineUnavailable):
+            await read_all(mailbox)
+        await until(lambda: target.cancelled == ["a"])
+        assert target.client.num_running == 0
+
+
+async def test_a_draining_replica_finishes_what_it_has_and_gets_no_more(door: DeliveryServer) -> None:
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a"))
+        drained = asyncio.create_task(target.client.drain(WAIT))
+        await until(lambda: not door.connections)
+        assert not drained.done()
+        target.client.deliver([delta("a", "x", finish_reason="stop")])
+        assert [d.text for d in await read_all(mailbox)] == ["x"]
+        await asyncio.wait_for(drained, WAIT)
 
 
 async def test_a_replica_connects_again_after_its_link_broke(door: DeliveryServer) -> None:
-    async with replica() as client:
-        first: Link = await client.connect(door.address)
+    async with replica() as target:
+        first: Link = await target.client.connect(door.address)
         await first.close()
-        second = await client.connect(door.address)
-        assert second.connection != first.connection
-        await until(lambda: door.connections == {second.connection})
+        second = await target.client.connect(door.address)
+        await until(lambda: [c.name for c in door.connections] == [second.name])
+        assert second.name != first.name
 
 
 async def test_a_wrong_token_is_refused(door: DeliveryServer) -> None:
-    async with replica() as client:
+    async with replica() as target:
         with pytest.raises(EngineUnavailable):
-            await client.connect(replace(door.address, token="guess"))
+            await target.client.connect(replace(door.address, token="guess"))
     assert not door.connections
 
 
-async def test_a_request_bound_to_a_gone_connection_ends(door: DeliveryServer) -> None:
-    mailbox = door.open("a", 1)
-    door.bind(mailbox, "r9-gone")
-    with pytest.raises(EngineUnavailable):
-        await mailbox.take()
-
-
-async def test_an_id_in_use_is_refused(door: DeliveryServer) -> None:
-    mailbox = door.open("a", 1)
-    with pytest.raises(Conflict):
-        door.open("a", 1)
-    door.close(mailbox)
-    door.open("a", 1)
+async def test_an_id_in_use_is_refused_here_and_across_front_doors(door: DeliveryServer) -> None:
+    other = DeliveryServer()
+    await other.start()
+    async with replica() as target:
+        (mailbox,) = await submit(door, target, request("a"))
+        with pytest.raises(Conflict):
+            door.submit(request("a"), door.connections[0])
+        (again,) = await submit(other, target, request("a"))
+        with pytest.raises(Conflict):
+            await read_all(again)
+        target.client.deliver([delta("a", "x", finish_reason="stop")])
+        assert [d.text for d in await read_all(mailbox)] == ["x"]
+    await other.stop()
 
 
 async def test_metrics_of_all_replicas_are_collected(door: DeliveryServer) -> None:
-    async with replica() as first, replica() as second:
-        await first.connect(door.address)
-        await second.connect(door.address)
-        assert await door.collect_metrics() == [b"# metrics of r1\n"] * 2
+    async with replica("r1") as first, replica("r2") as second:
+        await first.client.connect(door.address)
+        await second.client.connect(door.address)
+        assert sorted(await door.collect_metrics()) == [b"# metrics of r1\n", b"# metrics of r2\n"]

@@ -168,7 +168,7 @@ def test_max_tokens_has_a_default(doors: Doors, tenant: TenantClient) -> None:
         model=doors.model, prompt="the", temperature=0, extra_body={"ignore_eos": True}
     )
     assert answer.usage is not None
-    assert answer.usage.completion_tokens == doors.context.config.limits.default_max_tokens
+    assert answer.usage.completion_tokens == doors.context.config.engine.default_max_tokens
 
 
 def test_adapter_answers_under_every_name_and_tells_its_version(

