@@ -7,9 +7,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 # Ray reads these when it is first imported, here and in its workers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Triton reads this one when it is first imported, which other packages do.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -161,8 +161,8 @@ class _Builder:
                 f"{path} has {shape[1]} inputs, not a multiple of 64; serve it with --quantization none."
             )
         weight = self.checkpoint.nf4(path, shape, self.device)
-        for part in (weight.packed, weight.absmax_u8, weight.nested_absmax, weight.nested_offset):
-            self._update(path, part)
+        # Not the scales: their offset is a mean, whose last bit depends on the device that took it.
+        self._update(path, weight.packed)
         return weight
 
     def _norm(self, name: str, dim: int) -> RMSNorm:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapters_store.blobs import BlobStore
-from lora_kernels.nf4 import dequantize_nf4, quantize_nf4
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from adapters_store.blobs import BlobStore
 from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import BaseModelUnsupported
 from gateway.models.loader import load_model
+from lora_kernels.nf4 import dequantize_nf4, quantize_nf4
 from tests.tiny import load_oracle, make_base
 
 PROMPT = list(range(30, 60))
