@@ -1,0 +1,121 @@
+"""`patchbay adapter`: a tenant's adapters, their versions and aliases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gateway.cli.options import DEFAULT_URL, ApiKey, AsJson, Timeout, Url, connect, full_name, split_version
+from gateway.cli.output import print_json, print_table, say, transfer_bar, when
+
+app = typer.Typer(no_args_is_help=True, help="Upload, list, alias, roll back and delete adapters.")
+Name = Annotated[str, typer.Argument(help="The adapter: tenant/name.")]
+
+
+@app.command()
+def upload(
+    path: Annotated[Path, typer.Argument(help="A peft folder, or a .tar, .tar.gz, .tgz or .zip of one.")],
+    name: Annotated[str, typer.Argument(help="The adapter: tenant/name, or name in the key's tenant.")],
+    alias: Annotated[str, typer.Option(help="The alias to point at the new version.")] = "default",
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Upload a peft adapter as the next version of NAME, and point an alias at it."""
+    with (
+        connect(url, api_key, timeout) as client,
+        transfer_bar(f"Uploading {name}", quiet=as_json) as on_progress,
+    ):
+        version = client.upload_adapter(name, path, alias, on_progress)
+    if as_json:
+        print_json(version)
+    else:
+        say(f"Published {version['ref']} (rank {version['rank']}), named by @{alias}.")
+
+
+@app.command("list")
+def list_adapters(
+    name: Annotated[str | None, typer.Argument(help="Only this adapter: tenant/name.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """List adapters, their versions and the aliases that name them."""
+    with connect(url, api_key, timeout) as client:
+        adapters = client.adapters() if name is None else [client.adapter(full_name(name))]
+    if as_json:
+        print_json(adapters)
+        return
+    rows = [row for adapter in adapters for row in _rows(adapter)]
+    empty = "No adapters yet: patchbay adapter upload FOLDER NAME"
+    print_table(("VERSION", "ALIASES", "RANK", "PARAMETERS", "CREATED"), rows, empty)
+
+
+@app.command()
+def alias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(help="The alias to set; `default` is what the bare name means.")],
+    version: Annotated[int, typer.Argument(min=1, help="The version to point it at.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias at a version. Running requests finish on the version that they began with."""
+    with connect(url, api_key, timeout) as client:
+        adapter = client.set_alias(full_name(name), alias, version)
+    _print_alias(adapter, name, alias, as_json)
+
+
+@app.command()
+def rollback(
+    name: Name,
+    alias: Annotated[str, typer.Option(help="The alias to point back.")] = "default",
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Point an alias back at the version that it named before."""
+    with connect(url, api_key, timeout) as client:
+        adapter = client.rollback(full_name(name), alias)
+    _print_alias(adapter, name, alias, as_json)
+
+
+@app.command()
+def delete(
+    version: Annotated[str, typer.Argument(help="The version to delete: tenant/name:3.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a version that no alias names."""
+    name, number = split_version(version)
+    with connect(url, api_key, timeout) as client:
+        answer = client.delete_version(name, number)
+    if as_json:
+        print_json(answer)
+    else:
+        say(f"Deleted {version}.")
+
+
+def _rows(adapter: dict[str, Any]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for version in adapter["versions"]:
+        names = sorted(name for name, number in adapter["aliases"].items() if number == version["version"])
+        aliases = " ".join(f"@{name}" for name in names)
+        parameters = f"{version['num_parameters']:,}"
+        rows.append((version["ref"], aliases, version["rank"], parameters, when(version["created_at"])))
+    return rows
+
+
+def _print_alias(adapter: dict[str, Any], name: str, alias: str, as_json: bool) -> None:
+    if as_json:
+        print_json(adapter)
+    else:
+        say(f"{name}@{alias} is now {name}:{adapter['aliases'][alias]}.")
