@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # Engine, trainer and front door share the cores: threads that spin at OpenMP's barriers would starve each other.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
@@ -129,11 +132,12 @@ def replica_deployment(config: GatewayConfig) -> serve.Deployment:
 
 
 def _front_door_deployment(config: GatewayConfig) -> serve.Deployment:
+    resource = config.server.front_door_resource
     return serve.deployment(
         FrontDoor,
         name="FrontDoor",
         num_replicas=config.server.num_front_doors,
-        ray_actor_options={"num_cpus": _FRONT_DOOR_CPUS},
+        ray_actor_options={"num_cpus": _FRONT_DOOR_CPUS, "resources": {resource: 1} if resource else None},
         graceful_shutdown_timeout_s=_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
@@ -203,8 +207,8 @@ def _wait_running(deadline: float) -> None:
 
 
 def _failure(status: Any) -> str:
-    """The last line of what the first failing deployment said: its exception."""
+    """What the first failing deployment said last: its exception's text, without the class."""
     messages = [deployment.message for deployment in status.deployments.values() if deployment.message]
     text = next((message for message in messages if message.strip()), status.message)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else str(status.status)
+    return re.sub(r"^[\w.]+: ", "", lines[-1]) if lines else str(status.status)

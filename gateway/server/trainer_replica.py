@@ -5,10 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from sqlalchemy import select
+
+from adapters_store.blobs import BlobStore
+from adapters_store.database import Database
+from adapters_store.registry import AdapterRegistry
+from adapters_store.tables import fine_tuning_jobs
 from gateway.config import GatewayConfig
 from gateway.server.logs import configure_logging
+from gateway.trainer.files import TrainingFiles
 
 if TYPE_CHECKING:
     from gateway.trainer.worker import TrainerWorker
@@ -43,26 +51,44 @@ class TrainerReplica:
         self._thread.join(_STOP_S)
 
     def _run(self) -> None:
-        worker = self._make_worker()
+        database = Database(self._config.store.database)
+        self._until_stopped(lambda: _upgraded(database))
+        self._until_stopped(lambda: _has_jobs(database))
+        if not self._stop.is_set():
+            worker = self._make_worker(database)
+            while not self._stop.is_set():
+                self._until_stopped(lambda: worker.run_next(self._stop))
+        database.dispose()
+
+    def _until_stopped(self, attempt: Callable[[], bool]) -> None:
+        """Call `attempt` now and then until it returns true; a failure is logged and tried again later."""
         while not self._stop.is_set():
             try:
-                if not worker.run_next(self._stop):
-                    self._stop.wait(_POLL_S)
+                if attempt():
+                    return
+                self._stop.wait(_POLL_S)
             except Exception:
                 # A job's own failure ends that job; this is the database or the disk, which may come back.
                 logger.exception("the trainer cannot go on; it tries again in %g s", _ERROR_PAUSE_S)
                 self._stop.wait(_ERROR_PAUSE_S)
 
-    def _make_worker(self) -> TrainerWorker:
-        # Torch and the base belong to this process alone.
-        from adapters_store.blobs import BlobStore
-        from adapters_store.database import Database
-        from adapters_store.registry import AdapterRegistry
-        from gateway.trainer.files import TrainingFiles
+    def _make_worker(self, database: Database) -> TrainerWorker:
+        # Torch takes seconds and 300 MB: it is imported here, at the first job.
         from gateway.trainer.worker import TrainerWorker
 
-        database = Database(self._config.store.database)
-        database.upgrade()
         blobs = BlobStore(self._config.store.blobs)
         registry = AdapterRegistry(database, blobs)
         return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs))
+
+
+def _upgraded(database: Database) -> bool:
+    database.upgrade()
+    return True
+
+
+def _has_jobs(database: Database) -> bool:
+    """Whether any job has not ended."""
+    status = fine_tuning_jobs.c.status
+    waiting = select(fine_tuning_jobs.c.id).where(status.in_(("validating_files", "queued", "running"))).limit(1)
+    with database.read() as connection:
+        return connection.execute(waiting).first() is not None

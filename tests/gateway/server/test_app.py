@@ -90,6 +90,23 @@ def test_metrics_are_the_front_doors_and_the_replicas(running: app.Running) -> N
     assert {"patchbay_connected_replicas", "vllm:num_requests_running", "patchbay_step_adapters"} <= set(families)
 
 
+def test_the_trainer_takes_a_job(running: app.Running, base: Path) -> None:
+    """Up to the first thing that the trainer says of a job: that its file is no training data."""
+    client = httpx.Client(base_url=running.http_url, headers=admin(running))
+    assert client.post("/v1/tenants", json={"id": "acme"}).is_success
+    key = client.post("/v1/keys", json={"tenant": "acme", "role": "tenant"}).json()["key"]
+    client.headers["authorization"] = f"Bearer {key}"
+    file = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("t.jsonl", b'{"no": "chat"}\n')})
+    body = {"model": base.name, "training_file": file.json()["id"]}
+    job = client.post("/v1/fine_tuning/jobs", json=body).json()
+    deadline = time.monotonic() + 90
+    while (job := client.get(f"/v1/fine_tuning/jobs/{job['id']}").json())["status"] == "validating_files":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert job["status"] == "failed"
+    assert "line 1" in job["error"]["message"]
+
+
 def test_a_request_that_runs_ends_whole_while_the_application_stops(
     running: app.Running, config: GatewayConfig, base: Path
 ) -> None:

@@ -32,7 +32,6 @@ async def door(local_ray: None) -> AsyncIterator[DeliveryServer]:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=1.0,
         health_check_period_s=1.0,
-        request_router_config=RequestRouterConfig(request_router_class="gateway.server.affinity:AdapterAffinityRouter"),
     )
     await asyncio.to_thread(serve.run, deployment.bind(), name=APP, route_prefix=None)
     server = DeliveryServer()
