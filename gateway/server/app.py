@@ -137,7 +137,7 @@ def _front_door_deployment(config: GatewayConfig) -> serve.Deployment:
         FrontDoor,
         name="FrontDoor",
         num_replicas=config.server.num_front_doors,
-        ray_actor_options={"num_cpus": _FRONT_DOOR_CPUS, "resources": {resource: 1} if resource else None},
+        ray_actor_options={"num_cpus": _FRONT_DOOR_CPUS, "resources": {resource: 1} if resource else {}},
         graceful_shutdown_timeout_s=_SHUTDOWN_S,
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
