@@ -41,11 +41,13 @@ class Attention:
     ) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
         num_tokens = x.shape[0]
-        parts = torch.split(self.qkv(x, batch), list(self.qkv.widths), dim=-1)
-        q, k, v = (part.view(num_tokens, -1, self.head_dim) for part in parts)
+        qkv = self.qkv(x, batch).view(num_tokens, -1, self.head_dim)
+        num_heads, num_kv_heads = (width // self.head_dim for width in self.qkv.widths[:2])
+        qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, batch.cos, batch.sin), rotate(k, batch.cos, batch.sin)
+            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
+        qk = rotate(qk, batch.cos, batch.sin)
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
         store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
         attended = paged_attention(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
         return self.o(attended.reshape(num_tokens, -1), batch)
