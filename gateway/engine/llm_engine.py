@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -301,6 +301,6 @@ def _timings(running: RunningRequest, reason: FinishReason) -> RequestTimings:
     )
 
 
-def _adapter_names(sequences: object) -> tuple[str, ...]:
-    names = {s.adapter.name for s in sequences if s.adapter is not None}  # type: ignore[attr-defined]
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    names = {s.adapter.name for s in sequences if s.adapter is not None}
     return tuple(sorted(names))
