@@ -1,10 +1,11 @@
 """The engine on two CPU cores beside transformers' `generate` and `peft`'s mixed batch, in one run.
 
-    python -m benchmarks.engine_cpu [--repeats 3]
+    python -m benchmarks.engine_cpu [--repeats 7]
 
 32 greedy requests of 64 prompt tokens, 128 generated each, end-of-sequence ignored, on the embedded base: without
 adapters, and over 8 adapters of rank 16 on all linears; then with 1,000 registered adapters of which 8 are live.
-Both sides run the same NF4 base (the peers on its dequantized fp32 weights).
+Both sides run the same NF4 base (the peers on its dequantized fp32 weights), in turn; a ratio is the median over the
+rounds.
 """
 
 from __future__ import annotations
@@ -71,6 +72,14 @@ def peer_base() -> torch.nn.Module:
     return model
 
 
+def mixed_peer(base: torch.nn.Module, paths: list[Path]) -> torch.nn.Module:
+    """peft's model over `base` with every adapter loaded, named a0, a1, ..."""
+    mixed = PeftModel.from_pretrained(base, str(paths[0]), adapter_name="a0")
+    for i, path in enumerate(paths[1:], start=1):
+        mixed.load_adapter(str(path), adapter_name=f"a{i}")
+    return mixed.eval()
+
+
 def peer_run(model: torch.nn.Module, adapter_names: list[str] | None) -> None:
     """One static batch through `generate`."""
     extra = {"adapter_names": adapter_names} if adapter_names else {}
@@ -96,15 +105,27 @@ def engine_run(engine: LLMEngine, refs: list[AdapterRef | None]) -> None:
         engine.step()
 
 
-def tokens_per_s(run: Callable[[], None], repeats: int) -> float:
-    """Median of `repeats` runs after one warm-up."""
-    run()
-    rates = []
-    for _ in range(repeats):
-        start = time.perf_counter()
+def rates(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Tokens/s of each run, `repeats` times in turn after one warm-up: a machine that slows down slows all of them."""
+    for run in runs.values():
         run()
-        rates.append(NUM_REQUESTS * OUTPUT / (time.perf_counter() - start))
-    return statistics.median(rates)
+    seen: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seen[name].append(NUM_REQUESTS * OUTPUT / (time.perf_counter() - start))
+    return seen
+
+
+def compare(case: str, ours: list[float], peer: list[float], metric: str, target: float, system: str) -> None:
+    """Record both rates and the median of their ratios, round by round."""
+    note = f"median of {len(ours)} rounds, both in turn; 64 in, 128 out, greedy"
+    record("engine_cpu", case, "tokens_per_s", statistics.median(peer), "1/s", system=system, note=note)
+    record("engine_cpu", case, "tokens_per_s", statistics.median(ours), "1/s", note=note)
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    spread = f"{note}; from {min(ratios):.2f} to {max(ratios):.2f}"
+    record("engine_cpu", case, metric, statistics.median(ratios), "x", target=target, note=spread)
 
 
 def publish(registry: AdapterRegistry, engine: LLMEngine, folder: Path, names: list[str], staging: Path) -> None:
@@ -126,7 +147,7 @@ def resolve(registry: AdapterRegistry, count: int) -> list[AdapterRef | None]:
 def main() -> None:
     """Measure everything and append it to the results."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--registered", type=int, default=1000)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -142,37 +163,31 @@ def measure(folder: Path, repeats: int, registered: int) -> None:
     paths = make_adapters(folder, NUM_ADAPTERS)
 
     base = peer_base()
-    peer = tokens_per_s(lambda: peer_run(base, None), repeats)
-    ours = tokens_per_s(lambda: engine_run(engine, [None]), repeats)
-    note = f"median of {repeats}; 64 in, 128 out, greedy"
-    record("engine_cpu", "32x0", "tokens_per_s", peer, "1/s", system="transformers generate", note=note)
-    record("engine_cpu", "32x0", "tokens_per_s", ours, "1/s", note=note)
-    record("engine_cpu", "32x0", "speedup_vs_transformers", ours / peer, "x", target=1.2, note=note)
+    seen = rates({"peer": lambda: peer_run(base, None), "ours": lambda: engine_run(engine, [None])}, repeats)
+    compare("32x0", seen["ours"], seen["peer"], "speedup_vs_transformers", 1.2, "transformers generate")
 
-    registry = open_registry(folder, blobs)
+    names = [f"a{i}" for i in range(NUM_ADAPTERS)]
+    mixed = mixed_peer(base, paths)
+    few, many = (open_registry(folder / name, blobs) for name in ("few", "many"))
     for i, path in enumerate(paths):
-        publish(registry, engine, path, [f"a{i}"], folder / "staging")
-    mixed = PeftModel.from_pretrained(base, str(paths[0]), adapter_name="0")
-    for i, path in enumerate(paths[1:], start=1):
-        mixed.load_adapter(str(path), adapter_name=str(i))
-    names = [str(i % NUM_ADAPTERS) for i in range(NUM_REQUESTS)]
-    peer = tokens_per_s(lambda: peer_run(mixed.eval(), names), repeats)
-    few = tokens_per_s(lambda: engine_run(engine, resolve(registry, NUM_ADAPTERS)), repeats)
-    record("engine_cpu", "32x8", "tokens_per_s", peer, "1/s", system="peft adapter_names", note=note)
-    record("engine_cpu", "32x8", "tokens_per_s", few, "1/s", note=note)
-    record("engine_cpu", "32x8", "speedup_vs_peft", few / peer, "x", target=3.0, note=note)
-
-    for i, path in enumerate(paths):
-        publish(registry, engine, path, [f"a{n}" for n in range(NUM_ADAPTERS + i, registered, 8)], folder / "staging")
-    many = tokens_per_s(lambda: engine_run(engine, resolve(registry, NUM_ADAPTERS)), repeats)
-    case = f"32x8 of {registered} registered"
-    record("engine_cpu", case, "tokens_per_s", many, "1/s", note=note)
-    record("engine_cpu", case, "share_of_8_registered", many / few, "x", target=0.95, note=note)
+        publish(few, engine, path, [names[i]], folder / "staging")
+        publish(many, engine, path, [f"a{n}" for n in range(i, registered, NUM_ADAPTERS)], folder / "staging")
+    runs = {
+        "peer": lambda: peer_run(mixed, [names[i % NUM_ADAPTERS] for i in range(NUM_REQUESTS)]),
+        "few": lambda: engine_run(engine, resolve(few, NUM_ADAPTERS)),
+        "many": lambda: engine_run(engine, resolve(many, NUM_ADAPTERS)),
+    }
+    seen = rates(runs, repeats)
+    compare("32x8", seen["few"], seen["peer"], "speedup_vs_peft", 3.0, "peft adapter_names")
+    compare(
+        f"32x8 of {registered} registered", seen["many"], seen["few"], "share_of_8_registered", 0.95, "8 registered"
+    )
     engine.close()
 
 
 def open_registry(folder: Path, blobs: BlobStore) -> AdapterRegistry:
     """A registry of its own, with one tenant."""
+    folder.mkdir()
     database = Database(f"sqlite:///{folder / 'registry.db'}")
     database.upgrade()
     Accounts(database).create_tenant("t")

@@ -30,6 +30,8 @@ class ModelRunner:
             config.inv_freq, config.rope_attention_scaling, max_model_len, decoder.device, decoder.dtype
         )
 
+        self._attention: AttentionMetadata | None = None  # of the last step
+
     def execute(self, output: SchedulerOutput) -> torch.Tensor:
         """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab]."""
         return self.decoder(self._batch(output), self.cache.layers)
@@ -40,16 +42,18 @@ class ModelRunner:
         query_lens = [num_tokens for _, num_tokens in scheduled]
         input_ids, positions, slot_mapping = self._tokens(scheduled)
         cos, sin = self.rotary.at(_to(positions, device))
+        self._attention = AttentionMetadata.build(
+            query_lens,
+            [s.num_computed + n for s, n in scheduled],
+            [s.block_table for s, _ in scheduled],
+            self.cache.block_size,
+            device,
+            previous=self._attention,
+        )
         return ForwardBatch(
             input_ids=_to(input_ids, device),
             slot_mapping=_to(slot_mapping, device),
-            attention=AttentionMetadata.build(
-                query_lens,
-                [s.num_computed + n for s, n in scheduled],
-                [s.block_table for s, _ in scheduled],
-                self.cache.block_size,
-                device,
-            ),
+            attention=self._attention,
             cos=cos,
             sin=sin,
             last_rows=_to(_last_rows(output, query_lens), device),

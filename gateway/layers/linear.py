@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 
 class DenseLinear:
-    """y = x W^T + b with W [out, in] in the compute dtype."""
+    """y = x W^T + b with W [out, in] in the compute dtype.
+
+    On the CPU, W^T is what lies contiguous in memory: all the embedded base's linears took 1.3, 2.3 and 5.2 ms at 1, 8
+    and 32 tokens instead of 1.9, 3.1 and 5.9 ms (2 cores, fp32, MKL).
+    """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.weight = weight
+        self.weight = weight if weight.is_cuda else weight.t().contiguous().t()
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -96,6 +96,26 @@ def test_one_sequence_far_longer_does_not_pad_the_others() -> None:
     meta = _meta(case, _inputs(case, torch.float32)[3])
     gathered = sum(group.blocks.numel() for group in meta.decode_groups)
     assert gathered <= 2 * sum(-(-context // case.block_size) for _, context in case.seqs)
+
+
+def test_decodes_step_by_step_see_what_a_fresh_step_sees() -> None:
+    case = Case([(1, 6), (1, 3), (1, 30)])
+    _, k_cache, v_cache, tables = _inputs(replace(case, seqs=[(1, 20), (1, 20), (1, 44), (1, 20)]), torch.float32)
+    other = tables.pop()
+    previous, kept = None, []
+    for step in range(12):
+        lens = [context + step for _, context in case.seqs]
+        if step >= 8:  # another sequence takes the first one's place, and grows as it did
+            tables[0] = other
+        slots = torch.tensor([table[(n - 1) // 4] * 4 + (n - 1) % 4 for table, n in zip(tables, lens, strict=True)])
+        q = torch.randn(3, 4, 16)
+        store_kv_ref(torch.randn(3, 2, 16), torch.randn(3, 2, 16), k_cache, v_cache, slots)
+        previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
+        fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
+        kept.append(previous.kept)
+        out, expected = (paged_attention_ref(q, k_cache, v_cache, meta, 0.3, None) for meta in (previous, fresh))
+        assert torch.equal(out, expected)
+    assert [step for step, same in enumerate(kept) if same] == [1, 4, 5, 9]  # no block was added, no row changed
 
 
 def test_metadata_takes_block_tables_longer_than_the_context() -> None:
