@@ -105,7 +105,7 @@ class AttentionMetadata:
             and self.max_query_len == 1
             and query_lens == self.query_lens
             and context_lens == [length + 1 for length in self.context_lens]
-            and np.array_equal(self.block_table.numpy(), table)
+            and np.array_equal(self.block_table.numpy(force=True), table)
         )
 
     @cached_property

@@ -12,7 +12,7 @@ from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter, write_base
 from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
-from gateway.engine.request import AdapterRef, GenerateRequest
+from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
 from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
@@ -22,16 +22,16 @@ pytestmark = pytest.mark.gpu
 NUM_ADAPTERS = 16
 
 
-def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str, list[int]]:
-    """Greedy tokens of 16 adapters and a base row in one batch."""
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str, list[TokenLogprob]]:
+    """Greedy tokens of 16 adapters and a base row in one batch, each with the 20 likeliest."""
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=20)
     for i, ref in enumerate([*refs, None]):
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
-    tokens: dict[str, list[int]] = {}
+    tokens: dict[str, list[TokenLogprob]] = {}
     while engine.has_work:
         for delta in engine.step().deltas:
-            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            tokens.setdefault(delta.request_id, []).extend(delta.logprobs)
     engine.check_integrity()
     engine.close()
     return tokens
@@ -50,13 +50,21 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_layer, "paged_attention", attention.paged_attention_ref)
 
 
-def agreement(a: dict[str, list[int]], b: dict[str, list[int]]) -> float:
-    """The share of tokens before each row's first difference."""
-    same = total = 0
+def ids(rows: dict[str, list[TokenLogprob]]) -> dict[str, list[int]]:
+    return {key: [token.token_id for token in row] for key, row in rows.items()}
+
+
+def drift(a: dict[str, list[TokenLogprob]], b: dict[str, list[TokenLogprob]]) -> tuple[float, int]:
+    """The largest difference of a token's log-probability while the rows agree, and over how many positions."""
+    worst, positions = 0.0, 0
     for key, row in a.items():
-        total += len(row)
-        same += next((i for i, (x, y) in enumerate(zip(row, b[key], strict=True)) if x != y), len(row))
-    return same / total
+        for x, y in zip(row, b[key], strict=True):
+            other = {token_id: logprob for token_id, _, logprob in y.top}
+            worst = max([worst, *(abs(p - other[token_id]) for token_id, _, p in x.top if token_id in other)])
+            positions += 1
+            if x.token_id != y.token_id:
+                break
+    return worst, positions
 
 
 def test_the_embedded_base_gives_the_cpu_path_s_tokens(tmp_path: Path) -> None:
@@ -64,22 +72,24 @@ def test_the_embedded_base_gives_the_cpu_path_s_tokens(tmp_path: Path) -> None:
     on_cpu = engine_with(blobs, "embedded", device="cpu")
     refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
     wanted = generate(on_cpu, refs, 48)
-    assert generate(engine_with(blobs, "embedded", device="cuda", dtype="float32"), refs, 48) == wanted
+    got = generate(engine_with(blobs, "embedded", device="cuda", dtype="float32"), refs, 48)
+    assert ids(got) == ids(wanted)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [("float32", 1.0), ("bfloat16", 0.3)])
-def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, least: float
-) -> None:
+def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    base = write_base(tmp_path / "base", layers=4)
+    base = str(write_base(tmp_path / "base", layers=4))
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    kernels = engine_with(blobs, str(base), device="cuda", dtype=dtype)
-    refs = [write_adapter(blobs, tmp_path, kernels.model.spec, 16, i) for i in range(NUM_ADAPTERS)]
-    got = generate(kernels, refs, 32)
+    spec = engine_with(blobs, base, device="cuda").model.spec
+    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    fp32, bf16 = (generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16"))
     use_references(monkeypatch)
-    wanted = generate(engine_with(blobs, str(base), device="cuda", dtype=dtype), refs, 32)
-    share = agreement(got, wanted)
-    print(f"{dtype}: {share:.4f} of tokens before the first difference")
-    # In bf16 near-ties of random weights break either way; fp32 has none.
-    assert share >= least
+    truth, plain = (
+        generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16")
+    )
+    assert ids(fp32) == ids(truth)
+    # In bf16 near-ties of random weights break either way: the kernels may be as far from fp32 as plain PyTorch is.
+    ours, allowed = drift(bf16, truth), drift(plain, truth)
+    print(f"bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
+    assert ours[0] <= 2 * allowed[0]
+    assert ours[1] >= allowed[1] / 2
