@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +61,19 @@ class AdapterRegistry:
         self._database = database
         self._blobs = blobs
 
-    def publish(self, tenant: str, name: str, staged: StagedAdapter, alias: str = DEFAULT_ALIAS) -> AdapterVersion:
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        staged: StagedAdapter,
+        alias: str = DEFAULT_ALIAS,
+        also: Callable[[Connection, AdapterVersion], None] | None = None,
+    ) -> AdapterVersion:
         """Store a validated adapter as the next version and point `alias` at it.
 
-        The blob is made durable first; then one transaction adds the version and moves the alias. Killed at
-        any point, the alias names the old version or the new one, whole; at worst an unreferenced blob is left.
-        Raises `InvalidName` or `TenantNotFound`.
+        The blob is made durable first; then one transaction adds the version, moves the alias and does what `also`
+        does. Killed at any point, the alias names the old version or the new one, whole; at worst an unreferenced blob
+        is left. Raises `InvalidName` or `TenantNotFound`, and what `also` raises, which undoes the rest.
         """
         check_name("name", name)
         check_name("alias", alias)
@@ -81,6 +88,8 @@ class AdapterRegistry:
             created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now)
             _insert_version(connection, adapter_id, created)
             _point_alias(connection, adapter_id, alias, version, now)
+            if also is not None:
+                also(connection, created)
         return created
 
     def resolve(self, tenant: str, ref: str) -> AdapterVersion:

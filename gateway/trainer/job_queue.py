@@ -62,14 +62,17 @@ class JobQueue:
         values = {"hyperparameters": used.model_dump(mode="json")}
         self._move(job, worker, ("running",), values, "Fine-tuning job started")
 
-    def succeed(self, job: FineTuningJob, worker: str, fine_tuned_model: str, trained_tokens: int) -> None:
-        """From `running` to `succeeded`. Raises `JobLost`."""
+    def succeed(
+        self, connection: Connection, job: FineTuningJob, worker: str, fine_tuned_model: str, trained_tokens: int
+    ) -> None:
+        """From `running` to `succeeded`, in the transaction that publishes the model. Raises `JobLost`."""
         values = _ended("succeeded") | {
             "fine_tuned_model": fine_tuned_model,
             "trained_tokens": trained_tokens,
         }
         message = "The job has successfully completed"
-        self._move(job, worker, ("running",), values, f"New fine-tuned model created: {fine_tuned_model}", message)
+        created = f"New fine-tuned model created: {fine_tuned_model}"
+        _move(connection, job, worker, ("running",), values, created, message)
 
     def fail(self, job: FineTuningJob, worker: str, error: JobError) -> None:
         """From `validating_files` or `running` to `failed`. Raises `JobLost`."""
@@ -151,12 +154,24 @@ class JobQueue:
         *messages: str,
         level: str = "info",
     ) -> None:
-        held = and_(_jobs.c.id == job.id, _jobs.c.claimed_by == worker, _jobs.c.status.in_(expected))
         with self._database.write() as connection:
-            if not connection.execute(update(_jobs).where(held).values(values)).rowcount:
-                raise JobLost(job.id)
-            for message in messages:
-                add_event(connection, job.id, message, level=level)
+            _move(connection, job, worker, expected, values, *messages, level=level)
+
+
+def _move(
+    connection: Connection,
+    job: FineTuningJob,
+    worker: str,
+    expected: tuple[JobStatus, ...],
+    values: dict[str, Any],
+    *messages: str,
+    level: str = "info",
+) -> None:
+    held = and_(_jobs.c.id == job.id, _jobs.c.claimed_by == worker, _jobs.c.status.in_(expected))
+    if not connection.execute(update(_jobs).where(held).values(values)).rowcount:
+        raise JobLost(job.id)
+    for message in messages:
+        add_event(connection, job.id, message, level=level)
 
 
 _RELEASED: Final[dict[str, Any]] = {"claimed_by": None, "heartbeat_at": None}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from sqlalchemy import Connection
 
 from adapters_store.accounts import Accounts
 from adapters_store.database import Database
@@ -121,8 +122,7 @@ class TrainerWorker:
             result = self._train(settings, train, valid, lease, folder)
             lease.flush()
             lease.check()  # a cancellation after this line comes too late
-            version = self._publish(job, folder)
-        self._queue.succeed(job, self._name, version.ref, result.trained_tokens)
+            version = self._publish(job, folder, result.trained_tokens)
         logger.info("fine-tune job %s published %s", job.id, version.ref)
 
     def _train(
@@ -141,15 +141,19 @@ class TrainerWorker:
             trainer.close()
         return result
 
-    def _publish(self, job: FineTuningJob, folder: Path) -> AdapterVersion:
-        """The way of every upload: staged, validated in the confined process, published."""
+    def _publish(self, job: FineTuningJob, folder: Path, trained_tokens: int) -> AdapterVersion:
+        """The way of every upload: staged, validated in the confined process, published as the job succeeds."""
+
+        def succeed(connection: Connection, version: AdapterVersion) -> None:
+            self._queue.succeed(connection, job, self._name, version.ref, trained_tokens)
+
         base, max_rank = self._loaded_base(), self._max_rank(job.tenant)
         root = self._config.store.staging
         with Staging(root) as staging:
             for path in sorted(folder.iterdir()):
                 staging.add_file(path.name, _chunks(path))
             staged = staging.validate(base.spec, max_rank)
-            return self._registry.publish(job.tenant, job.adapter_name, staged, alias=job.peft.alias)
+            return self._registry.publish(job.tenant, job.adapter_name, staged, job.peft.alias, also=succeed)
 
     def _datasets(self, job: FineTuningJob, lease: JobLease) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
         """The training and the validation examples; the latter are none without a validation file."""

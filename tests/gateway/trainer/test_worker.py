@@ -225,6 +225,28 @@ def test_a_job_that_was_taken_away_publishes_nothing(
     assert not registry.list("acme")
 
 
+def test_a_job_taken_away_while_its_model_is_stored_publishes_nothing(
+    worker: TrainerWorker,
+    submit: Submit,
+    jobs: FineTuningJobs,
+    registry: AdapterRegistry,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = submit(hyperparameters=Hyperparameters(n_epochs=1))
+    put = BlobStore.put
+
+    def put_and_lose(blobs: BlobStore, digest: str, path: Path) -> None:
+        put(blobs, digest, path)
+        with database.write() as connection:
+            connection.exec_driver_sql("UPDATE fine_tuning_jobs SET claimed_by = 'another'")
+
+    monkeypatch.setattr(BlobStore, "put", put_and_lose)
+    worker.run_next(threading.Event())
+    assert jobs.get("acme", job.id).status == "running"
+    assert not registry.list("acme")
+
+
 def test_an_unexpected_error_fails_the_job_without_telling_its_text(
     worker: TrainerWorker, submit: Submit, jobs: FineTuningJobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
