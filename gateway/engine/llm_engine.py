@@ -95,13 +95,14 @@ class LLMEngine:
             "" if shared else request.cache_salt,
         )
         for index in range(request.sampling.n):
+            token_ids = list(prompt)
             running.sequences.append(
                 Sequence(
                     request=running,
                     index=index,
-                    token_ids=list(prompt),
+                    token_ids=token_ids,
                     prefix_root=root,
-                    sampling=SamplingRow(request.sampling, prompt, [], index),
+                    sampling=SamplingRow(request.sampling, token_ids, len(prompt), index),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                 )
             )
@@ -199,7 +200,7 @@ class LLMEngine:
     def _append(
         self, sequence: Sequence, token: int, logprob: RawLogprob | None, now: float, output: StepOutput
     ) -> None:
-        sequence.append(token)
+        sequence.token_ids.append(token)
         self._generation_tokens += 1
         _clock(sequence.request, now, output)
         ended_by_id = self._ends(sequence, token)

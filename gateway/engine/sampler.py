@@ -31,14 +31,14 @@ _EMPTY: Final = np.empty(0, dtype=np.int64)
 class SamplingRow:
     """What the sampler keeps of one sequence: made once, passed at every step of the sequence's life.
 
-    output_token_ids is the sequence's own list, to which the engine appends. index: which of the request's
-    `n` sequences. Random numbers depend on (seed, index, number of output tokens) only; without `params.seed`
-    the sequence draws a seed of its own.
+    token_ids is the sequence's own list, `num_prompt` of the prompt and then those that the engine appends. index:
+    which of the request's `n` sequences. Random numbers depend on (seed, index, number of output tokens) only; without
+    `params.seed` the sequence draws a seed of its own.
     """
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: list[int]
+    token_ids: list[int]
+    num_prompt: int
     index: int = 0
     stream: np.uint64 = field(init=False)
     is_penalized: bool = field(init=False)
@@ -58,18 +58,19 @@ class SamplingRow:
 
     def seen(self) -> tuple[IntArray, IntArray]:
         """(prompt and output token ids, output token ids); copies only what is new since the last call."""
-        num_prompt = len(self.prompt_token_ids)
-        total = num_prompt + len(self.output_token_ids)
+        total = len(self.token_ids)
         if total > len(self._seen):
             grown = np.empty(total + total // 2 + 64, dtype=np.int64)
             grown[: self._num_seen] = self._seen[: self._num_seen]
             self._seen = grown
-        if self._num_seen < num_prompt:
-            self._seen[:num_prompt] = self.prompt_token_ids
-            self._num_seen = num_prompt
-        self._seen[self._num_seen : total] = self.output_token_ids[self._num_seen - num_prompt :]
+        self._seen[self._num_seen : total] = self.token_ids[self._num_seen :]
         self._num_seen = total
-        return self._seen[:total], self._seen[num_prompt:total]
+        return self._seen[:total], self._seen[self.num_prompt : total]
+
+    @property
+    def num_output(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ class _Edits:
         flat = logits.view(-1)
         if self._bias_index is not None:
             flat.index_add_(0, self._bias_index, self._bias)
-        forbidden = [ids for row, ids in self._enders if len(row.output_token_ids) < row.params.min_tokens]
+        forbidden = [ids for row, ids in self._enders if row.num_output < row.params.min_tokens]
         if forbidden:
             flat[self._index(forbidden)] = -torch.inf
         self._penalize(flat)
@@ -239,7 +240,7 @@ class _Draws:
         self._device = device
         self._rows = torch.tensor([i for i, _ in rows], device=device)
         self._takes_all = len(rows) == num_rows
-        self._outputs = [row.output_token_ids for _, row in rows]
+        self._sequences = [row for _, row in rows]
         self._streams = np.array([row.stream for _, row in rows], dtype=np.uint64)
         temperatures = [row.params.temperature for _, row in rows]
         self._temperatures = torch.tensor(temperatures, device=device)[:, None]
@@ -261,7 +262,7 @@ class _Draws:
 
     def _uniforms(self) -> Tensor:
         """One number in [0, 1) a row: step `position` of SplitMix64 from the state `stream`."""
-        steps = np.fromiter(map(len, self._outputs), dtype=np.uint64, count=len(self._outputs)) + np.uint64(1)
+        steps = np.array([row.num_output + 1 for row in self._sequences], dtype=np.uint64)
         uniforms = (_mix(self._streams + steps * _GOLDEN) >> np.uint64(11)) * 2.0**-53
         return torch.from_numpy(uniforms).to(self._device, non_blocking=True)[:, None]
 

@@ -74,11 +74,6 @@ class Sequence:
         """Whether its last delta has been made."""
         return self.status is SequenceStatus.FINISHED
 
-    def append(self, token_id: int) -> None:
-        """Add a sampled token."""
-        self.token_ids.append(token_id)
-        self.sampling.output_token_ids.append(token_id)
-
 
 @dataclass(eq=False, slots=True)
 class RunningRequest:

@@ -25,7 +25,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
 def sequence(table: TokenTable, tokens: list[int], root: bytes = ROOT) -> Sequence:
     request = RunningRequest(GenerateRequest("r", SamplingParams(), prompt=tokens), len(tokens), 16)
     detokenizer = IncrementalDetokenizer(table, tokens, SamplingParams())
-    made = Sequence(request, 0, list(tokens), root, SamplingRow(SamplingParams(), tokens, []), detokenizer)
+    made = Sequence(request, 0, list(tokens), root, SamplingRow(SamplingParams(), tokens, len(tokens)), detokenizer)
     request.sequences.append(made)
     return made
 

@@ -28,7 +28,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def row(params: SamplingParams, prompt: Sequence[int] = (1, 2), outputs: Sequence[int] = (), index: int = 0) -> Any:
-    return SamplingRow(params, list(prompt), list(outputs), index)
+    return SamplingRow(params, [*prompt, *outputs], len(prompt), index)
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -231,21 +231,20 @@ def test_presence_and_frequency_penalties_weigh_output_tokens_only() -> None:
 
 
 def test_penalties_follow_the_growing_sequence() -> None:
-    outputs: list[int] = []
     params = SamplingParams(temperature=0.0, frequency_penalty=2.0, repetition_penalty=1.2)
-    one = SamplingRow(params, [1, 2], outputs)
+    one = row(params, prompt=[1, 2])
     logits = random_logits(1, 70)
     sampler = Sampler()
     for _ in range(300):
         expected = logits.clone()
-        ids = torch.tensor([[1, 2, *outputs]])
+        ids = torch.tensor([one.token_ids])
         expected = RepetitionPenaltyLogitsProcessor(1.2)(ids, expected)
-        expected -= 2.0 * torch.bincount(torch.tensor(outputs, dtype=torch.int64), minlength=70)
+        expected -= 2.0 * torch.bincount(torch.tensor(one.token_ids[2:], dtype=torch.int64), minlength=70)
         token = sampler(logits.clone(), [one]).token_ids[0]
         # Repeated subtraction rounds otherwise than one product: equal up to that.
         assert expected[0, token] >= expected.max() - 1e-3
-        outputs.append(token)
-    assert len(set(outputs)) > 30
+        one.token_ids.append(token)
+    assert len(set(one.token_ids[2:])) > 30
 
 
 def test_edits_come_before_the_temperature_and_filters_after() -> None:
@@ -259,14 +258,14 @@ def test_seeds_reproduce_and_do_not_depend_on_the_batch() -> None:
     params = SamplingParams(seed=7)
 
     def tokens(mates: int) -> list[int]:
-        outputs: list[int] = []
+        one = row(params, prompt=[1])
         rows = [row(SamplingParams(top_p=0.5)) for _ in range(mates)]
-        rows.insert(mates // 2, SamplingRow(params, [1], outputs))
+        rows.insert(mates // 2, one)
         sampler = Sampler()
         for _ in range(30):
             output = sampler(torch.stack([logits] * len(rows)), rows)
-            outputs.append(output.token_ids[mates // 2])
-        return outputs
+            one.token_ids.append(output.token_ids[mates // 2])
+        return one.token_ids
 
     alone = tokens(0)
     assert alone == tokens(0) == tokens(5)
