@@ -1,13 +1,19 @@
-"""What tests of several packages share: one small local Ray for the whole run."""
+"""What tests of several packages share: one small local Ray and one PostgreSQL server for the whole run."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from tests import postgresql as postgresql_server
+
+if TYPE_CHECKING:
+    from adapters_store.database import Database
 
 # Ray reads these when it is first imported, here and in its workers.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -35,3 +41,31 @@ def local_ray() -> Iterator[None]:
     yield
     serve.shutdown()
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """The SQLAlchemy URL of an empty PostgreSQL database: PATCHBAY_TEST_POSTGRESQL, or a server started here."""
+    if url := os.environ.get("PATCHBAY_TEST_POSTGRESQL"):
+        yield url
+        return
+    if postgresql_server.find_binary("initdb") is None:
+        pytest.skip("no PostgreSQL server is installed")
+    with postgresql_server.serve() as url:
+        yield url
+
+
+@pytest.fixture
+def postgresql(postgresql_url: str) -> Iterator[Database]:
+    """An empty PostgreSQL database without tables."""
+    from sqlalchemy import text
+
+    from adapters_store.database import Database
+    from adapters_store.tables import metadata
+
+    database = Database(postgresql_url)
+    yield database
+    with database.write() as connection:
+        metadata.drop_all(connection)
+        connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
+    database.dispose()

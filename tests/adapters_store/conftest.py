@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from sqlalchemy import text
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.registry import AdapterRegistry
-from adapters_store.tables import metadata
 from adapters_store.upload import StagedAdapter, Staging
 
 FINGERPRINT = "f" * 64
@@ -110,29 +107,12 @@ def sqlite(tmp_path: Path, migrated: Path) -> Iterator[Database]:
     database.dispose()
 
 
-@pytest.fixture
-def postgresql() -> Iterator[Database]:
-    """An empty database without tables, where PATCHBAY_TEST_POSTGRESQL is the SQLAlchemy URL of one."""
-    url = os.environ.get("PATCHBAY_TEST_POSTGRESQL")
-    if not url:
-        pytest.skip("PATCHBAY_TEST_POSTGRESQL is not set")
-    database = Database(url)
-    yield database
-    with database.write() as connection:
-        metadata.drop_all(connection)
-        connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
-    database.dispose()
-
-
-@pytest.fixture
+@pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest) -> Database:
-    """A migrated database: SQLite, or the PostgreSQL that the environment names."""
-    if "PATCHBAY_TEST_POSTGRESQL" not in os.environ:
-        sqlite: Database = request.getfixturevalue("sqlite")
-        return sqlite
-    postgresql: Database = request.getfixturevalue("postgresql")
-    postgresql.upgrade()
-    return postgresql
+    """A migrated database of each kind."""
+    database: Database = request.getfixturevalue(request.param)
+    database.upgrade()
+    return database
 
 
 @pytest.fixture

@@ -47,13 +47,18 @@ def examples(base: TrainingBase) -> Sequence[TokenizedExample]:
     return load_chat_dataset(io.BytesIO(colour_lines()), base.tokenizer, max_seq_len=128)
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    made = Database(f"sqlite:///{tmp_path / 'patchbay.db'}")
-    made.upgrade()
-    accounts = Accounts(made)
+def prepared(database: Database) -> Database:
+    """With its tables and two tenants."""
+    database.upgrade()
+    accounts = Accounts(database)
     accounts.create_tenant("acme")
     accounts.create_tenant("globex")
+    return database
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    made = prepared(Database(f"sqlite:///{tmp_path / 'patchbay.db'}"))
     yield made
     made.dispose()
 

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,19 @@ from gateway.trainer.job import FineTuningJob, FineTuningRequest, JobError, even
 from gateway.trainer.job_queue import JobLost, JobQueue
 from gateway.trainer.jobs import FineTuningJobs
 from gateway.trainer.step_metrics import StepMetrics
+from tests.gateway.trainer.conftest import prepared
 
 Create = Callable[..., FineTuningJob]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    if request.param == "postgresql":
+        yield prepared(request.getfixturevalue("postgresql"))
+        return
+    made = prepared(Database(f"sqlite:///{tmp_path / 'patchbay.db'}"))
+    yield made
+    made.dispose()
 
 
 @pytest.fixture
@@ -104,14 +116,15 @@ def test_lists_page_through_all_jobs_once(jobs: FineTuningJobs, create: Create) 
     assert set(seen) == made
 
 
-def test_the_way_to_success(jobs: FineTuningJobs, create: Create, queue: JobQueue) -> None:
+def test_the_way_to_success(jobs: FineTuningJobs, create: Create, queue: JobQueue, database: Database) -> None:
     job = running(create, queue)
     assert (job.status, job.claimed_by) == ("running", "w1")
     assert job.started_at is not None
     queue.set_hyperparameters(job, "w1", Hyperparameters(n_epochs=3, batch_size=4, learning_rate_multiplier=1.0))
     step = StepMetrics(1, 9, 2.5, 0.25, 1e-3, 100.0)
     assert queue.beat(job, "w1", [step]) == "held"
-    queue.succeed(job, "w1", "acme/x:1", 1234)
+    with database.write() as connection:
+        queue.succeed(connection, job, "w1", "acme/x:1", 1234)
     done = jobs.get("acme", job.id)
     assert (done.status, done.fine_tuned_model, done.trained_tokens) == ("succeeded", "acme/x:1", 1234)
     assert done.hyperparameters.n_epochs == 3
@@ -170,15 +183,15 @@ def test_cancelling_during_validation_takes_the_job_from_its_worker(
 
 
 def test_a_running_jobs_worker_learns_of_the_cancellation(
-    jobs: FineTuningJobs, create: Create, queue: JobQueue
+    jobs: FineTuningJobs, create: Create, queue: JobQueue, database: Database
 ) -> None:
     job = running(create, queue)
     assert jobs.cancel("acme", job.id).status == "running"
     assert queue.beat(job, "w1", []) == "cancel"
     queue.cancel(job, "w1")
     assert jobs.get("acme", job.id).status == "cancelled"
-    with pytest.raises(JobLost):
-        queue.succeed(job, "w1", "acme/x:1", 1)
+    with database.write() as connection, pytest.raises(JobLost):
+        queue.succeed(connection, job, "w1", "acme/x:1", 1)
 
 
 def test_a_dead_workers_job_is_run_once_more_and_then_failed(
@@ -194,8 +207,8 @@ def test_a_dead_workers_job_is_run_once_more_and_then_failed(
     assert queue.beat(job, "w1", []) == "lost"
     again = queue.claim_to_run("w2")
     assert again is not None
-    with pytest.raises(JobLost):
-        queue.succeed(job, "w1", "acme/x:1", 1)
+    with database.write() as connection, pytest.raises(JobLost):
+        queue.succeed(connection, job, "w1", "acme/x:1", 1)
     die(database, job)
     queue.recover()
     failed = jobs.get("acme", job.id)
