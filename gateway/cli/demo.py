@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def demo(
 
     Exits 0 only if every check held, 7 otherwise.
     """
+    if find_spec("openai") is None:
+        hint = "Install it: pip install 'patchbay[demo]'."
+        raise CommandFailed("The demo calls the gateway through the openai client too.", ExitCode.REFUSED, hint)
     from gateway.demo import run_demo
 
     checks = run_demo(keep=keep, data_dir=data_dir, quiet=as_json)

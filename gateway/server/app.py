@@ -177,6 +177,8 @@ def _start_ray(config: GatewayConfig, log_to_driver: bool) -> None:
             log_to_driver=log_to_driver,
         )
         return
+    # Ray makes a token for this cluster of ours and warns that it did.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
         num_cpus=_logical_cpus(config),
         include_dashboard=False,
