@@ -134,9 +134,11 @@ def project() -> dict[str, Any]:
 
 
 def project_requirements() -> list[Requirement]:
+    """Of the project and all its extras; an extra that names the project's others adds none."""
     data = project()["project"]
     extras = data["optional-dependencies"].values()
-    return [Requirement(line) for line in [*data["dependencies"], *(line for extra in extras for line in extra)]]
+    wanted = [Requirement(line) for line in [*data["dependencies"], *(line for extra in extras for line in extra)]]
+    return [requirement for requirement in wanted if requirement.name != data["name"]]
 
 
 def test_the_lock_satisfies_the_project() -> None:
