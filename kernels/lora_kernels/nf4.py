@@ -100,13 +100,27 @@ def quantize_nf4(weight: Tensor) -> NF4Weight:
 
 def dequantize_nf4(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in] in `dtype`: fp32 code times fp32 scale, rounded once."""
+    packed, absmax = blocks_of(weight)
+    return unpack_nf4(packed, absmax, dtype)
+
+
+def blocks_of(weight: NF4Weight) -> tuple[Tensor, Tensor]:
+    """The factors that the functions below take: packed uint8 [out, in / 64, 32], absmax fp32 [out, in / 64]."""
     out_features, in_features = weight.shape
-    packed = weight.packed.view(out_features, in_features // 2)
-    return unpack_nf4(packed, weight.absmax().view(out_features, in_features // BLOCK), dtype)
+    num_blocks = in_features // BLOCK
+    return weight.packed.view(out_features, num_blocks, BLOCK // 2), weight.absmax().view(out_features, num_blocks)
+
+
+def block_major(factor: Tensor) -> Tensor:
+    """A factor with the same elements, laid out in memory block by block: all rows' first blocks, then their second.
+
+    The tile of W that a program of `nf4_matmul` reads at a time is then one run of bytes.
+    """
+    return factor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def unpack_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] in `dtype` from packed uint8 [out, in / 2] and absmax fp32 [out, in / 64]."""
+    """The matrix [out, in] in `dtype` from packed uint8 [out, in / 64, 32] and absmax fp32 [out, in / 64]."""
     if packed.is_cuda:
         from lora_kernels.triton_nf4 import unpack_nf4_triton
 
@@ -116,8 +130,8 @@ def unpack_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 
 def unpack_nf4_ref(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """`unpack_nf4` in plain PyTorch: one look-up of a pair of weights a byte."""
-    pairs = _pair_table().to(packed.device)[packed.view(-1).int()]  # [out * in / 2, 2]
-    return (pairs.view(-1, BLOCK) * absmax.view(-1, 1)).to(dtype).view(packed.shape[0], -1)
+    pairs = _pair_table().to(packed.device)[packed.int()]  # [out, in / 64, 32, 2]
+    return (pairs.flatten(2) * absmax.unsqueeze(2)).to(dtype).flatten(1)
 
 
 def nf4_matmul_ref(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
@@ -128,12 +142,12 @@ def nf4_matmul_ref(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
 def nf4_matmul(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
     """y = x W^T with an NF4 W, accumulated in fp32.
 
-    x: [num_tokens, in] fp32, bf16 or fp16, in % 64 == 0. packed: uint8 [out, in / 2]. absmax: fp32 [out, in / 64].
-    Returns [num_tokens, out] in x's dtype. Triton on a GPU, `nf4_matmul_ref` elsewhere. Raises ValueError on shapes
-    that do not belong together.
+    x: [num_tokens, in] fp32, bf16 or fp16, in % 64 == 0. packed: uint8 [out, in / 64, 32]. absmax: fp32 [out, in / 64].
+    Both factors in any order of rows and blocks in memory; `block_major` is fastest. Returns [num_tokens, out] in x's
+    dtype. Triton on a GPU, `nf4_matmul_ref` elsewhere. Raises ValueError on shapes that do not belong together.
     """
-    in_features = x.shape[-1]
-    if x.ndim != 2 or packed.shape[1] * 2 != in_features or absmax.shape != (packed.shape[0], in_features // BLOCK):
+    out_features, num_blocks = absmax.shape
+    if x.shape[1:] != (num_blocks * BLOCK,) or packed.shape != (out_features, num_blocks, BLOCK // 2):
         raise ValueError(
             f"x {tuple(x.shape)}, packed {tuple(packed.shape)} and absmax {tuple(absmax.shape)} do not match"
         )

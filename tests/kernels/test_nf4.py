@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 from lora_kernels.nf4 import (
     NF4_CODE,
+    block_major,
+    blocks_of,
     nf4_matmul,
     nf4_matmul_ref,
     quantize_nf4,
@@ -19,8 +21,7 @@ def _weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def _packed(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = quantize_nf4(_weight((out_features, in_features), torch.float32))
-    return weight.packed.view(out_features, -1), weight.absmax().view(out_features, -1)
+    return blocks_of(quantize_nf4(_weight((out_features, in_features), torch.float32)))
 
 
 def test_takes_the_nearest_code() -> None:
@@ -55,8 +56,10 @@ def test_unpack_kernel_gives_the_bits_of_the_plain_path(
     from lora_kernels.triton_nf4 import unpack_nf4_triton
 
     packed, absmax = _packed(*shape)
-    unpacked = unpack_nf4_triton(packed.to(device), absmax.to(device), dtype)
-    assert torch.equal(unpacked.cpu(), unpack_nf4_ref(packed, absmax, dtype))
+    expected = unpack_nf4_ref(packed, absmax, dtype)
+    for order in (torch.Tensor.contiguous, block_major):
+        unpacked = unpack_nf4_triton(order(packed.to(device)), order(absmax.to(device)), dtype)
+        assert torch.equal(unpacked.cpu(), expected)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,18 @@ def test_matmul_kernel_is_as_exact_as_the_plain_path(
     packed, absmax = _packed(out_features, in_features)
     x = torch.randn(num_tokens, in_features).to(dtype)
     truth = F.linear(x.double(), unpack_nf4_ref(packed, absmax, torch.float32).double())
-    y = nf4_matmul_triton(x.to(device), packed.to(device), absmax.to(device))
-    assert_as_exact(y, nf4_matmul_ref(x, packed, absmax), truth)
+    plain = nf4_matmul_ref(x, packed, absmax)
+    for order in (torch.Tensor.contiguous, block_major):
+        y = nf4_matmul_triton(x.to(device), order(packed.to(device)), order(absmax.to(device)))
+        assert_as_exact(y, plain, truth)
+
+
+def test_another_order_in_memory_is_the_same_factor() -> None:
+    packed, _ = _packed(6, 192)
+    tiled = block_major(packed)
+    assert torch.equal(tiled, packed)
+    assert torch.equal(tiled.transpose(0, 1).reshape(-1), packed.transpose(0, 1).reshape(-1))
+    assert tiled.transpose(0, 1).is_contiguous()
 
 
 def test_matmul_kernel_takes_rows_that_lie_apart(device: str) -> None:
