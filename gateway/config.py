@@ -29,6 +29,7 @@ class EngineConfig:
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     max_num_batched_tokens: tokens of one step, prefill and decode together.
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
+    enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     """
 
     base: str = "embedded"
@@ -50,6 +51,7 @@ class EngineConfig:
     num_adapter_pages: int | None = None
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ _RESERVED_BYTES = 4 << 30
 
 
 class KVCache:
-    """Keys and values of every layer: per layer two tensors [num_blocks, block_size, num_kv_heads, head_dim]."""
+    """Keys and values of every layer: per layer two tensors [num_blocks + 1, block_size, num_kv_heads, head_dim]."""
 
     def __init__(
         self,
@@ -24,9 +24,11 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        # The last block belongs to no sequence: rows that only pad a batch write there.
+        shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.scratch_slot = num_blocks * block_size
         # Zeros, not garbage: a page's unwritten tail is read by vectorised attention before it is masked.
         self.layers: tuple[LayerCache, ...] = tuple(
             (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))

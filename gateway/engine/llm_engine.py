@@ -57,6 +57,8 @@ class LLMEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
+        if decoder.device.type == "cuda" and not config.enforce_eager:
+            self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )

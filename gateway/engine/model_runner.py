@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from adapters_store.slots import AdapterSlots
+from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.scheduler import SchedulerOutput
 from gateway.engine.sequence import Sequence
@@ -25,15 +26,34 @@ class ModelRunner:
         self.decoder = decoder
         self.cache = cache
         self.slots = slots
+        self.max_model_len = max_model_len
         config = decoder.config
         self.rotary = RotaryTable(
             config.inv_freq, config.rope_attention_scaling, max_model_len, decoder.device, decoder.dtype
         )
 
         self._attention: AttentionMetadata | None = None  # of the last step
+        self._graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, max_rows: int, max_rank: int) -> None:
+        """Record decode steps of up to `max_rows` sequences with adapters of up to `max_rank`. On CUDA only."""
+        self._graphs = DecodeGraphs(
+            self.decoder,
+            self.cache,
+            self.slots,
+            self.rotary,
+            max_rows=max_rows,
+            max_len=self.max_model_len,
+            max_rank=max_rank,
+        )
+        self._graphs.capture()
 
     def execute(self, output: SchedulerOutput) -> torch.Tensor:
         """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab]."""
+        if self._graphs is not None and output.is_decode:
+            logits = self._graphs.run(output.sampled)
+            if logits is not None:
+                return logits
         return self.decoder(self._batch(output), self.cache.layers)
 
     def _batch(self, output: SchedulerOutput) -> ForwardBatch:

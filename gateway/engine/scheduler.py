@@ -23,6 +23,11 @@ class SchedulerOutput:
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
 
     @property
+    def is_decode(self) -> bool:
+        """Whether every sequence runs one token and samples the next."""
+        return len(self.sampled) == len(self.scheduled) == self.num_tokens
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the whole step."""
         return sum(num_tokens for _, num_tokens in self.scheduled)

@@ -16,8 +16,8 @@ class ForwardBatch:
     """The tokens of one step, decode rows first, then the prefill chunks; sequences lie back to back.
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; slot_mapping is where a token's key and value go
-    (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted. cos, sin:
-    [num_tokens, 1, head_dim]. segments is None when no row has an adapter.
+    (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted, or None for all.
+    cos, sin: [num_tokens, 1, head_dim]. segments is None when no row has an adapter.
     """
 
     input_ids: torch.Tensor
@@ -25,6 +25,6 @@ class ForwardBatch:
     attention: AttentionMetadata
     cos: torch.Tensor
     sin: torch.Tensor
-    last_rows: torch.Tensor
+    last_rows: torch.Tensor | None
     adapters: AdapterSlots
     segments: LoRASegments | None

@@ -59,4 +59,5 @@ class Decoder:
         x = F.embedding(batch.input_ids, self.embed_tokens)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, batch, cache)
-        return self.lm_head(self.norm(x[batch.last_rows])).float()
+        wanted = x if batch.last_rows is None else x[batch.last_rows]
+        return self.lm_head(self.norm(wanted)).float()

@@ -94,6 +94,28 @@ class AttentionMetadata:
             kept=previous is not None and previous._grows_to(query_lens, context_lens, table),
         )
 
+    @classmethod
+    def fixed(
+        cls, block_table: Tensor, context_len: Tensor, query_start: Tensor, block_size: int
+    ) -> "AttentionMetadata":
+        """Decode rows at fixed addresses, for kernels alone; who records a CUDA graph fills them in before a replay.
+
+        A row with a context of 0 attends to nothing and gives zeros.
+        """
+        rows = len(context_len)
+        return cls(
+            query_lens=[1] * rows,
+            context_lens=[0] * rows,
+            block_size=block_size,
+            num_decodes=rows,
+            max_query_len=1,
+            block_table=block_table,
+            context_len=context_len,
+            query_start=query_start,
+            gathered={},
+            kept=False,
+        )
+
     def _grows_to(self, query_lens: list[int], context_lens: list[int], table: np.ndarray) -> bool:
         """Whether the next step is this one with a token more in each row, and its pages were gathered.
 

@@ -14,6 +14,7 @@ PAGE_RANK = 16
 CHUNK_TOKENS = 16
 # Segments up to this many tokens are padded to one width and multiplied in one batched call by the plain PyTorch path.
 _SHORT_TOKENS = 32
+_CHUNK_HEADER = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,15 @@ class LoRASegments:
             chunks=packed[len(order) :].view(chunks.shape),
         )
 
+    @classmethod
+    def fixed(cls, token_order: Tensor, chunks: Tensor) -> "LoRASegments":
+        """A routing at fixed addresses, for kernels alone; who records a CUDA graph fills it in before a replay.
+
+        token_order: int32 [num_tokens]. chunks: int32 [num_tokens, 3 + max_pages]; unused ones have no tokens and no
+        pages.
+        """
+        return cls(len(token_order), chunks.shape[1] - _CHUNK_HEADER, (), token_order, chunks)
+
     @cached_property
     def batched(self) -> BatchedSegments | None:
         """The short segments, padded to one width (for the plain PyTorch path)."""
@@ -102,6 +112,15 @@ class LoRASegments:
             for segment in self.segments
             if len(segment.tokens) > _SHORT_TOKENS
         )
+
+
+def chunk_tables(
+    token_slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Sequence[int]]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """`LoRASegments`' token_order and chunks on the host, of a step that has at least one adapter."""
+    segments = _split_by_slot(token_slots, slot_pages)
+    order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
+    return order, _chunk_table(segments, max(len(segment.pages) for segment in segments))
 
 
 def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Sequence[int]]) -> list[Segment]:

@@ -89,6 +89,8 @@ def _expand_kernel(
     place = tl.arange(0, CHUNK)
     place_ok = place < tl.load(chunk_ptr + 1)
     num_pages = tl.load(chunk_ptr + 2)
+    if num_pages == 0:
+        return
     token = tl.load(order_ptr + start + place, mask=place_ok, other=0).to(tl.int64)
     rank = tl.arange(0, RANK)
     h_row = h_ptr + (token * num_slices + slice_id)[:, None] * (max_pages * RANK) + rank[None, :]

@@ -80,12 +80,13 @@ def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, mon
     torch.manual_seed(0)
     base = str(write_base(tmp_path / "base", layers=4))
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    spec = engine_with(blobs, base, device="cuda").model.spec
+    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
     refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
     fp32, bf16 = (generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16"))
     use_references(monkeypatch)
     truth, plain = (
-        generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16")
+        generate(engine_with(blobs, base, device="cuda", dtype=d, enforce_eager=True), refs, 32)
+        for d in ("float32", "bfloat16")
     )
     assert ids(fp32) == ids(truth)
     # In bf16 near-ties of random weights break either way: the kernels may be as far from fp32 as plain PyTorch is.
