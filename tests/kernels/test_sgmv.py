@@ -124,11 +124,12 @@ def test_rows_of_a_bare_base_stay_as_they_were_in_the_plain_path() -> None:
     assert not torch.equal(y[[0, 2]], before[[0, 2]])
 
 
-def test_an_adapters_rows_do_not_depend_on_the_others_in_the_batch(device: str) -> None:
+@pytest.mark.parametrize(("slot", "rows"), [(2, [0]), (0, [1, 4])], ids=["one row", "two rows"])
+def test_an_adapters_rows_do_not_depend_on_other_adapters_rows(slot: int, rows: list[int], device: str) -> None:
     from lora_kernels.triton_sgmv import sgmv_shrink_triton
 
     a, _ = _pools(64, (8,), torch.float32)
     x = torch.randn(5, 64)
     mixed = sgmv_shrink_triton(x.to(device), a.to(device), _segments([2, 0, -1, 1, 0], device))
-    alone = sgmv_shrink_triton(x[1:2].to(device), a.to(device), _segments([0], device))
-    assert torch.equal(mixed[1, :, :PAGE_RANK], alone[0])
+    alone = sgmv_shrink_triton(x[rows].to(device), a.to(device), _segments([slot] * len(rows), device))
+    assert torch.equal(mixed[rows, :, : alone.shape[2]], alone)
