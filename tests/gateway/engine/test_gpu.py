@@ -38,7 +38,8 @@ def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str,
 
 
 def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
-    return LLMEngine(EngineConfig(base=base, kv_cache_tokens=16_384, max_lora_rank=16, **settings), blobs, lambda: None)
+    config = EngineConfig(base=base, kv_cache_tokens=16_384, max_num_seqs=24, max_lora_rank=16, **settings)
+    return LLMEngine(config, blobs, lambda: None)
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
