@@ -126,6 +126,24 @@ def test_metadata_takes_block_tables_longer_than_the_context() -> None:
     assert torch.equal(exact, spare)
 
 
+def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(device: str) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case = Case([(1, 5), (1, 16)])
+    q, k_cache, v_cache, tables = (
+        value.to(device) if isinstance(value, torch.Tensor) else value for value in _inputs(case, torch.float32)
+    )
+    meta = _meta(case, tables, device)
+    table = torch.full((4, 6), 63, dtype=torch.int32, device=device)
+    table[:2, : meta.block_table.shape[1]] = meta.block_table
+    lens = torch.tensor([5, 16, 0, 0], dtype=torch.int32, device=device)
+    starts = torch.arange(5, dtype=torch.int32, device=device)
+    fixed = AttentionMetadata.fixed(table, lens, starts, case.block_size)
+    out = paged_attention_triton(torch.cat((q, q)), k_cache, v_cache, fixed, 0.3, None)
+    assert torch.equal(out[:2], paged_attention_triton(q, k_cache, v_cache, meta, 0.3, None))
+    assert torch.equal(out[2:], torch.zeros_like(q))
+
+
 def test_store_writes_each_row_to_its_place_and_nothing_else(dtype: torch.dtype, device: str) -> None:
     from lora_kernels.triton_attention import store_kv_triton
 

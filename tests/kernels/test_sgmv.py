@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.segments import PAGE_RANK, LoRASegments
+from lora_kernels.segments import PAGE_RANK, LoRASegments, chunk_tables
 from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 from tests.kernels.error_rule import assert_as_exact
 
@@ -133,3 +133,23 @@ def test_an_adapters_rows_do_not_depend_on_other_adapters_rows(slot: int, rows: 
     mixed = sgmv_shrink_triton(x.to(device), a.to(device), _segments([2, 0, -1, 1, 0], device))
     alone = sgmv_shrink_triton(x[rows].to(device), a.to(device), _segments([slot] * len(rows), device))
     assert torch.equal(mixed[rows, :, : alone.shape[2]], alone)
+
+
+def test_a_routing_padded_to_fixed_sizes_is_the_same_routing(device: str) -> None:
+    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+
+    slots, widths = [2, 0, -1, 0, 1], (40, 16)
+    a, b = (pool.to(device) for pool in _pools(64, widths, torch.float32))
+    x, y = torch.randn(5, 64).to(device), torch.randn(5, sum(widths)).to(device)
+    built = _segments(slots, device)
+    order, chunks = chunk_tables(np.array(slots, dtype=np.int32), PAGES)
+    assert torch.equal(built.chunks.cpu(), torch.from_numpy(chunks))
+    spare = np.zeros((5, chunks.shape[1] + 2), dtype=np.int32)
+    spare[: len(chunks), : chunks.shape[1]] = chunks
+    padded = np.concatenate([order, np.zeros(5 - len(order), np.int32)])
+    fixed = LoRASegments.fixed(torch.from_numpy(padded).to(device), torch.from_numpy(spare).to(device))
+    results = []
+    for segments in (built, fixed):
+        results.append(y.clone())
+        sgmv_expand_triton(sgmv_shrink_triton(x, a, segments), b, segments, results[-1], widths)
+    assert torch.equal(*results)
