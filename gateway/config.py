@@ -27,7 +27,7 @@ class EngineConfig:
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
-    max_num_batched_tokens: tokens of one step, prefill and decode together.
+    max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     """
@@ -40,7 +40,7 @@ class EngineConfig:
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     max_waiting: int = 4096
     default_max_tokens: int = 256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
 import torch
 
@@ -24,6 +25,9 @@ from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
 from gateway.errors import ConfigInvalid, InternalError
 from gateway.models.loader import load_model
+
+# On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
+_STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
 
 
 class LLMEngine:
@@ -54,7 +58,7 @@ class LLMEngine:
             self.blocks,
             self.residency,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
         )
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
         if decoder.device.type == "cuda" and not config.enforce_eager:

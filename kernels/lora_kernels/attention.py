@@ -240,13 +240,16 @@ def _gather(k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, index: in
     if buffer is None or buffer.numel() < numel:
         buffer = meta.gathered[key] = k_cache.new_empty(numel + numel // 2)
     pages = buffer[:numel].view(shape)
-    for part, cache in zip(pages, (k_cache, v_cache), strict=True):
-        if meta.kept:
-            rows = torch.arange(num_rows, device=cache.device)
-            part[rows, :, group.newest] = cache.flatten(0, 1).index_select(0, group.newest_slots)
-        else:
+    if not meta.kept:
+        for part, cache in zip(pages, (k_cache, v_cache), strict=True):
             gathered = cache.index_select(0, group.blocks).view(num_rows, -1, num_kv_heads, head_dim)
             part.copy_(gathered.transpose(1, 2))
+        return pages
+    heads = torch.arange(num_rows * num_kv_heads, device=buffer.device).view(num_rows, num_kv_heads)
+    places = (heads * group.num_positions + group.newest.unsqueeze(1)).view(-1)
+    for part, cache in zip(pages, (k_cache, v_cache), strict=True):
+        newest = cache.flatten(0, 1).index_select(0, group.newest_slots)
+        part.view(-1, head_dim).index_copy_(0, places, newest.view(-1, head_dim))
     return pages
 
 
