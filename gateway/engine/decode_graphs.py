@@ -15,7 +15,7 @@ from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from lora_kernels.attention import AttentionMetadata
-from lora_kernels.segments import LoRASegments, chunk_tables
+from lora_kernels.segments import CHUNK_HEADER, LoRASegments, chunk_tables
 
 _MAX_ROWS = 512
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
@@ -36,7 +36,7 @@ class _Inputs:
             "context_len": ((size,), torch.int32),
             "block_table": ((size, max_blocks), torch.int32),
             "token_order": ((size,), torch.int32),
-            "chunks": ((size, 3 + max_pages), torch.int32),
+            "chunks": ((size, CHUNK_HEADER + max_pages), torch.int32),
         }
         self.device = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
         self._pinned = {name: torch.zeros(shape, dtype=dtype).pin_memory() for name, (shape, dtype) in shapes.items()}

@@ -14,7 +14,7 @@ PAGE_RANK = 16
 CHUNK_TOKENS = 16
 # Segments up to this many tokens are padded to one width and multiplied in one batched call by the plain PyTorch path.
 _SHORT_TOKENS = 32
-_CHUNK_HEADER = 3
+CHUNK_HEADER = 3  # a chunk's first token, its length, its number of pages; then the page ids
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,11 @@ class LoRASegments:
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
             return None
-        max_pages = max(len(segment.pages) for segment in segments)
-        order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
-        chunks = _chunk_table(segments, max_pages)
+        order, chunks = _tables(segments)
         packed = torch.from_numpy(np.concatenate([order, chunks.reshape(-1)])).to(device, non_blocking=True)
         return cls(
             num_tokens=len(token_slots),
-            max_pages=max_pages,
+            max_pages=chunks.shape[1] - CHUNK_HEADER,
             segments=tuple(segments),
             token_order=packed[: len(order)],
             chunks=packed[len(order) :].view(chunks.shape),
@@ -95,7 +93,7 @@ class LoRASegments:
         token_order: int32 [num_tokens]. chunks: int32 [num_tokens, 3 + max_pages]; unused ones have no tokens and no
         pages.
         """
-        return cls(len(token_order), chunks.shape[1] - _CHUNK_HEADER, (), token_order, chunks)
+        return cls(len(token_order), chunks.shape[1] - CHUNK_HEADER, (), token_order, chunks)
 
     @cached_property
     def batched(self) -> BatchedSegments | None:
@@ -118,7 +116,10 @@ def chunk_tables(
     token_slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Sequence[int]]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """`LoRASegments`' token_order and chunks on the host, of a step that has at least one adapter."""
-    segments = _split_by_slot(token_slots, slot_pages)
+    return _tables(_split_by_slot(token_slots, slot_pages))
+
+
+def _tables(segments: list[Segment]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
     return order, _chunk_table(segments, max(len(segment.pages) for segment in segments))
 

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_kernels.segments import CHUNK_TOKENS, PAGE_RANK, LoRASegments
+from lora_kernels.segments import CHUNK_HEADER, CHUNK_TOKENS, PAGE_RANK, LoRASegments
 
-_CHUNK_HEADER = tl.constexpr(3)  # start, length, number of pages; then the page ids
+_CHUNK_HEADER = tl.constexpr(CHUNK_HEADER)
 
 
 @triton.jit
