@@ -7,10 +7,12 @@ import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_recorded: list[dict[str, Any]] = []
 
 
 def machine() -> str:
@@ -47,7 +49,7 @@ def record(
     note: str = "",
 ) -> None:
     """Append one measurement. `value` is a median unless the note says otherwise; `system` names a peer."""
-    line = {
+    line: dict[str, Any] = {
         "subject": subject,
         "case": case,
         "metric": metric,
@@ -61,8 +63,14 @@ def record(
         "date": datetime.now(UTC).date().isoformat(),
         "note": note,
     }
+    _recorded.append(line)
     text = json.dumps(line)
     print(text, flush=True)
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / f"{subject}.jsonl").open("a") as file:
         file.write(text + "\n")
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The lines of this run."""
+    return list(_recorded)
