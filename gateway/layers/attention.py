@@ -7,9 +7,8 @@ import torch
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear
 from gateway.layers.norm import RMSNorm
-from gateway.layers.rotary import rotate
 from lora_kernels.attention import paged_attention
-from lora_kernels.kv_store import store_kv
+from lora_kernels.rotary import HeadNorm, rotary_store
 
 
 class Attention:
@@ -30,9 +29,9 @@ class Attention:
     ) -> None:
         self.qkv = qkv
         self.o = o
-        self.head_dim = head_dim
-        self.q_norm = q_norm
-        self.k_norm = k_norm
+        self.head_norm = (
+            HeadNorm(torch.stack((q_norm.weight, k_norm.weight)), q_norm.eps) if q_norm and k_norm else None
+        )
         self.sliding_window = sliding_window
         self.scale = head_dim**-0.5
 
@@ -40,14 +39,7 @@ class Attention:
         self, x: torch.Tensor, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
-        num_tokens = x.shape[0]
-        qkv = self.qkv(x, batch).view(num_tokens, -1, self.head_dim)
-        num_heads, num_kv_heads = (width // self.head_dim for width in self.qkv.widths[:2])
-        qk, v = qkv[:, :-num_kv_heads], qkv[:, -num_kv_heads:]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])), dim=1)
-        qk = rotate(qk, batch.cos, batch.sin)
-        q, k = qk[:, :num_heads], qk[:, num_heads:]
-        store_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        qkv = self.qkv(x, batch)
+        q = rotary_store(qkv, batch.cos, batch.sin, k_cache, v_cache, batch.slot_mapping, self.head_norm)
         attended = paged_attention(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
-        return self.o(attended.reshape(num_tokens, -1), batch)
+        return self.o(attended.reshape(len(x), -1), batch)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear
+from lora_kernels.activation import silu_mul
 
 
 class GatedMLP:
@@ -18,5 +18,4 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
-        gate, up = self.gate_up(x, batch).chunk(2, dim=-1)
-        return self.down(F.silu(gate).mul_(up), batch)
+        return self.down(silu_mul(self.gate_up(x, batch)), batch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+
+from lora_kernels.norm import rms_norm
 
 
 class RMSNorm:
@@ -13,6 +14,6 @@ class RMSNorm:
         self.weight = weight
         self.eps = eps
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., dim] -> [..., dim], in x's dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [num_tokens, dim] -> [num_tokens, dim], in x's dtype. A `delta` is first added to x in place."""
+        return rms_norm(x, self.weight, self.eps, delta)

@@ -23,8 +23,3 @@ class RotaryTable:
     def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions: int64 [num_tokens] -> (cos, sin), each [num_tokens, 1, head_dim]."""
         return self._cos[positions], self._sin[positions]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [num_tokens, heads, head_dim] -> the same, rotated to its positions."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

@@ -28,10 +28,15 @@ class DecoderLayer:
     post_norm: RMSNorm
     mlp: GatedMLP
 
-    def __call__(self, x: torch.Tensor, batch: ForwardBatch, cache: LayerCache) -> torch.Tensor:
-        """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
-        x = x + self.attention(self.input_norm(x), batch, *cache)
-        return x + self.mlp(self.post_norm(x), batch)
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None, batch: ForwardBatch, cache: LayerCache
+    ) -> torch.Tensor:
+        """Adds the layer before's `delta` and its own attention to x in place, and returns what else is to be added.
+
+        x, delta: [num_tokens, hidden]. Each addition is the next norm's: one launch for the two.
+        """
+        attended = self.attention(self.input_norm(x, delta), batch, *cache)
+        return self.mlp(self.post_norm(x, attended), batch)
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ class Decoder:
 
     def __call__(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
         """The fp32 logits of `batch.last_rows`: [num_sampled, vocab]."""
-        x = F.embedding(batch.input_ids, self.embed_tokens)
+        x, delta = F.embedding(batch.input_ids, self.embed_tokens), None
         for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, batch, cache)
-        wanted = x if batch.last_rows is None else x[batch.last_rows]
-        return self.lm_head(self.norm(wanted)).float()
+            delta = layer(x, delta, batch, cache)
+        if delta is not None and batch.last_rows is not None:
+            x, delta = x[batch.last_rows], delta[batch.last_rows]
+        return self.lm_head(self.norm(x, delta)).float()
