@@ -1,4 +1,9 @@
-"""Causal attention of ragged queries over a paged key-value cache, grouped heads, optional sliding window."""
+"""Causal attention of ragged queries over a paged key-value cache, grouped heads, optional sliding window.
+
+A sequence may begin with a prefix (prefix tuning): keys and values that all its queries see, whatever the window. They
+come first in its block table, so that the token at position p sits at cache position prefix + p; lengths here count
+cache positions. Without a window a prefix is a part of the context like any other, and costs nothing else.
+"""
 
 import math
 from dataclasses import dataclass
@@ -20,6 +25,7 @@ class DecodeGroup:
 
     rows: int64 [n] rows of q, or None when they are all rows of q. blocks: int32 [n * num_blocks] (0 beyond a row's).
     num_positions: cache positions gathered a row. context_lens: int32 [n, 1, 1, 1].
+    prefix_lens: the same of the prefixes, or None without one in the step.
     mask: fp32 [n, 1, 1, num_positions], 0 on the context and -inf beyond it.
     newest: int64 [n], each row's last position. newest_slots: int64 [n], where that is in the cache.
     """
@@ -28,6 +34,7 @@ class DecodeGroup:
     blocks: Tensor
     num_positions: int
     context_lens: Tensor
+    prefix_lens: Tensor | None
     mask: Tensor
     newest: Tensor
     newest_slots: Tensor
@@ -37,22 +44,27 @@ class DecodeGroup:
 class AttentionMetadata:
     """One step's sequences, decode rows (one query) first; built once, shared by every layer.
 
-    query_lens, context_lens: host lists; a context counts the tokens of this step.
+    query_lens, context_lens, prefix_lens: host lists; a context counts its prefix and the tokens of this step.
+    prefix_lens and prefix_len are None when no sequence has a prefix.
     num_decodes: how many sequences at the front have one query.
-    block_table: int32 [num_seqs, max_blocks] (0 beyond a sequence's blocks). context_len: int32 [num_seqs].
+    block_table: int32 [num_seqs, max_blocks] (0 beyond a sequence's blocks). context_len, prefix_len: int32 [num_seqs].
     query_start: int32 [num_seqs + 1], where each sequence's rows of q begin.
+    launches: what the Triton kernels' programs are to do; filled by them in the first layer.
     gathered: the plain PyTorch path's buffers of decode rows' pages, by layer and group; filled by `_gather`, handed on
     from step to step. kept: whether they still hold the pages of these very rows, the newest token apart.
     """
 
     query_lens: list[int]
     context_lens: list[int]
+    prefix_lens: list[int] | None
     block_size: int
     num_decodes: int
     max_query_len: int
     block_table: Tensor
     context_len: Tensor
+    prefix_len: Tensor | None
     query_start: Tensor
+    launches: dict[tuple[int | None, ...], tuple[Tensor, ...]]
     gathered: dict[tuple[int, int], Tensor]
     kept: bool
 
@@ -65,6 +77,7 @@ class AttentionMetadata:
         block_size: int,
         device: torch.device | str,
         previous: "AttentionMetadata | None" = None,
+        prefix_lens: list[int] | None = None,
     ) -> "AttentionMetadata":
         """Packs one step's sequences and copies them to the device in one transfer.
 
@@ -74,29 +87,39 @@ class AttentionMetadata:
         num_seqs = len(query_lens)
         used = [-(-context // block_size) for context in context_lens]
         max_blocks = max(used, default=0)
-        packed = np.zeros(num_seqs * (max_blocks + 2) + 1, dtype=np.int32)
-        table = packed[: num_seqs * max_blocks].reshape(num_seqs, max_blocks)
+        packed = np.zeros(num_seqs * (max_blocks + 3) + 1, dtype=np.int32)
+        ends = np.cumsum([num_seqs * max_blocks, num_seqs, num_seqs])
+        table = packed[: ends[0]].reshape(num_seqs, max_blocks)
         filled = np.arange(max_blocks) < np.array(used, dtype=np.int32)[:, None]
         table[filled] = list(chain.from_iterable(map(_first, block_tables, used)))
-        packed[table.size : table.size + num_seqs] = context_lens
-        packed[table.size + num_seqs :] = [0, *accumulate(query_lens)]
+        packed[ends[0] : ends[1]] = context_lens
+        packed[ends[1] : ends[2]] = prefix_lens or 0
+        packed[ends[2] :] = [0, *accumulate(query_lens)]
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
         return cls(
             query_lens=query_lens,
             context_lens=context_lens,
+            prefix_lens=prefix_lens,
             block_size=block_size,
             num_decodes=next((i for i, n in enumerate(query_lens) if n > 1), num_seqs),
             max_query_len=max(query_lens, default=0),
-            block_table=on_device[: table.size].view(num_seqs, max_blocks),
-            context_len=on_device[table.size : table.size + num_seqs],
-            query_start=on_device[table.size + num_seqs :],
+            block_table=on_device[: ends[0]].view(num_seqs, max_blocks),
+            context_len=on_device[ends[0] : ends[1]],
+            prefix_len=None if prefix_lens is None else on_device[ends[1] : ends[2]],
+            query_start=on_device[ends[2] :],
+            launches={},
             gathered={} if previous is None else previous.gathered,
             kept=previous is not None and previous._grows_to(query_lens, context_lens, table),
         )
 
     @classmethod
     def fixed(
-        cls, block_table: Tensor, context_len: Tensor, query_start: Tensor, block_size: int
+        cls,
+        block_table: Tensor,
+        context_len: Tensor,
+        query_start: Tensor,
+        block_size: int,
+        prefix_len: Tensor | None = None,
     ) -> "AttentionMetadata":
         """Decode rows at fixed addresses, for kernels alone; who records a CUDA graph fills them in before a replay.
 
@@ -106,12 +129,15 @@ class AttentionMetadata:
         return cls(
             query_lens=[1] * rows,
             context_lens=[0] * rows,
+            prefix_lens=None,
             block_size=block_size,
             num_decodes=rows,
             max_query_len=1,
             block_table=block_table,
             context_len=context_len,
+            prefix_len=prefix_len,
             query_start=query_start,
+            launches={},
             gathered={},
             kept=False,
         )
@@ -146,9 +172,9 @@ class AttentionMetadata:
 
     @cached_property
     def prefill_masks(self) -> tuple[Tensor | None, ...]:
-        """Causal mask, bool [query_len, context_len], of each sequence after the decode rows; None without a prefix."""
+        """Causal mask, bool [query_len, context_len], of each sequence after the decode rows; None: a whole prompt."""
         return tuple(
-            None if n == c else causal_mask(n, c, None, self.context_len.device)
+            None if n == c else causal_mask(n, c, 0, None, self.context_len.device)
             for n, c in zip(self.query_lens[self.num_decodes :], self.context_lens[self.num_decodes :], strict=True)
         )
 
@@ -171,6 +197,7 @@ class AttentionMetadata:
             blocks=self.block_table[:, :width].index_select(0, index).view(-1),
             num_positions=num_positions,
             context_lens=context_lens,
+            prefix_lens=None if self.prefix_len is None else self.prefix_len.index_select(0, index).view(-1, 1, 1, 1),
             mask=mask,
             newest=newest,
             newest_slots=slots,
@@ -181,12 +208,12 @@ def _first(blocks: list[int], count: int) -> list[int]:
     return blocks[:count]
 
 
-def causal_mask(query_len: int, context_len: int, window: int | None, device: torch.device) -> Tensor:
-    """bool [query_len, context_len]: key j is seen by the query at position i iff i - window < j <= i."""
+def causal_mask(query_len: int, context_len: int, prefix_len: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [query_len, context_len]: key j is seen from i iff j <= i and either j > i - window or j < prefix_len."""
     query = torch.arange(context_len - query_len, context_len, device=device).unsqueeze(1)
     key = torch.arange(context_len, device=device)
     mask = key <= query
-    return mask if window is None else mask & (key > query - window)
+    return mask if window is None else mask & ((key > query - window) | (key < prefix_len))
 
 
 def paged_attention_ref(
@@ -216,8 +243,9 @@ def paged_attention(
 
     q: [num_tokens, num_heads, head_dim] fp32, bf16 or fp16, the sequences' rows one after the other as in `meta`.
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] in q's dtype, contiguous, and finite everywhere
-    (allocated as zeros); num_heads is a multiple of num_kv_heads. The last query of a sequence sits at its context's
-    last position. With `sliding_window` w a query sees itself and the w - 1 positions before it.
+    (allocated as zeros); block_size is a power of two, up to 32, and num_heads a multiple of num_kv_heads. The last
+    query of a sequence sits at its context's last position. With `sliding_window` w a query sees itself, the w - 1
+    positions before it and its prefix.
     Returns [num_tokens, num_heads, head_dim]. Triton on a GPU, `paged_attention_ref` elsewhere.
     """
     if q.is_cuda:
@@ -260,7 +288,10 @@ def _attend_decodes(q: Tensor, pages: Tensor, group: DecodeGroup, scale: float, 
     k, v = pages.flatten(1, 2)  # [n * num_kv_heads, num_positions, head_dim]
     mask = group.mask
     if window is not None:
-        outside = torch.arange(group.num_positions, device=q.device) < group.context_lens - window
+        key = torch.arange(group.num_positions, device=q.device)
+        outside = key < group.context_lens - window
+        if group.prefix_lens is not None:
+            outside &= key >= group.prefix_lens
         mask = mask.masked_fill(outside, float("-inf"))
     scores = torch.bmm((q * scale).view(len(k), -1, head_dim), k.transpose(1, 2)).float()
     scores = scores.view(num_rows, num_kv_heads, -1, num_positions).add_(mask)
@@ -286,7 +317,8 @@ def _attend_prefill(
     v = v_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context]
     mask = meta.prefill_masks[index]
     if window is not None and window < context:
-        mask = causal_mask(query_len, context, window, q.device)
+        prefix = 0 if meta.prefix_lens is None else meta.prefix_lens[seq]
+        mask = causal_mask(query_len, context, prefix, window, q.device)
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1).unsqueeze(0),
         k.transpose(0, 1).unsqueeze(0),

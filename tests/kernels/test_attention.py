@@ -1,18 +1,18 @@
+import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from lora_kernels.attention import AttentionMetadata, paged_attention_ref
-from lora_kernels.kv_store import store_kv_ref
 from tests.kernels.error_rule import assert_as_exact
 
-NUM_BLOCKS = 64
+NUM_BLOCKS = 128
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences as (query_len, context_len), and the model's heads."""
+    """Sequences as (query_len, context_len), the model's heads, and how much of each context is prefix."""
 
     seqs: list[tuple[int, int]]
     num_heads: int = 4
@@ -20,6 +20,7 @@ class Case:
     head_dim: int = 16
     block_size: int = 4
     window: int | None = None
+    prefix_lens: list[int] | None = None
 
 
 CASES = {
@@ -31,6 +32,13 @@ CASES = {
     "mixed, a chunk of one at the end": Case([(1, 12), (1, 7), (6, 18), (4, 4), (1, 8)]),
     "window, decode": Case([(1, 5), (1, 90)], window=6),
     "window, prefill": Case([(1, 30), (40, 70)], num_heads=2, num_kv_heads=1, window=9),
+    "decode, contexts in pieces": Case([(1, 700), (1, 300), (1, 3)], num_kv_heads=1, block_size=16),
+    "decode, pieces of 32 heads a group": Case([(1, 400)], num_heads=32, num_kv_heads=1, block_size=32),
+    "window, decode in pieces": Case([(1, 600), (1, 350)], num_kv_heads=1, block_size=16, window=310),
+    "prefix": Case([(1, 13), (1, 40), (6, 23), (5, 9)], prefix_lens=[8, 0, 6, 4]),
+    "prefix and window, decode": Case([(1, 60), (1, 12), (1, 20)], window=5, prefix_lens=[7, 9, 0]),
+    "prefix and window, decode in pieces": Case([(1, 900)], block_size=16, window=300, prefix_lens=[100]),
+    "prefix and window, prefill": Case([(1, 9), (40, 200), (7, 17)], window=9, prefix_lens=[4, 70, 10]),
 }
 
 
@@ -49,7 +57,8 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
 
 def _meta(case: Case, tables: list[list[int]], device: str = "cpu") -> AttentionMetadata:
     query_lens, context_lens = [n for n, _ in case.seqs], [c for _, c in case.seqs]
-    return AttentionMetadata.build(query_lens, context_lens, tables, case.block_size, device)
+    prefixes = case.prefix_lens
+    return AttentionMetadata.build(query_lens, context_lens, tables, case.block_size, device, prefix_lens=prefixes)
 
 
 def _truth(
@@ -58,14 +67,15 @@ def _truth(
     """One query and head at a time, in fp64."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     row = 0
-    for (query_len, context), table in zip(case.seqs, tables, strict=True):
+    prefixes = case.prefix_lens or [0] * len(tables)
+    for (query_len, context), table, prefix in zip(case.seqs, tables, prefixes, strict=True):
         k = k_cache[table].flatten(0, 1).double()
         v = v_cache[table].flatten(0, 1).double()
         for position in range(context - query_len, context):
-            first = 0 if case.window is None else max(0, position - case.window + 1)
+            first = 0 if case.window is None else max(prefix, position - case.window + 1)
+            seen = [*range(min(prefix, first)), *range(first, position + 1)]
             for head in range(case.num_heads):
                 kv_head = head * case.num_kv_heads // case.num_heads
-                seen = slice(first, position + 1)
                 weights = (scale * (k[seen, kv_head] @ q[row, head].double())).softmax(0)
                 out[row, head] = weights @ v[seen, kv_head]
             row += 1
@@ -110,7 +120,8 @@ def test_decodes_step_by_step_see_what_a_fresh_step_sees() -> None:
             tables[0] = other
         slots = torch.tensor([table[(n - 1) // 4] * 4 + (n - 1) % 4 for table, n in zip(tables, lens, strict=True)])
         q = torch.randn(3, 4, 16)
-        store_kv_ref(torch.randn(3, 2, 16), torch.randn(3, 2, 16), k_cache, v_cache, slots)
+        for cache in (k_cache, v_cache):
+            cache.flatten(0, 1).index_copy_(0, slots, torch.randn(3, 2, 16))
         previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
         fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
         kept.append(previous.kept)
@@ -135,7 +146,7 @@ def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(device: str) -> None:
         value.to(device) if isinstance(value, torch.Tensor) else value for value in _inputs(case, torch.float32)
     )
     meta = _meta(case, tables, device)
-    table = torch.full((4, 6), 63, dtype=torch.int32, device=device)
+    table = torch.full((4, 6), NUM_BLOCKS - 1, dtype=torch.int32, device=device)
     table[:2, : meta.block_table.shape[1]] = meta.block_table
     lens = torch.tensor([5, 16, 0, 0], dtype=torch.int32, device=device)
     starts = torch.arange(5, dtype=torch.int32, device=device)
@@ -145,19 +156,74 @@ def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(device: str) -> None:
     assert torch.equal(out[2:], torch.zeros_like(q))
 
 
-def test_store_writes_each_row_to_its_place_and_nothing_else(dtype: torch.dtype, device: str) -> None:
-    from lora_kernels.triton_attention import store_kv_triton
+def test_a_prefix_at_a_fixed_address_is_seen_past_the_window(device: str) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
 
-    fused = torch.randn(5, 3 * 2 * 24).to(dtype)  # keys and values as strided parts of one tensor
-    k, v = fused[:, 48:96].view(5, 2, 24), fused[:, 96:].view(5, 2, 24)
-    slots = torch.tensor([7, 0, 19, 4, 12])
-    expected = torch.zeros(2, 6 * 4, 2, 24, dtype=dtype)
-    expected[0, slots], expected[1, slots] = k, v
-    plain = torch.zeros(2, 6, 4, 2, 24, dtype=dtype)
-    store_kv_ref(k, v, plain[0], plain[1], slots)
-    assert torch.equal(plain.view(expected.shape), expected)
-    cache = torch.zeros(2, 6, 4, 2, 24, dtype=dtype, device=device)
-    there = fused.to(device)
-    k, v = there[:, 48:96].view(5, 2, 24), there[:, 96:].view(5, 2, 24)
-    store_kv_triton(k, v, cache[0], cache[1], slots.to(device))
-    assert torch.equal(cache.cpu().view(expected.shape), expected)
+    case = Case([(1, 30), (1, 50)], window=6, prefix_lens=[9, 0])
+    q, k_cache, v_cache, tables = _inputs(case, torch.float32)
+    inputs = [value.to(device) for value in (q, k_cache, v_cache)]
+    meta = _meta(case, tables, device)
+    starts = torch.arange(3, dtype=torch.int32, device=device)
+    fixed = AttentionMetadata.fixed(meta.block_table, meta.context_len, starts, case.block_size, meta.prefix_len)
+    out, expected = (paged_attention_triton(*inputs, m, 0.3, case.window) for m in (fixed, meta))
+    assert torch.equal(out, expected)
+
+
+def test_a_step_of_many_layers_cuts_its_contexts_once_and_repeats_to_the_bit(dtype: torch.dtype, device: str) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case = Case([(1, 700), (1, 450), (20, 90)], num_kv_heads=1, block_size=16)
+    q, k_cache, v_cache, tables = _inputs(case, dtype)
+    inputs, meta = [value.to(device) for value in (q, k_cache, v_cache)], _meta(case, tables, device)
+    first = paged_attention_triton(*inputs, meta, 0.3, None)
+    launches = dict(meta.launches)
+    for _ in range(3):
+        assert torch.equal(paged_attention_triton(*inputs, meta, 0.3, None), first)
+    assert {key: id(value) for key, value in meta.launches.items()} == {key: id(v) for key, v in launches.items()}
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("lens", [[2000], [700, 0, 64, 1, 1000], [5] * 40, [64] * 5 + [4000]], ids=str)
+def test_pieces_cover_what_each_query_sees_once_and_in_order(lens: list[int], window: int | None, device: str) -> None:
+    from lora_kernels import triton_attention as kernels
+
+    tables = [list(range(length // 16 + 1)) for length in lens]
+    meta = AttentionMetadata.build([1] * len(lens), lens, tables, 16, device)
+    pieces, arrived = kernels._decode_plan(meta, 2, kernels._DECODE, window)
+    given = [piece for piece in pieces.tolist() if piece[0] >= 0]
+    assert pieces.tolist()[: len(given)] == given
+    assert not arrived.any()
+    for row, length in enumerate(lens):
+        own = [piece for piece in given if piece[0] == row]
+        edges = [0, *(end for _, _, end, _, _ in own)]
+        assert [(begin, end) for _, begin, end, _, _ in own] == list(itertools.pairwise(edges))
+        assert edges[-1] == min(length, window or length)
+        assert all(piece[3:] == [given.index(own[0]), len(own)] for piece in own)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_follows_the_contexts_that_it_is_replayed_with() -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case = Case([(1, 900), (1, 300), (1, 1)], num_kv_heads=1, block_size=16, head_dim=64)
+    q, k_cache, v_cache, tables = _inputs(case, torch.bfloat16)
+    q, k_cache, v_cache = (value.to("cuda") for value in (q, k_cache, v_cache))
+    meta = _meta(case, tables, "cuda")
+    starts = torch.arange(4, dtype=torch.int32, device="cuda")
+    lens = torch.zeros_like(meta.context_len)
+
+    def step() -> torch.Tensor:
+        fixed = AttentionMetadata.fixed(meta.block_table, lens, starts, case.block_size)
+        return paged_attention_triton(q, k_cache, v_cache, fixed, 0.3, None)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for contexts in ([900, 300, 1], [17, 0, 1], [513, 299, 0]):
+        lens.copy_(torch.tensor(contexts))
+        graph.replay()
+        assert torch.equal(out, step())
+    lens.copy_(meta.context_len)
+    graph.replay()
+    assert torch.equal(out, paged_attention_triton(q, k_cache, v_cache, meta, 0.3, None))

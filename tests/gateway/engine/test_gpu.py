@@ -16,7 +16,9 @@ from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
 from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
-from lora_kernels import attention, kv_store, nf4, sgmv
+from gateway.layers import mlp as mlp_layer
+from gateway.layers import norm as norm_layer
+from lora_kernels import activation, attention, nf4, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
 NUM_ADAPTERS = 16
@@ -47,7 +49,9 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layer, "nf4_matmul", nf4.nf4_matmul_ref)
     monkeypatch.setattr(linear_layer, "sgmv_shrink", sgmv.sgmv_shrink_ref)
     monkeypatch.setattr(linear_layer, "sgmv_expand", sgmv.sgmv_expand_ref)
-    monkeypatch.setattr(attention_layer, "store_kv", kv_store.store_kv_ref)
+    monkeypatch.setattr(attention_layer, "rotary_store", rotary.rotary_store_ref)
+    monkeypatch.setattr(norm_layer, "rms_norm", norm.rms_norm_ref)
+    monkeypatch.setattr(mlp_layer, "silu_mul", activation.silu_mul_ref)
     monkeypatch.setattr(attention_layer, "paged_attention", attention.paged_attention_ref)
 
 
