@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from adapters_store.weights import AdapterWeights
-from lora_kernels.segments import PAGE_RANK
+from lora_kernels.segments import PAGE_RANK, AdapterPages
 
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -70,9 +70,38 @@ class LoRALayout:
         return next(group for group in self.groups if group.name == name)
 
     def page_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes that one page takes over all layers and groups."""
+        """Bytes that one page takes over all layers and groups, with its scales where `dtype` is int8."""
         columns = sum(len(group.linears) * group.in_features + group.out_total for group in self.groups)
-        return self.num_layers * PAGE_RANK * columns * dtype.itemsize
+        scales = sum(2 * len(group.linears) for group in self.groups) if dtype == torch.int8 else 0
+        return self.num_layers * PAGE_RANK * (columns * dtype.itemsize + scales * torch.float32.itemsize)
+
+
+@dataclass(frozen=True)
+class PagePools:
+    """The pages of one layer and group.
+
+    a: [num_pages, slices, PAGE_RANK, in_features]. b: [num_pages, PAGE_RANK, out_total]. a_scales, b_scales: fp32
+    [num_pages, slices, PAGE_RANK] where the pages are int8, else None; the largest entry of a rank's row of A, and of a
+    rank of B in one linear, is 127 of its scales.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    a_scales: torch.Tensor | None
+    b_scales: torch.Tensor | None
+
+    @classmethod
+    def zeros(cls, group: LoRAGroup, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> PagePools:
+        """Pools of empty pages."""
+        slices = len(group.linears)
+        scales = [
+            torch.zeros(num_pages, slices, PAGE_RANK, device=device) if dtype == torch.int8 else None for _ in range(2)
+        ]
+        return cls(
+            torch.zeros(num_pages, slices, PAGE_RANK, group.in_features, dtype=dtype, device=device),
+            torch.zeros(num_pages, PAGE_RANK, group.out_total, dtype=dtype, device=device),
+            *scales,
+        )
 
 
 def num_pages_for(rank: int) -> int:
@@ -83,9 +112,8 @@ def num_pages_for(rank: int) -> int:
 class AdapterSlots:
     """Who holds which pages, and the pools themselves. One thread only.
 
-    Per layer and group: a_pages [num_pages, slices, PAGE_RANK, in_features] and b_pages [num_pages,
-    PAGE_RANK, out_total], in `dtype` on `device`. Rows beyond an adapter's rank, and linears that it lacks,
-    are zero.
+    The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
+    scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero.
     """
 
     def __init__(
@@ -100,17 +128,14 @@ class AdapterSlots:
         self.num_slots = num_slots
         self.num_pages = num_pages
         self._pools = {
-            (layer, group.name): (
-                torch.zeros(num_pages, len(group.linears), PAGE_RANK, group.in_features, dtype=dtype, device=device),
-                torch.zeros(num_pages, PAGE_RANK, group.out_total, dtype=dtype, device=device),
-            )
+            (layer, group.name): PagePools.zeros(group, num_pages, dtype, device)
             for layer in range(layout.num_layers)
             for group in layout.groups
         }
         self._dtype = dtype
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
-        self._slot_pages: dict[int, tuple[int, ...]] = {}
+        self._slot_pages: dict[int, AdapterPages] = {}
         self._generations = [0] * num_slots
         self._num_loads = 0
 
@@ -130,12 +155,12 @@ class AdapterSlots:
         return self._free_slots[-1] if self._free_slots else None
 
     @property
-    def slot_pages(self) -> Mapping[int, tuple[int, ...]]:
-        """A live, read-only view of slot -> page ids, as `LoRASegments.build` takes it."""
+    def slot_pages(self) -> Mapping[int, AdapterPages]:
+        """A live, read-only view of slot -> pages, as `LoRASegments.build` takes it."""
         return MappingProxyType(self._slot_pages)
 
-    def pages_of(self, slot: int) -> tuple[int, ...]:
-        """The page ids of a loaded slot, in order of rank."""
+    def pages_of(self, slot: int) -> AdapterPages:
+        """The pages of a loaded slot, in order of rank."""
         return self._slot_pages[slot]
 
     def generation(self, slot: int) -> int:
@@ -145,8 +170,8 @@ class AdapterSlots:
         """
         return self._generations[slot]
 
-    def pools(self, layer: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(a_pages, b_pages) of one layer and group."""
+    def pools(self, layer: int, group: str) -> PagePools:
+        """The pages of one layer and group."""
         return self._pools[layer, group]
 
     def load(self, slot: int, weights: AdapterWeights) -> None:
@@ -166,18 +191,18 @@ class AdapterSlots:
         # Only now, so that a copy that raises leaves slots and pages as they were.
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
-        self._slot_pages[slot] = pages
+        self._slot_pages[slot] = AdapterPages(weights.rank, pages)
         self._num_loads += 1
         self._generations[slot] = self._num_loads
 
     def free(self, slot: int) -> None:
         """Give a loaded slot and its pages back. The bytes stay until the next load overwrites them."""
-        self._free_pages = sorted([*self._free_pages, *self._slot_pages.pop(slot)])
+        self._free_pages = sorted([*self._free_pages, *self._slot_pages.pop(slot).ids])
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
         """Assert that every slot and every page is either free or used, exactly once."""
-        pages = self._free_pages + [page for held in self._slot_pages.values() for page in held]
+        pages = self._free_pages + [page for held in self._slot_pages.values() for page in held.ids]
         assert sorted(pages) == list(range(self.num_pages)), "pages are lost or held twice"
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"
@@ -199,18 +224,33 @@ class AdapterSlots:
     def _copy(self, layer: int, group: LoRAGroup, pages: tuple[int, ...], weights: AdapterWeights) -> None:
         rows = len(pages) * PAGE_RANK
         # Staged on the host with its zero tails, so that a page is one copy to the device.
-        a_rows = torch.zeros(len(group.linears), rows, group.in_features, dtype=self._dtype)
-        b_rows = torch.zeros(rows, group.out_total, dtype=self._dtype)
+        dtype = torch.float32 if self._dtype == torch.int8 else self._dtype
+        a_rows = torch.zeros(len(group.linears), rows, group.in_features, dtype=dtype)
+        b_rows = torch.zeros(rows, group.out_total, dtype=dtype)
         for index, linear in enumerate(group.linears):
             if (pair := weights.tensors.get((layer, linear))) is not None:
                 a, b = pair
                 a_rows[index, : a.shape[0]] = a
                 b_rows[: b.shape[1], group.columns(linear)] = b.T
-        a_pages, b_pages = self._pools[layer, group.name]
+        pools = self._pools[layer, group.name]
+        if pools.a_scales is not None and pools.b_scales is not None:
+            a_rows, a_scales = _to_int8(a_rows)
+            parts = [_to_int8(part) for part in b_rows.split_with_sizes(group.widths, 1)]
+            b_rows = torch.cat([part for part, _ in parts], 1)
+            b_scales = torch.stack([scales for _, scales in parts])
         for index, page in enumerate(pages):
             span = slice(index * PAGE_RANK, (index + 1) * PAGE_RANK)
-            a_pages[page].copy_(a_rows[:, span])
-            b_pages[page].copy_(b_rows[span])
+            pools.a[page].copy_(a_rows[:, span])
+            pools.b[page].copy_(b_rows[span])
+            if pools.a_scales is not None and pools.b_scales is not None:
+                pools.a_scales[page].copy_(a_scales[:, span])
+                pools.b_scales[page].copy_(b_scales[:, span])
+
+
+def _to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 [..., n] -> int8 [..., n] and fp32 scales [...], symmetric."""
+    scales = rows.abs().amax(-1) / 127
+    return torch.round(rows / scales.clamp_min(1e-30)[..., None]).to(torch.int8), scales
 
 
 def _linears(group: LoRAGroup) -> Iterator[tuple[str, int]]:

@@ -15,7 +15,7 @@ from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from lora_kernels.attention import AttentionMetadata
-from lora_kernels.segments import CHUNK_HEADER, LoRASegments, chunk_tables
+from lora_kernels.segments import LoRASegments, Routing, fixed_size, order_capacity
 
 _MAX_ROWS = 512
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
@@ -25,7 +25,7 @@ class _Inputs:
     """What a decode step reads, at addresses that never change, each beside its pinned twin on the host.
 
     For up to `size` rows: input_ids, positions, slot_mapping int64 [size]; context_len int32 [size]; block_table int32
-    [size, max_blocks]; token_order int32 [size]; chunks int32 [size, 3 + max_pages], as `LoRASegments` has them.
+    [size, max_blocks]; routing int32 [fixed_size(size, max_pages)], as `LoRASegments.fixed` takes it.
     """
 
     def __init__(self, size: int, max_blocks: int, max_pages: int, device: torch.device) -> None:
@@ -35,8 +35,7 @@ class _Inputs:
             "slot_mapping": ((size,), torch.int64),
             "context_len": ((size,), torch.int32),
             "block_table": ((size, max_blocks), torch.int32),
-            "token_order": ((size,), torch.int32),
-            "chunks": ((size, CHUNK_HEADER + max_pages), torch.int32),
+            "routing": ((fixed_size(size, max_pages),), torch.int32),
         }
         self.device = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in shapes.items()}
         self._pinned = {name: torch.zeros(shape, dtype=dtype).pin_memory() for name, (shape, dtype) in shapes.items()}
@@ -70,8 +69,9 @@ class DecodeGraphs:
         self._slots = slots
         self._rotary = rotary
         self._sizes = _sizes(max_rows)
-        max_blocks, max_pages = -(-max_len // cache.block_size), num_pages_for(max_rank)
-        self._inputs = _Inputs(self._sizes[-1], max_blocks, max_pages, decoder.device)
+        max_blocks = -(-max_len // cache.block_size)
+        self._max_pages = num_pages_for(max_rank)
+        self._inputs = _Inputs(self._sizes[-1], max_blocks, self._max_pages, decoder.device)
         self._query_start = torch.arange(self._sizes[-1] + 1, dtype=torch.int32, device=decoder.device)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
@@ -126,14 +126,12 @@ class DecodeGraphs:
 
     def _fill_adapters(self, token_slots: npt.NDArray[np.int32], size: int) -> bool:
         """Write the routing; returns whether it fits."""
-        order, chunks = chunk_tables(token_slots, self._slots.slot_pages)
-        host = self._inputs.host
-        if chunks.shape[1] > host["chunks"].shape[1]:
+        routing = Routing.of(token_slots, size, self._slots.slot_pages)
+        if routing.max_pages > self._max_pages:
             return False
-        host["token_order"][: len(order)] = order
-        host["chunks"][: len(chunks), : chunks.shape[1]] = chunks
-        host["chunks"][len(chunks) : size] = 0
-        self._inputs.send(size, ["token_order", "chunks"])
+        packed = routing.packed(order_capacity(self._sizes[-1]))
+        self._inputs.host["routing"][: len(packed)] = packed
+        self._inputs.send(len(packed), ["routing"])
         return True
 
     def _forward(self, size: int, has_adapters: bool) -> torch.Tensor:
@@ -150,7 +148,9 @@ class DecodeGraphs:
             sin=sin,
             last_rows=None,
             adapters=self._slots,
-            segments=LoRASegments.fixed(inputs["token_order"], inputs["chunks"]) if has_adapters else None,
+            segments=LoRASegments.fixed(self._inputs.device["routing"], size, self._sizes[-1], self._max_pages)
+            if has_adapters
+            else None,
         )
         return self._decoder(batch, self._cache.layers)
 

@@ -80,7 +80,7 @@ class AdaptedLinear:
         """x: [num_tokens, in] -> [num_tokens, sum(widths)]."""
         y = self.base(x)
         if batch.segments is not None:
-            a_pages, b_pages = batch.adapters.pools(self.layer, self.group)
-            delta = sgmv_shrink(x, a_pages, batch.segments)
-            sgmv_expand(delta, b_pages, batch.segments, y, self.widths)
+            pools = batch.adapters.pools(self.layer, self.group)
+            h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
+            sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
         return y

@@ -11,18 +11,30 @@ import torch
 from torch import Tensor
 
 PAGE_RANK = 16
-CHUNK_TOKENS = 16
+FIELDS = 8  # int32 in a row of the chunk table: 32 bytes, one sector
+_SHORT_STEP = 512  # rows
 # Segments up to this many tokens are padded to one width and multiplied in one batched call by the plain PyTorch path.
 _SHORT_TOKENS = 32
-CHUNK_HEADER = 3  # a chunk's first token, its length, its number of pages; then the page ids
+
+
+@dataclass(frozen=True)
+class AdapterPages:
+    """Where an adapter lies in the pools: its rank, and the ids of its ceil(rank / PAGE_RANK) pages."""
+
+    rank: int
+    ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """The number of pages."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The tokens of one adapter: `tokens` int64 [n] ascending row numbers, `pages` the adapter's page ids."""
+    """The tokens of one adapter: `tokens` int64 [n], ascending row numbers."""
 
     tokens: npt.NDArray[np.int64]
-    pages: tuple[int, ...]
+    pages: AdapterPages
 
 
 @dataclass(frozen=True)
@@ -47,105 +59,191 @@ class BatchedSegments:
 
 
 @dataclass(frozen=True)
-class LoRASegments:
-    """One step's routing; a page id is valid in every layer's pools.
+class Routing:
+    """The kernels' view of a step on the host.
 
     token_order: int32 [n] the tokens that have an adapter, grouped by adapter.
-    chunks: int32 [num_chunks, 3 + max_pages], pieces of at most 16 tokens of one adapter, the kernels' unit of work:
-        first index into token_order, number of tokens, number of pages, page ids (the last one repeated beyond).
+    table: int32 [1 + num_rows, FIELDS]. A chunk is a piece of one adapter's tokens; every page of every chunk has a
+        row: first the first pages of the chunks of one token, then those of the other chunks, then the further pages.
+        Row 0 holds (num_chunks, num_rows, number of chunks of one token, number of their rows); the others
+        (first index into token_order, number of tokens, rank, the first token, page id, how many pages precede it in
+        the adapter, the chunk's row of its second page, 0), where rows count from 0 at the second row of the table.
     """
+
+    token_order: npt.NDArray[np.int32]
+    table: npt.NDArray[np.int32]
+    max_pages: int
+
+    @classmethod
+    def of(
+        cls, token_slots: npt.NDArray[np.int32], num_tokens: int, slot_pages: Mapping[int, AdapterPages]
+    ) -> "Routing":
+        """Routes a step of `num_tokens` rows, padding among them, of which at least one has an adapter.
+
+        The other arguments are `LoRASegments.build`'s.
+        """
+        return cls._of_segments(_split_by_slot(token_slots, slot_pages), num_tokens)
+
+    @classmethod
+    def _of_segments(cls, segments: Sequence[Segment], num_tokens: int) -> "Routing":
+        order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
+        size = chunk_tokens(num_tokens)
+        return cls(order, _table(segments, order, size), max(len(segment.pages) for segment in segments))
+
+    def packed(self, capacity: int) -> npt.NDArray[np.int32]:
+        """One array to send: token_order, padded to `capacity`, then the table."""
+        padding = np.zeros(capacity - len(self.token_order), np.int32)
+        return np.concatenate([self.token_order, padding, self.table.reshape(-1)])
+
+
+@dataclass(frozen=True)
+class DeviceRouting:
+    """`Routing`'s token_order and table on the device, for the kernels of a GPU.
+
+    most_chunks, most_rows: the table has no more of them. chunk_tokens: the most tokens of a chunk.
+    """
+
+    token_order: Tensor
+    table: Tensor
+    most_chunks: int
+    most_rows: int
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class LoRASegments:
+    """One step's routing; a page id is valid in every layer's pools. max_pages: pages of the highest rank."""
 
     num_tokens: int
     max_pages: int
     segments: tuple[Segment, ...]
-    token_order: Tensor
-    chunks: Tensor
+    device: torch.device
+    recorded: DeviceRouting | None = None
 
     @classmethod
     def build(
         cls,
         token_slots: npt.NDArray[np.int32],
-        slot_pages: Mapping[int, Sequence[int]],
+        slot_pages: Mapping[int, AdapterPages],
         device: torch.device | str,
     ) -> "LoRASegments | None":
         """Routes each token of a step.
 
         token_slots: int32 [num_tokens], the adapter slot of each row, -1 for the bare base.
-        slot_pages: slot -> the ids of its pages, in order of rank. Returns None when no token has an adapter.
+        slot_pages: slot -> its pages, in order of rank. Returns None when no token has an adapter.
         """
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
             return None
-        order, chunks = _tables(segments)
-        packed = torch.from_numpy(np.concatenate([order, chunks.reshape(-1)])).to(device, non_blocking=True)
-        return cls(
-            num_tokens=len(token_slots),
-            max_pages=chunks.shape[1] - CHUNK_HEADER,
-            segments=tuple(segments),
-            token_order=packed[: len(order)],
-            chunks=packed[len(order) :].view(chunks.shape),
-        )
+        max_pages = max(len(segment.pages) for segment in segments)
+        return cls(len(token_slots), max_pages, tuple(segments), torch.device(device))
 
     @classmethod
-    def fixed(cls, token_order: Tensor, chunks: Tensor) -> "LoRASegments":
+    def fixed(cls, packed: Tensor, num_tokens: int, max_tokens: int, max_pages: int) -> "LoRASegments":
         """A routing at fixed addresses, for kernels alone; who records a CUDA graph fills it in before a replay.
 
-        token_order: int32 [num_tokens]. chunks: int32 [num_tokens, 3 + max_pages]; unused ones have no tokens and no
-        pages.
+        packed: int32 [fixed_size(max_tokens, max_pages)], `Routing.packed(order_capacity(max_tokens))` at its start.
         """
-        return cls(len(token_order), chunks.shape[1] - CHUNK_HEADER, (), token_order, chunks)
+        order, table = packed[:num_tokens], packed[order_capacity(max_tokens) :].view(-1, FIELDS)
+        recorded = DeviceRouting(order, table, num_tokens, num_tokens * max_pages, chunk_tokens(num_tokens))
+        return cls(num_tokens, max_pages, (), packed.device, recorded)
+
+    @cached_property
+    def routing(self) -> DeviceRouting:
+        """What the kernels read; sent at the first use in a step, as the plain PyTorch path has none."""
+        if self.recorded is not None:
+            return self.recorded
+        routing = Routing._of_segments(self.segments, self.num_tokens)
+        num_routed = len(routing.token_order)
+        capacity = order_capacity(num_routed)
+        packed = torch.from_numpy(routing.packed(capacity)).to(self.device, non_blocking=True)
+        num_chunks, num_rows = routing.table[0, :2].tolist()
+        table = packed[capacity:].view(-1, FIELDS)
+        return DeviceRouting(packed[:num_routed], table, num_chunks, num_rows, chunk_tokens(self.num_tokens))
 
     @cached_property
     def batched(self) -> BatchedSegments | None:
         """The short segments, padded to one width (for the plain PyTorch path)."""
         short = [segment for segment in self.segments if len(segment.tokens) <= _SHORT_TOKENS]
-        return _batch(short, self.num_tokens, self.max_pages, self.chunks.device) if short else None
+        return _batch(short, self.num_tokens, self.max_pages, self.device) if short else None
 
     @cached_property
     def long(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """(tokens int64 [n], pages int64 [num_pages]) of each long segment (for the plain PyTorch path)."""
-        device = self.chunks.device
+        device = self.device
         return tuple(
-            (torch.from_numpy(segment.tokens).to(device), torch.tensor(segment.pages, device=device))
+            (torch.from_numpy(segment.tokens).to(device), torch.tensor(segment.pages.ids, device=device))
             for segment in self.segments
             if len(segment.tokens) > _SHORT_TOKENS
         )
 
 
-def chunk_tables(
-    token_slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Sequence[int]]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """`LoRASegments`' token_order and chunks on the host, of a step that has at least one adapter."""
-    return _tables(_split_by_slot(token_slots, slot_pages))
+def chunk_tokens(num_tokens: int) -> int:
+    """The most tokens of a chunk in a step of so many rows: few in a short step, to occupy more of the GPU."""
+    return 16 if num_tokens <= _SHORT_STEP else 64
 
 
-def _tables(segments: list[Segment]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
-    return order, _chunk_table(segments, max(len(segment.pages) for segment in segments))
+def order_capacity(num_tokens: int) -> int:
+    """Places for the token order in front of the table, which then begins at a whole row."""
+    return -(-num_tokens // FIELDS) * FIELDS
 
 
-def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Sequence[int]]) -> list[Segment]:
+def fixed_size(max_tokens: int, max_pages: int) -> int:
+    """Length of the packed routing of any step of so many tokens, each with an adapter of so many pages."""
+    return order_capacity(max_tokens) + FIELDS * (1 + max_tokens * max_pages)
+
+
+def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, AdapterPages]) -> list[Segment]:
     """The segments, in order of their first page, so that adapters loaded in turn lie in a run of pages."""
     order = np.argsort(slots, kind="stable")
     ordered = slots[order]
     cuts = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(order)] if len(order) else []
     segments = [
-        Segment(tokens=order[start:end], pages=tuple(slot_pages[slot]))
+        Segment(tokens=order[start:end], pages=slot_pages[slot])
         for start, end in pairwise(cuts)
         if (slot := int(ordered[start])) >= 0
     ]
-    return sorted(segments, key=lambda segment: segment.pages)
+    return sorted(segments, key=lambda segment: segment.pages.ids)
 
 
-def _chunk_table(segments: list[Segment], max_pages: int) -> npt.NDArray[np.int32]:
-    rows: list[list[int]] = []
-    start = 0
-    for segment in segments:
-        tail = [len(segment.pages), *_padded(segment.pages, max_pages)]
-        end = start + len(segment.tokens)
-        rows += [[at, min(CHUNK_TOKENS, end - at), *tail] for at in range(start, end, CHUNK_TOKENS)]
-        start = end
-    return np.array(rows, dtype=np.int32)
+def _table(segments: Sequence[Segment], order: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
+    lengths = np.array([len(segment.tokens) for segment in segments])
+    ranks = np.array([segment.pages.rank for segment in segments])
+    num_pages = np.array([len(segment.pages) for segment in segments])
+    page_ids = np.concatenate([segment.pages.ids for segment in segments])
+    token_ends, page_ends = np.cumsum(lengths), np.cumsum(num_pages)
+    # Chunks of the highest ranks first: what takes longest should not begin last.
+    by_rank = np.argsort(-ranks, kind="stable")
+    of_chunk, nth_chunk = _ragged(by_rank, (-(-lengths // size))[by_rank])
+    first = (token_ends - lengths)[of_chunk] + nth_chunk * size
+    length = np.minimum(size, token_ends[of_chunk] - first)
+    vectors_first = np.argsort(length > 1, kind="stable")
+    of_chunk, first, length = of_chunk[vectors_first], first[vectors_first], length[vectors_first]
+    rows = np.zeros((len(of_chunk), FIELDS), np.int32)
+    rows[:, 0] = first
+    rows[:, 1] = length
+    rows[:, 2] = ranks[of_chunk]
+    rows[:, 3] = order[first]
+    rows[:, 4] = page_ids[(page_ends - num_pages)[of_chunk]]
+    further = num_pages[of_chunk] - 1
+    rows[:, 6] = len(rows) + np.cumsum(further) - further
+    chunk, nth = _ragged(np.arange(len(rows)), further)
+    more = rows[chunk]
+    more[:, 4] = page_ids[(page_ends - num_pages)[of_chunk[chunk]] + 1 + nth]
+    more[:, 5] = 1 + nth
+    head = np.zeros((1, FIELDS), np.int32)
+    is_vector = length == 1
+    num_vectors = is_vector.sum()
+    head[0, :4] = len(rows), len(rows) + len(more), num_vectors, num_vectors + further[is_vector].sum()
+    return np.concatenate([head, rows, more])
+
+
+def _ragged(
+    values: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Each value repeated `counts` times, and the number of each repetition."""
+    ends = np.cumsum(counts)
+    return np.repeat(values, counts), np.arange(int(ends[-1])) - np.repeat(ends - counts, counts)
 
 
 def _padded(pages: tuple[int, ...], width: int) -> tuple[int, ...]:
@@ -159,7 +257,7 @@ def _batch(segments: list[Segment], num_tokens: int, max_pages: int, device: tor
     rows = tokens[np.minimum(column, lengths - 1) + np.cumsum(lengths)[:, None] - lengths]
     by_token = np.argsort(tokens)
     positions = np.flatnonzero(column < lengths)[by_token]
-    pages = np.array([_padded(segment.pages, max_pages) for segment in segments]).reshape(-1)
+    pages = np.array([_padded(segment.pages.ids, max_pages) for segment in segments]).reshape(-1)
     first, last = int(pages[0]), int(pages[-1])
     is_run = (pages == np.arange(first, first + len(pages))).all()
     return BatchedSegments(

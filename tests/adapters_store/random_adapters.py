@@ -91,13 +91,13 @@ def put_adapter(blobs: BlobStore, folder: Path, rank: int, seed: int = 0) -> Sto
 
 def assert_slot_holds(slots: AdapterSlots, slot: int, weights: AdapterWeights) -> None:
     """The slot's pages, put together again, are the adapter's matrices and zeros everywhere else."""
-    pages = list(slots.pages_of(slot))
+    pages = list(slots.pages_of(slot).ids)
     for layer in range(slots.layout.num_layers):
         for group in slots.layout.groups:
-            a_pages, b_pages = slots.pools(layer, group.name)
+            pools = slots.pools(layer, group.name)
             for index, linear in enumerate(group.linears):
-                a = a_pages[pages, index].flatten(0, 1)
-                b = b_pages[pages][:, :, group.columns(linear)].flatten(0, 1)
+                a = pools.a[pages, index].flatten(0, 1)
+                b = pools.b[pages][:, :, group.columns(linear)].flatten(0, 1)
                 pair = weights.tensors.get((layer, linear))
                 rank = 0 if pair is None else pair[0].shape[0]
                 if pair is not None:

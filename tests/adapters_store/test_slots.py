@@ -35,16 +35,19 @@ def test_the_layout_groups_linears_by_their_input() -> None:
     assert LAYOUT.group("qkv").columns("v_proj") == slice(16, 24)
 
 
-def test_page_bytes_are_what_the_pools_take() -> None:
-    slots = make_slots(num_pages=5, dtype=torch.bfloat16)
-    pools = [pool for layer in range(2) for group in LAYOUT.groups for pool in slots.pools(layer, group.name)]
-    assert sum(pool.numel() * pool.element_size() for pool in pools) == 5 * LAYOUT.page_bytes(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_page_bytes_are_what_the_pools_take(dtype: torch.dtype) -> None:
+    slots = make_slots(num_pages=5, dtype=dtype)
+    pools = [slots.pools(layer, group.name) for layer in range(2) for group in LAYOUT.groups]
+    tensors = [tensor for pool in pools for tensor in vars(pool).values() if tensor is not None]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == 5 * LAYOUT.page_bytes(dtype)
 
 
 @pytest.mark.parametrize(("rank", "pages"), [(1, 1), (16, 1), (17, 2), (32, 2), (33, 3), (64, 4)])
 def test_a_rank_takes_its_share_of_pages(rank: int, pages: int) -> None:
     slots = make_slots()
     slot = load(slots, random_weights(rank, seed=rank))
+    assert slots.pages_of(slot).rank == rank
     assert num_pages_for(rank) == pages == len(slots.pages_of(slot)) == 6 - slots.num_free_pages
     slots.check_integrity()
 
@@ -152,6 +155,23 @@ def test_free_and_used_make_the_total(operations: list[int | None]) -> None:
 
 
 def test_a_page_holds_page_rank_rows() -> None:
-    a_pages, b_pages = make_slots().pools(0, "qkv")
-    assert a_pages.shape == (6, 3, PAGE_RANK, 12)
-    assert b_pages.shape == (6, PAGE_RANK, 24)
+    pools = make_slots().pools(0, "qkv")
+    assert pools.a.shape == (6, 3, PAGE_RANK, 12)
+    assert pools.b.shape == (6, PAGE_RANK, 24)
+
+
+def test_pages_in_8_bits_are_the_matrices_to_half_a_step_of_each_rank() -> None:
+    weights = random_weights(20, seed=1, linears=["q_proj", "v_proj"])
+    slots = make_slots(dtype=torch.int8)
+    pages = list(slots.pages_of(load(slots, weights)).ids)
+    pools = slots.pools(1, "qkv")
+    assert pools.a_scales is not None
+    assert pools.b_scales is not None
+    for index, linear in ((0, "q_proj"), (2, "v_proj")):
+        a, b = weights.tensors[1, linear]
+        a_scales, b_scales = (scales[pages, index].flatten()[:20, None] for scales in (pools.a_scales, pools.b_scales))
+        held_a = pools.a[pages, index].flatten(0, 1)[:20] * a_scales
+        held_b = pools.b[pages].flatten(0, 1)[:20, LAYOUT.group("qkv").columns(linear)] * b_scales
+        assert ((held_a - a).abs() <= 0.501 * a_scales).all()
+        assert ((held_b - b.T).abs() <= 0.501 * b_scales).all()
+    assert not pools.a[pages, 1].any()

@@ -1,8 +1,11 @@
-"""The kernels of the GPU path compile with the installed Triton, also on a machine without a GPU."""
+"""The kernels of the GPU path compile, also on a machine without a GPU."""
 
+import json
 import os
 import subprocess
 import sys
+from importlib.resources import files
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,14 +14,15 @@ COMPILE = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lora_kernels import triton_nf4, triton_sgmv
+from lora_kernels import triton_attention, triton_nf4, triton_sgmv
 
-def build(kernel, pointers, constants, num_warps):
+def build(kernel, pointers, constants, num_warps, num_stages=3):
     kind = lambda name: "constexpr" if name in constants else pointers.get(name, "i32")
     signature = {name: kind(name) for name in kernel.arg_names}
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    values = {(kernel.arg_names.index(name),): constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(kernel, signature, constexprs=values)
-    triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
 
 nf4 = {"x_ptr": "*i32", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": "*bf16"}
 for tokens, config in triton_nf4._CONFIGS.items():
@@ -26,10 +30,50 @@ for tokens, config in triton_nf4._CONFIGS.items():
     for dtype, kind in ((torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16)):
         asm = {"ASM": triton_nf4._decode_asm(dtype), "DTYPE": kind}
         build(triton_nf4._matmul_kernel, nf4, tile | asm, config.num_warps)
-routing = {"order_ptr": "*i32", "chunks_ptr": "*i32", "slices_ptr": "*i32", "h_ptr": "*fp32"}
-pools = {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
-build(triton_sgmv._shrink_kernel, routing | pools, {"CHUNK": 16, "RANK": 16, "BLOCK_IN": 512}, 4)
-build(triton_sgmv._expand_kernel, routing | pools, {"CHUNK": 16, "RANK": 16, "BLOCK_OUT": 256}, 4)
+sgmv = {"order_ptr": "*i32", "table_ptr": "*i32", "h_ptr": "*fp32"}
+sgmv |= {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
+flags = {"PDL": CAPABILITY >= 90, "HAS_SCALES": False, "HAS_BIAS": False, "ACTIVATION": "none"}
+flags |= {"scale_ptr": None, "bias_ptr": None}
+for chunk, shrink, expand in (
+    (16, triton_sgmv._SHRINK_FEW, triton_sgmv._EXPAND_SHORT),
+    (16, triton_sgmv._SHRINK_MANY, triton_sgmv._EXPAND_SHORT),
+    (64, triton_sgmv._SHRINK_LONG, triton_sgmv._EXPAND_LONG),
+):
+    sizes = flags | {"IN": 4096, "NUM_SLICES": 3, "SLICES": 4 if shrink.fuse_slices else 1, "PARTS": 4, "CHUNK": chunk}
+    sizes |= {"SPLIT_IN": shrink.split_in, "VECTOR_IN": shrink.vector_in, "TILE_IN": shrink.tile_in}
+    sizes |= {"STREAMED": shrink.streamed}
+    build(triton_sgmv._shrink_kernel, sgmv, sizes, 4)
+    sizes = flags | {"WIDTH_0": 4096, "WIDTH_1": 1024, "WIDTH_2": 1024, "CHUNK": chunk, "ROWS": min(chunk, 32)}
+    sizes |= {"VECTOR_OUT": expand.vector_out, "TILE_OUT": expand.tile_out, "TILES_OUT": expand.tiles_out, "PLANES": 8}
+    build(triton_sgmv._expand_kernel, sgmv, sizes, 4)
+
+from lora_kernels import triton_activation, triton_norm, triton_rotary, triton_vectors
+norm, gate = triton_norm._rms_norm_kernel, triton_activation._silu_mul_kernel
+rotary, affine = triton_rotary._rotary_store_kernel, triton_vectors._apply_vectors_kernel
+rows = {name: "*bf16" for kernel in (norm, gate, rotary) for name in kernel.arg_names if name.endswith("_ptr")}
+rows |= {"slot_ptr": "*i32", "place_ptr": "*i64", "eps": "fp32"}
+for vectors in ({}, {"slot_ptr": None, "scale_ptr": None, "bias_ptr": None}):
+    for delta in ({}, {"delta_ptr": None}):
+        build(norm, rows, vectors | delta | {"BLOCK": 4096}, 4)
+    for head_norm in ({}, {"weight_ptr": None}):
+        build(rotary, rows, vectors | head_norm | {"HEADS": triton_rotary._HEADS, "HALF": 64}, 4)
+    build(gate, rows, vectors | {"BLOCK": triton_activation._BLOCK}, 4)
+build(affine, rows, {"BLOCK": triton_vectors._BLOCK}, 4)
+
+cache = {"q_ptr": "*bf16", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16", "out_ptr": "*bf16"}
+lists = ["tiles", "pieces", "arrived", "block_table", "context_len", "query_start"]
+cache |= {name + "_ptr": "*i32" for name in lists} | {"scale": "fp32"}
+heads = {"NUM_KV_HEADS": 8, "GROUP_SIZE": 4, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "GROUP": 4, "BLOCK_DIM": 128}
+heads |= {"OFFSET": tl.int32, "HAS_WINDOW": False, "prefix_len_ptr": None}
+partials = {"partial_ptr": "*fp32", "peak_ptr": "*fp32", "total_ptr": "*fp32"}
+for config in (triton_attention._DECODE, triton_attention._DECODE_WIDE):
+    tile = {"ROWS": 16, "BLOCK_KEYS": config.keys, "BLOCK_PIECES": 16}
+    build(triton_attention._decode_kernel, cache | partials, heads | tile, config.num_warps, config.num_stages)
+for config in (triton_attention._PREFILL, triton_attention._PREFILL_HOPPER):
+    tile = {"BLOCK_QUERIES": config.rows // 4, "BLOCK_KEYS": config.keys}
+    build(triton_attention._prefill_kernel, cache, heads | tile, config.num_warps, config.num_stages)
+plan = {"TILE": 64, "WAVE": 66, "MOST": 64, "NUM_KV_HEADS": 8, "ROWS": 64, "BLOCK_PIECES": 64, "BLOCK_HEADS": 8}
+build(triton_attention._plan_kernel, cache, plan | {"HAS_WINDOW": False, "prefix_len_ptr": None}, 4)
 """
 
 

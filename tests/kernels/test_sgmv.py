@@ -1,15 +1,26 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.segments import PAGE_RANK, LoRASegments, chunk_tables
-from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
+from lora_kernels.segments import PAGE_RANK, AdapterPages, LoRASegments, Routing, fixed_size, order_capacity
+from lora_kernels.sgmv import Activation, sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 from tests.kernels.error_rule import assert_as_exact
 
-NUM_PAGES = 14
-PAGES = {0: [3], 1: [4, 9], 2: [1, 2, 7, 11], 3: [12], 4: [5], 5: [6]}
+NUM_PAGES = 30
+PAGES = {
+    0: AdapterPages(16, (3,)),
+    1: AdapterPages(20, (4, 9)),
+    2: AdapterPages(64, (1, 2, 7, 11)),
+    3: AdapterPages(1, (12,)),
+    4: AdapterPages(16, (5,)),
+    5: AdapterPages(8, (6,)),
+    6: AdapterPages(256, tuple(range(13, 29))),
+}
 WIDTHS = [(24,), (40, 16), (33, 8, 8)]
 SLOTS = st.lists(st.integers(-1, 5), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0)
 
@@ -17,14 +28,25 @@ LAYOUTS = {
     "one row": [0],
     "mixed ranks and base rows": [2, -1, 0, 0, 1, -1, 2, 3],
     "run of pages": [4, 5, 4, 5],
+    "rank 256": [6, 3, 6],
     "long segment": [-1, 1, 0, *[2] * 37],
     "two long segments": [*[0] * 40, *[1] * 33],
+    "long step": [*[0] * 330, *[1] * 180, -1, 2, 2, 5],
 }
+
+
+def _zero_beyond_rank(pool: torch.Tensor, dim: int) -> torch.Tensor:
+    """What `AdapterSlots` leaves beyond an adapter's rank."""
+    for pages in PAGES.values():
+        if rest := -pages.rank % PAGE_RANK:
+            pool[pages.ids[-1]].narrow(dim, PAGE_RANK - rest, rest).zero_()
+    return pool
 
 
 def _pools(in_features: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     a = torch.randn(NUM_PAGES, len(widths), PAGE_RANK, in_features) / in_features**0.5
-    return a.to(dtype), torch.randn(NUM_PAGES, PAGE_RANK, sum(widths)).to(dtype)
+    b = torch.randn(NUM_PAGES, PAGE_RANK, sum(widths))
+    return _zero_beyond_rank(a, 1).to(dtype), _zero_beyond_rank(b, 0).to(dtype)
 
 
 def _segments(slots: list[int], device: str = "cpu") -> LoRASegments:
@@ -33,11 +55,24 @@ def _segments(slots: list[int], device: str = "cpu") -> LoRASegments:
     return segments
 
 
+def _ranks(slot: int) -> int:
+    """Places that h has for a row."""
+    return len(PAGES[slot]) * PAGE_RANK if slot >= 0 else 0
+
+
+def _whole(h: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    """h without planes, and with zeros where it is undefined."""
+    h = h.cpu().sum(0)
+    for row, slot in enumerate(slots):
+        h[row, :, _ranks(slot) :] = 0
+    return h
+
+
 def _shrink_truth(x: torch.Tensor, a: torch.Tensor, slots: list[int]) -> torch.Tensor:
     max_pages = max(len(PAGES[slot]) for slot in slots if slot >= 0)
     h = torch.zeros(len(slots), a.shape[1], max_pages * PAGE_RANK, dtype=torch.float64)
     for row, slot in enumerate(slots):
-        for place, page in enumerate(PAGES[slot] if slot >= 0 else []):
+        for place, page in enumerate(PAGES[slot].ids if slot >= 0 else []):
             h[row, :, place * PAGE_RANK : (place + 1) * PAGE_RANK] = a[page].double() @ x[row].double()
     return h
 
@@ -45,9 +80,10 @@ def _shrink_truth(x: torch.Tensor, a: torch.Tensor, slots: list[int]) -> torch.T
 def _expand_truth(
     h: torch.Tensor, b: torch.Tensor, slots: list[int], y: torch.Tensor, widths: tuple[int, ...]
 ) -> torch.Tensor:
+    """h: [num_tokens, num_slices, ranks], without planes."""
     y = y.double()
     for row, slot in enumerate(slots):
-        for place, page in enumerate(PAGES[slot] if slot >= 0 else []):
+        for place, page in enumerate(PAGES[slot].ids if slot >= 0 else []):
             ranks = h[row, :, place * PAGE_RANK : (place + 1) * PAGE_RANK].double()
             parts = zip(ranks, b[page].double().split_with_sizes(widths, 1), strict=True)
             y[row] += torch.cat([rank @ part for rank, part in parts])
@@ -55,32 +91,34 @@ def _expand_truth(
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.integers(-1, 5), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0), st.sampled_from(WIDTHS)
-)
+@given(SLOTS, st.sampled_from(WIDTHS))
 def test_plain_path_equals_a_product_a_row(slots: list[int], widths: tuple[int, ...]) -> None:
     a, b = _pools(64, widths, torch.float32)
     x, y = torch.randn(len(slots), 64), torch.randn(len(slots), sum(widths))
     segments = _segments(slots)
     h = sgmv_shrink(x, a, segments)
-    torch.testing.assert_close(h.double(), _shrink_truth(x, a, slots), atol=1e-5, rtol=1e-5)
-    truth = _expand_truth(h, b, slots, y, widths)
+    torch.testing.assert_close(_whole(h, slots).double(), _shrink_truth(x, a, slots), atol=1e-5, rtol=1e-5)
+    truth = _expand_truth(_whole(h, slots), b, slots, y, widths)
     sgmv_expand(h, b, segments, y, widths)
     torch.testing.assert_close(y.double(), truth, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("in_features", [88, 1024], ids=["odd inputs", "several planes"])
 @pytest.mark.parametrize("slots", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_shrink_kernel_is_as_exact_as_the_plain_path(slots: list[int], dtype: torch.dtype, device: str) -> None:
+def test_shrink_kernel_is_as_exact_as_the_plain_path(
+    slots: list[int], in_features: int, dtype: torch.dtype, device: str
+) -> None:
     from lora_kernels.triton_sgmv import sgmv_shrink_triton
 
-    a, _ = _pools(88, (8, 8), dtype)
-    x = torch.randn(len(slots), 88).to(dtype)
+    a, _ = _pools(in_features, (8, 8), dtype)
+    x = torch.randn(len(slots), in_features).to(dtype)
     h = sgmv_shrink_triton(x.to(device), a.to(device), _segments(slots, device))
-    assert_as_exact(h, sgmv_shrink_ref(x, a, _segments(slots)), _shrink_truth(x, a, slots))
+    plain = sgmv_shrink_ref(x, a, _segments(slots))
+    assert_as_exact(_whole(h, slots), _whole(plain, slots), _shrink_truth(x, a, slots))
 
 
 @pytest.mark.parametrize(
-    ("slots", "widths"), list(zip(LAYOUTS.values(), WIDTHS + WIDTHS, strict=False)), ids=LAYOUTS.keys()
+    ("slots", "widths"), list(zip(LAYOUTS.values(), WIDTHS * 2 + [(1024, 256)], strict=True)), ids=LAYOUTS.keys()
 )
 def test_expand_kernel_is_as_exact_as_the_plain_path(
     slots: list[int], widths: tuple[int, ...], dtype: torch.dtype, device: str
@@ -89,11 +127,12 @@ def test_expand_kernel_is_as_exact_as_the_plain_path(
 
     a, b = _pools(64, widths, dtype)
     h = sgmv_shrink_ref(torch.randn(len(slots), 64).to(dtype), a, _segments(slots))
+    h = torch.cat([0.25 * h, 0.75 * h])
     before = torch.randn(len(slots), sum(widths)).to(dtype)
     plain, y = before.clone(), before.to(device, copy=True)
     sgmv_expand_ref(h, b, _segments(slots), plain, widths)
     sgmv_expand_triton(h.to(device), b.to(device), _segments(slots, device), y, widths)
-    assert_as_exact(y, plain, _expand_truth(h, b, slots, before, widths))
+    assert_as_exact(y, plain, _expand_truth(h.sum(0), b, slots, before, widths))
     base = [row for row, slot in enumerate(slots) if slot < 0]
     assert torch.equal(y.cpu()[base], before[base])
 
@@ -114,6 +153,50 @@ def test_kernels_equal_a_product_a_row_on_any_layout(slots: list[int], device: s
     torch.testing.assert_close(out.cpu().double(), truth, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("slots", [LAYOUTS["mixed ranks and base rows"], LAYOUTS["long segment"]])
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_bottlenecks_and_pages_in_8_bits_are_as_exact_as_the_plain_path(
+    slots: list[int], activation: Activation, device: str
+) -> None:
+    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+
+    widths, dtype = (33, 8), torch.float16
+    a, b = (torch.randint(-127, 128, pool.shape, dtype=torch.int8) for pool in _pools(64, widths, dtype))
+    scales = [torch.rand(NUM_PAGES, 2, PAGE_RANK) / 500 for _ in range(2)]
+    bias = torch.randn(NUM_PAGES, 2, PAGE_RANK)
+    for tensor, dim in ((a, 1), (b, 0), (scales[0], 1), (scales[1], 1), (bias, 1)):
+        _zero_beyond_rank(tensor, dim)
+    x, before = torch.randn(len(slots), 64).to(dtype), torch.randn(len(slots), sum(widths)).to(dtype)
+    plain, y = before.clone(), before.to(device, copy=True)
+    h = sgmv_shrink_ref(x, a, _segments(slots), scales[0])
+    sgmv_expand_ref(h, b, _segments(slots), plain, widths, scales[1], bias, activation)
+    on_device = [tensor.to(device) for tensor in (x, a, b, bias, *scales)]
+    segments = _segments(slots, device)
+    h = sgmv_shrink_triton(on_device[0], on_device[1], segments, on_device[4])
+    sgmv_expand_triton(h, on_device[2], segments, y, widths, on_device[5], on_device[3], activation)
+    assert_as_exact(y, plain, _bottleneck_truth(x, a, b, bias, scales, slots, before, widths, activation))
+
+
+def _bottleneck_truth(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor,
+    scales: list[torch.Tensor],
+    slots: list[int],
+    y: torch.Tensor,
+    widths: tuple[int, ...],
+    activation: Activation,
+) -> torch.Tensor:
+    h = _shrink_truth(x, a.double() * scales[0].double()[..., None], slots)
+    functions = {"none": lambda h: h, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
+    for row, slot in enumerate(slots):
+        for place, page in enumerate(PAGES[slot].ids if slot >= 0 else []):
+            own = h[row, :, place * PAGE_RANK : (place + 1) * PAGE_RANK]
+            own[:] = functions[activation](own + bias[page].double()) * scales[1][page].double()
+    return _expand_truth(h, b, slots, y, widths)
+
+
 def test_rows_of_a_bare_base_stay_as_they_were_in_the_plain_path() -> None:
     slots = [0, -1, 2, -1]
     a, b = _pools(64, (24,), torch.float32)
@@ -132,7 +215,20 @@ def test_an_adapters_rows_do_not_depend_on_other_adapters_rows(slot: int, rows: 
     x = torch.randn(5, 64)
     mixed = sgmv_shrink_triton(x.to(device), a.to(device), _segments([2, 0, -1, 1, 0], device))
     alone = sgmv_shrink_triton(x[rows].to(device), a.to(device), _segments([slot] * len(rows), device))
-    assert torch.equal(mixed[rows, :, : alone.shape[2]], alone)
+    assert torch.equal(mixed[:, rows, :, : _ranks(slot)], alone[..., : _ranks(slot)])
+
+
+@pytest.mark.parametrize("slots", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_kernels_give_the_same_bits_in_every_run(slots: list[int], dtype: torch.dtype, device: str) -> None:
+    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+
+    a, b = (pool.to(device) for pool in _pools(1024, (40, 16), dtype))
+    x, y = torch.randn(len(slots), 1024).to(dtype).to(device), torch.randn(len(slots), 56).to(dtype).to(device)
+    results = [y.clone(), y.clone()]
+    for out in results:
+        segments = _segments(slots, device)
+        sgmv_expand_triton(sgmv_shrink_triton(x, a, segments), b, segments, out, (40, 16))
+    assert torch.equal(*results)
 
 
 def test_a_routing_padded_to_fixed_sizes_is_the_same_routing(device: str) -> None:
@@ -141,15 +237,12 @@ def test_a_routing_padded_to_fixed_sizes_is_the_same_routing(device: str) -> Non
     slots, widths = [2, 0, -1, 0, 1], (40, 16)
     a, b = (pool.to(device) for pool in _pools(64, widths, torch.float32))
     x, y = torch.randn(5, 64).to(device), torch.randn(5, sum(widths)).to(device)
-    built = _segments(slots, device)
-    order, chunks = chunk_tables(np.array(slots, dtype=np.int32), PAGES)
-    assert torch.equal(built.chunks.cpu(), torch.from_numpy(chunks))
-    spare = np.zeros((5, chunks.shape[1] + 2), dtype=np.int32)
-    spare[: len(chunks), : chunks.shape[1]] = chunks
-    padded = np.concatenate([order, np.zeros(5 - len(order), np.int32)])
-    fixed = LoRASegments.fixed(torch.from_numpy(padded).to(device), torch.from_numpy(spare).to(device))
+    packed = torch.full((fixed_size(9, 6),), -1, dtype=torch.int32)
+    filled = Routing.of(np.array(slots, dtype=np.int32), 5, PAGES).packed(order_capacity(9))
+    packed[: len(filled)] = torch.from_numpy(filled)
+    fixed = LoRASegments.fixed(packed.to(device), num_tokens=5, max_tokens=9, max_pages=6)
     results = []
-    for segments in (built, fixed):
+    for segments in (_segments(slots, device), fixed):
         results.append(y.clone())
         sgmv_expand_triton(sgmv_shrink_triton(x, a, segments), b, segments, results[-1], widths)
     assert torch.equal(*results)
