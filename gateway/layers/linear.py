@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from lora_kernels.nf4 import NF4Weight, block_major, blocks_of, dequantize_nf4, nf4_matmul
+from lora_kernels.nf4 import NF4Tiles, NF4Weight, blocks_of, dequantize_nf4, nf4_matmul
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
 if TYPE_CHECKING:
@@ -32,20 +32,15 @@ class DenseLinear:
 
 
 class NF4Linear:
-    """The same with W kept in NF4 (arXiv 2305.14314): packed uint8 [out, in / 64, 32] and absmax fp32 [out, in / 64].
+    """The same with W kept in NF4 (arXiv 2305.14314)."""
 
-    The absmax is expanded to fp32 at load: 4.5 bits a weight in all, against 4.13 double-quantized.
-    """
-
-    def __init__(self, packed: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self.packed = block_major(packed)
-        self.absmax = block_major(absmax)
+    def __init__(self, weight: NF4Tiles, bias: torch.Tensor | None = None) -> None:
+        self.weight = weight
         self.bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, out]."""
-        y = nf4_matmul(x, self.packed, self.absmax)
-        return y if self.bias is None else y + self.bias
+        return nf4_matmul(x, self.weight, self.bias)
 
 
 Linear = DenseLinear | NF4Linear
@@ -60,7 +55,7 @@ def fuse_nf4(weights: Sequence[NF4Weight], bias: torch.Tensor | None, dtype: tor
     if not weights[0].packed.is_cuda:
         return DenseLinear(torch.cat([dequantize_nf4(weight, dtype) for weight in weights]), bias)
     packed, absmax = map(torch.cat, zip(*map(blocks_of, weights), strict=True))
-    return NF4Linear(packed, absmax, bias)
+    return NF4Linear(NF4Tiles.of(packed, absmax), bias)
 
 
 class AdaptedLinear:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 BLOCK = 64
 NESTED_BLOCK = 256
+TILE_ROWS = 64
 
 # The 16 quantiles of the normal distribution, bitsandbytes' constants.
 NF4_CODE = torch.tensor(
@@ -111,12 +112,44 @@ def blocks_of(weight: NF4Weight) -> tuple[Tensor, Tensor]:
     return weight.packed.view(out_features, num_blocks, BLOCK // 2), weight.absmax().view(out_features, num_blocks)
 
 
-def block_major(factor: Tensor) -> Tensor:
-    """A factor with the same elements, laid out in memory block by block: all rows' first blocks, then their second.
+@dataclass(frozen=True)
+class NF4Tiles:
+    """A quantized [out, in] matrix in the order in which `nf4_matmul` reads it: tiles of 64 rows by one block of 64.
 
-    The tile of W that a program of `nf4_matmul` reads at a time is then one run of bytes.
+    tiles: uint8 [ceil(out / 64), in / 64, 2048]. scales: fp32 [ceil(out / 64), in / 64, 64], the absmax expanded: 4.5
+    bits a weight in all, against 4.13 double-quantized. Rows beyond `out` are zero. shape: (out, in).
+
+    A tile's bytes are those of bitsandbytes, reordered: four strips of 16 rows, each as the 32 lanes of a warp hold it
+    for the matrix unit (mma.m16n8k16's A, PTX ISA 9.7.14.5): lane 4 g + t has 16 bytes, of row g the pairs of columns
+    (16 s + 8 h + 2 t, + 1) for s in 0..3 and h in 0..1, then of row g + 8 the same. Scales: (g, strip, g or g + 8).
     """
-    return factor.transpose(0, 1).contiguous().transpose(0, 1)
+
+    tiles: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, packed: Tensor, absmax: Tensor) -> "NF4Tiles":
+        """From packed uint8 [out, in / 64, 32] and absmax fp32 [out, in / 64], as `blocks_of` gives them."""
+        out_features, num_blocks, _ = packed.shape
+        rows = (0, 0, 0, -out_features % TILE_ROWS)
+        packed, absmax = F.pad(packed, (0, 0, *rows)), F.pad(absmax, rows)
+        tiles = packed.view(-1, 4, 2, 8, num_blocks, 4, 2, 4).permute(0, 4, 1, 3, 7, 2, 5, 6)
+        scales = absmax.view(-1, 4, 2, 8, num_blocks).permute(0, 4, 3, 1, 2)
+        shape = (out_features, num_blocks * BLOCK)
+        return cls(
+            tiles.reshape(-1, num_blocks, TILE_ROWS * BLOCK // 2), scales.reshape(-1, num_blocks, TILE_ROWS), shape
+        )
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """The factors that `of` was given, bit for bit."""
+        num_blocks = self.tiles.shape[1]
+        packed = self.tiles.view(-1, num_blocks, 4, 8, 4, 2, 4, 2).permute(0, 2, 5, 3, 1, 6, 7, 4)
+        absmax = self.scales.view(-1, num_blocks, 8, 4, 2).permute(0, 3, 4, 2, 1)
+        return (
+            packed.reshape(-1, num_blocks, BLOCK // 2)[: self.shape[0]],
+            absmax.reshape(-1, num_blocks)[: self.shape[0]],
+        )
 
 
 def unpack_nf4(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
@@ -134,28 +167,24 @@ def unpack_nf4_ref(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     return (pairs.flatten(2) * absmax.unsqueeze(2)).to(dtype).flatten(1)
 
 
-def nf4_matmul_ref(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+def nf4_matmul_ref(x: Tensor, weight: NF4Tiles, bias: Tensor | None = None) -> Tensor:
     """`nf4_matmul` in plain PyTorch: the weight is unpacked to x's dtype, then multiplied."""
-    return F.linear(x, unpack_nf4_ref(packed, absmax, x.dtype))
+    return F.linear(x, unpack_nf4_ref(*weight.blocks(), x.dtype), bias)
 
 
-def nf4_matmul(x: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
-    """y = x W^T with an NF4 W, accumulated in fp32.
+def nf4_matmul(x: Tensor, weight: NF4Tiles, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b with an NF4 W, accumulated in fp32.
 
-    x: [num_tokens, in] fp32, bf16 or fp16, in % 64 == 0. packed: uint8 [out, in / 64, 32]. absmax: fp32 [out, in / 64].
-    Both factors in any order of rows and blocks in memory; `block_major` is fastest. Returns [num_tokens, out] in x's
-    dtype. Triton on a GPU, `nf4_matmul_ref` elsewhere. Raises ValueError on shapes that do not belong together.
+    x: [num_tokens, in] fp32, bf16 or fp16. bias: [out] in x's dtype, or None. Returns [num_tokens, out] in x's dtype.
+    Equal inputs give equal bits. CUDA on a GPU, `nf4_matmul_ref` elsewhere. Raises ValueError on an x of another width.
     """
-    out_features, num_blocks = absmax.shape
-    if x.shape[1:] != (num_blocks * BLOCK,) or packed.shape != (out_features, num_blocks, BLOCK // 2):
-        raise ValueError(
-            f"x {tuple(x.shape)}, packed {tuple(packed.shape)} and absmax {tuple(absmax.shape)} do not match"
-        )
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {weight.shape[1]} columns")
     if x.is_cuda:
-        from lora_kernels.triton_nf4 import nf4_matmul_triton
+        from lora_kernels.cuda_nf4 import nf4_matmul_cuda
 
-        return nf4_matmul_triton(x, packed, absmax)
-    return nf4_matmul_ref(x, packed, absmax)
+        return nf4_matmul_cuda(x, weight, bias)
+    return nf4_matmul_ref(x, weight, bias)
 
 
 @cache

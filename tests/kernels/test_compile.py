@@ -24,12 +24,8 @@ def build(kernel, pointers, constants, num_warps, num_stages=3):
     options = {"num_warps": num_warps, "num_stages": num_stages}
     triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
 
-nf4 = {"x_ptr": "*i32", "packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": "*bf16"}
-for tokens, config in triton_nf4._CONFIGS.items():
-    tile = {"TOKENS": max(16, tokens), "BLOCK_OUT": config.block_out, "STAGES": config.num_stages}
-    for dtype, kind in ((torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16)):
-        asm = {"ASM": triton_nf4._decode_asm(dtype), "DTYPE": kind}
-        build(triton_nf4._matmul_kernel, nf4, tile | asm, config.num_warps)
+nf4 = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": "*bf16"}
+build(triton_nf4._unpack_kernel, nf4, {"BLOCKS": 32}, 4)
 sgmv = {"order_ptr": "*i32", "table_ptr": "*i32", "h_ptr": "*fp32"}
 sgmv |= {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
 flags = {"PDL": CAPABILITY >= 90, "HAS_SCALES": False, "HAS_BIAS": False, "ACTIVATION": "none"}
@@ -85,3 +81,32 @@ def test_kernels_compile_for(capability: int) -> None:
     code = COMPILE.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def _nf4_plans() -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, source, macros) of every plan in the table, each once."""
+    architectures = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_89"), (9, 0): ("sm_90a",)}
+    cases = []
+    for entry in json.loads((files("lora_kernels") / "nf4_plans.json").read_text()):
+        source, fields = ("nf4.cu", entry["narrow"]) if "narrow" in entry else ("nf4_wide.cu", entry["wide"])
+        macros = {name.upper(): value for name, value in fields.items() if name != "splits"}
+        cases += [(architecture, source, macros) for architecture in architectures[tuple(entry["capability"])]]
+    return [case for at, case in enumerate(cases) if case not in cases[:at]]
+
+
+@pytest.mark.skipif(not (find_spec("cuda") and find_spec("nvidia")), reason="needs NVRTC, which is there on Linux only")
+@pytest.mark.parametrize("bf16", [1, 0], ids=["bf16", "fp16"])
+def test_the_cuda_kernels_compile_for_every_plan(bf16: int) -> None:
+    from lora_kernels.nvrtc import compile_cubin
+
+    for architecture, source, macros in _nf4_plans():
+        assert compile_cubin(source, macros | {"BF16": bf16}, architecture)[:4] == b"\x7fELF"
+    assert compile_cubin("nf4_unpack.cu", {"BF16": bf16}, "sm_90a")
+
+
+def test_what_nvrtc_refuses_is_told_in_its_words() -> None:
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from lora_kernels.nvrtc import compile_cubin
+
+    with pytest.raises(RuntimeError, match=r"NVRTC refuses nf4_unpack\.cu for sm_90a"):
+        compile_cubin("nf4_unpack.cu", {"BF16": 1, "WARPS": 0}, "sm_90a")

@@ -4,14 +4,17 @@ import torch.nn.functional as F
 
 from lora_kernels.nf4 import (
     NF4_CODE,
-    block_major,
+    NF4Tiles,
     blocks_of,
     nf4_matmul,
     nf4_matmul_ref,
     quantize_nf4,
     unpack_nf4_ref,
 )
+from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan, plan_for
 from tests.kernels.error_rule import assert_as_exact
+
+H200, A100, L40S, V100 = (9, 0), (8, 0), (8, 9), (7, 0)
 
 
 def _weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -22,6 +25,10 @@ def _weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
 
 def _packed(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks_of(quantize_nf4(_weight((out_features, in_features), torch.float32)))
+
+
+def _on(device: str, weight: NF4Tiles) -> NF4Tiles:
+    return NF4Tiles(weight.tiles.to(device), weight.scales.to(device), weight.shape)
 
 
 def test_takes_the_nearest_code() -> None:
@@ -43,10 +50,29 @@ def test_refuses_what_it_cannot_quantize(weight: torch.Tensor) -> None:
         quantize_nf4(weight)
 
 
-def test_refuses_factors_that_do_not_match() -> None:
-    packed, absmax = _packed(8, 128)
-    with pytest.raises(ValueError, match="do not match"):
-        nf4_matmul(torch.zeros(2, 64), packed, absmax)
+def test_refuses_an_x_of_another_width() -> None:
+    with pytest.raises(ValueError, match="does not fit a weight of 128 columns"):
+        nf4_matmul(torch.zeros(2, 64), NF4Tiles.of(*_packed(8, 128)))
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (3, 64), (130, 192)])
+def test_tiles_give_the_bitsandbytes_order_back_bit_for_bit(shape: tuple[int, int]) -> None:
+    packed, absmax = _packed(*shape)
+    tiles = NF4Tiles.of(packed, absmax)
+    again = tiles.blocks()
+    assert torch.equal(again[0], packed)
+    assert torch.equal(again[1], absmax)
+    assert tiles.tiles.shape == (-(-shape[0] // 64), shape[1] // 64, 2048)
+
+
+def test_a_lane_s_bytes_are_its_fragment_of_the_matrix_unit() -> None:
+    packed, absmax = _packed(64, 128)
+    tiles = NF4Tiles.of(packed, absmax)
+    strip, lane, block = 2, 4 * 5 + 3, 1  # rows 32 + 5 and 32 + 13, pairs of columns 3, 7, ...
+    own = tiles.tiles[0, block].view(4, 32, 16)[strip, lane]
+    assert own[:8].tolist() == packed[37, block, 3::4].tolist()
+    assert own[8:].tolist() == packed[45, block, 3::4].tolist()
+    assert tiles.scales[0, block].view(8, 4, 2)[5, strip].tolist() == absmax[[37, 45], block].tolist()
 
 
 @pytest.mark.parametrize("shape", [(3, 64), (33, 192)])
@@ -56,47 +82,94 @@ def test_unpack_kernel_gives_the_bits_of_the_plain_path(
     from lora_kernels.triton_nf4 import unpack_nf4_triton
 
     packed, absmax = _packed(*shape)
-    expected = unpack_nf4_ref(packed, absmax, dtype)
-    for order in (torch.Tensor.contiguous, block_major):
-        unpacked = unpack_nf4_triton(order(packed.to(device)), order(absmax.to(device)), dtype)
-        assert torch.equal(unpacked.cpu(), expected)
+    unpacked = unpack_nf4_triton(packed.to(device), absmax.to(device), dtype)
+    assert torch.equal(unpacked.cpu(), unpack_nf4_ref(packed, absmax, dtype))
 
 
+def test_the_plain_product_is_that_of_the_unpacked_weight() -> None:
+    packed, absmax = _packed(40, 128)
+    x, bias = torch.randn(3, 128), torch.randn(40)
+    expected = F.linear(x, unpack_nf4_ref(packed, absmax, torch.float32), bias)
+    assert torch.equal(nf4_matmul(x, NF4Tiles.of(packed, absmax), bias), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 512, 1024])
+@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (4096, 14336), (1024, 8192), (65, 192), (24, 64)])
+def test_a_plan_fits_what_it_is_for(num_tokens: int, shape: tuple[int, int]) -> None:
+    plans = {card: plan_for(num_tokens, *shape, card) for card in (H200, A100, L40S, V100)}
+    assert plans[V100] is None
+    for plan in (plans[H200], plans[A100], plans[L40S]):
+        assert plan is None or plan.fits(shape[1] // 64)
+        assert not isinstance(plan, NarrowPlan) or num_tokens <= plan.tokens
+    assert not isinstance(plans[A100], WidePlan)
+    assert shape[0] % 8 == 0 or not isinstance(plans[H200], WidePlan)
+
+
+def test_a_few_rows_have_a_plan_on_every_card_since_ampere() -> None:
+    assert all(isinstance(plan_for(4, 4096, 4096, card), NarrowPlan) for card in (H200, A100, L40S, (12, 0)))
+    assert isinstance(plan_for(64, 4096, 4096, H200), WidePlan)
+    assert plan_for(1 << 20, 4096, 4096, H200) is None
+
+
+PLANS: list[Plan] = [
+    NarrowPlan(8, 8, 1, 2, 4),
+    NarrowPlan(16, 4, 2, 2, 0),
+    NarrowPlan(32, 1, 1, 2, 2),
+    WidePlan(16, 1, 4, 2, 4, 1),
+    WidePlan(32, 2, 1, 2, 5, 2),
+    WidePlan(64, 1, 2, 2, 3, 2),
+    WidePlan(128, 2, 1, 1, 5, 1),
+    WidePlan(256, 2, 1, 1, 4, 1),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize(
     ("num_tokens", "out_features", "in_features"),
-    [(1, 64, 64), (3, 40, 192), (17, 65, 320), (2, 24, 2048), (64, 8, 64), (70, 24, 128)],
-    ids=["one row", "odd", "two tiles of rows", "split", "full tile", "unpacked first"],
+    [(1, 4096, 512), (3, 1000, 1024), (7, 136, 2048), (16, 4096, 4096), (70, 72, 512), (300, 1000, 1024)],
 )
-def test_matmul_kernel_is_as_exact_as_the_plain_path(
-    num_tokens: int, out_features: int, in_features: int, dtype: torch.dtype, device: str
+def test_every_plan_is_as_exact_as_the_plain_path_and_gives_equal_bits(
+    plan: Plan, num_tokens: int, out_features: int, in_features: int, dtype: torch.dtype
 ) -> None:
-    from lora_kernels.triton_nf4 import nf4_matmul_triton
+    from lora_kernels.cuda_nf4 import nf4_matmul_by
 
-    packed, absmax = _packed(out_features, in_features)
-    x = torch.randn(num_tokens, in_features).to(dtype)
-    truth = F.linear(x.double(), unpack_nf4_ref(packed, absmax, torch.float32).double())
-    plain = nf4_matmul_ref(x, packed, absmax)
-    for order in (torch.Tensor.contiguous, block_major):
-        y = nf4_matmul_triton(x.to(device), order(packed.to(device)), order(absmax.to(device)))
-        assert_as_exact(y, plain, truth)
-
-
-def test_another_order_in_memory_is_the_same_factor() -> None:
-    packed, _ = _packed(6, 192)
-    tiled = block_major(packed)
-    assert torch.equal(tiled, packed)
-    assert torch.equal(tiled.transpose(0, 1).reshape(-1), packed.transpose(0, 1).reshape(-1))
-    assert tiled.transpose(0, 1).is_contiguous()
+    if isinstance(plan, NarrowPlan) and num_tokens > plan.tokens:
+        pytest.skip("more rows than the plan is for")
+    torch.manual_seed(0)
+    weight = _on("cuda", NF4Tiles.of(*_packed(out_features, in_features)))
+    x, bias = torch.randn(num_tokens, in_features).to(dtype).cuda(), torch.randn(out_features).to(dtype).cuda()
+    truth = F.linear(x.double(), unpack_nf4_ref(*weight.blocks(), torch.float32).double(), bias.double())
+    y = nf4_matmul_by(plan, x, weight, bias)
+    assert_as_exact(y, nf4_matmul_ref(x, weight, bias), truth.cpu())
+    assert all(torch.equal(nf4_matmul_by(plan, x, weight, bias), y) for _ in range(4))
 
 
-def test_matmul_kernel_takes_rows_that_lie_apart(device: str) -> None:
-    from lora_kernels.triton_nf4 import nf4_matmul_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 16, 40, 100, 260, 700])
+@pytest.mark.parametrize("shape", [(1001, 320), (6144, 4096)])
+def test_the_product_on_a_gpu_is_as_exact_as_the_plain_path(
+    num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    torch.manual_seed(0)
+    weight = _on(device, NF4Tiles.of(*_packed(*shape)))
+    x = torch.randn(num_tokens, 2 * shape[1])[:, 8 : 8 + shape[1]].to(dtype).to(device)  # rows that lie apart
+    truth = F.linear(x.double(), unpack_nf4_ref(*weight.blocks(), torch.float32).double())
+    y = nf4_matmul(x, weight)
+    assert y.shape == (num_tokens, shape[0])
+    if num_tokens:
+        assert_as_exact(y, nf4_matmul_ref(x, weight), truth.cpu())
 
-    packed, absmax = _packed(16, 64)
-    x = torch.randn(4, 160)[:, 32:96]
-    truth = F.linear(x.double(), unpack_nf4_ref(packed, absmax, torch.float32).double())
-    y = nf4_matmul_triton(x.to(device), packed.to(device), absmax.to(device))
-    assert_as_exact(y, nf4_matmul_ref(x, packed, absmax), truth)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(64, 64), (40, 192), (1000, 4096)])
+def test_tiles_unpack_to_the_bits_of_the_plain_path(shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    from lora_kernels.cuda_nf4 import unpack_nf4_tiles
+
+    packed, absmax = _packed(*shape)
+    unpacked = unpack_nf4_tiles(_on(device, NF4Tiles.of(packed, absmax)), dtype)
+    assert torch.equal(unpacked.cpu(), unpack_nf4_ref(packed, absmax, dtype))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,137 @@
+"""CUDA kernels behind `lora_kernels.nf4`; imported on the first use on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import asdict
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_kernels.nf4 import NF4_CODE, NF4Tiles, unpack_nf4
+from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan, plan_for
+from lora_kernels.nvrtc import CudaKernel, tensor_map
+
+_DTYPES = (torch.bfloat16, torch.float16)
+_TABLE_BYTES = 65536  # of shared memory: the kernels' table of codes, a copy a lane
+_SUMS = 64 * 256  # numbers a multiprocessor that thread blocks leave for each other
+
+
+def nf4_matmul_cuda(x: Tensor, weight: NF4Tiles, bias: Tensor | None) -> Tensor:
+    """`lora_kernels.nf4.nf4_matmul`: fused where a plan says so, else unpacked to a buffer and multiplied."""
+    plan = plan_for(x.shape[0], *weight.shape, _capability(x.device)) if x.dtype in _DTYPES and len(x) else None
+    if plan is None:
+        return F.linear(x, unpack_nf4_tiles(weight, x.dtype), bias)
+    return nf4_matmul_by(plan, x, weight, bias)
+
+
+def nf4_matmul_by(plan: Plan, x: Tensor, weight: NF4Tiles, bias: Tensor | None = None) -> Tensor:
+    """The fused product as `plan` wants it, for x in bf16 or fp16."""
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read 16 bytes at a time
+        x = x.contiguous()
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if isinstance(plan, NarrowPlan):
+        _launch_narrow(plan, x, weight, bias, out)
+    else:
+        _launch_wide(plan, x, weight, bias, out)
+    return out
+
+
+def unpack_nf4_tiles(weight: NF4Tiles, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] in `dtype`: fp32 code times fp32 scale, rounded once."""
+    if dtype not in _DTYPES:
+        return unpack_nf4(*weight.blocks(), dtype)
+    device = weight.tiles.device
+    out = torch.empty(weight.shape, dtype=dtype, device=device)
+    row_tiles, num_blocks, _ = weight.tiles.shape
+    num_tiles, warps = row_tiles * num_blocks, 4
+    _unpack_kernel(dtype, device)(
+        -(-num_tiles // warps),
+        32 * warps,
+        [weight.tiles, weight.scales, _code(device), out, weight.shape[0], num_blocks, num_tiles],
+    )
+    return out
+
+
+def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor | None, out: Tensor) -> None:
+    row_tiles, num_blocks, _ = weight.tiles.shape
+    assert x.shape[0] <= plan.tokens, f"{x.shape[0]} rows of x, {plan.tokens} planned"
+    stages = row_tiles * (num_blocks // plan.warps)
+    _narrow_kernel(plan, x.dtype, x.device)(
+        min(stages, _num_processors(x.device) * plan.blocks),
+        32 * plan.warps,
+        [
+            x, weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
+            x.shape[0], weight.shape[0], num_blocks, x.stride(0),
+        ],
+    )  # fmt: skip
+
+
+def _launch_wide(plan: WidePlan, x: Tensor, weight: NF4Tiles, bias: Tensor | None, out: Tensor) -> None:
+    row_tiles, num_blocks, _ = weight.tiles.shape
+    items = -(-row_tiles // plan.row_groups) * -(-x.shape[0] // plan.tokens) * plan.splits
+    sums = _sums(x.device)
+    assert plan.splits == 1 or items * plan.row_groups * plan.tokens * 64 <= sums.numel(), "too many tiles to split"
+    _wide_kernel(plan, x.dtype, x.device)(
+        min(items, _num_processors(x.device)),
+        128 * (plan.row_groups * plan.in_groups + 1),
+        [
+            tensor_map(x, plan.tokens, 64), weight.tiles, weight.scales, bias, out, sums, _codes(x.dtype),
+            x.shape[0], weight.shape[0], num_blocks, plan.splits,
+        ],
+    )  # fmt: skip
+
+
+@cache
+def _narrow_kernel(plan: NarrowPlan, dtype: torch.dtype, device: torch.device) -> CudaKernel:
+    return CudaKernel("nf4.cu", "nf4_matmul", _macros(plan, dtype), device, _TABLE_BYTES)
+
+
+@cache
+def _wide_kernel(plan: WidePlan, dtype: torch.dtype, device: torch.device) -> CudaKernel:
+    blocks = plan.in_groups * plan.span
+    stage = blocks * (plan.tokens * 128 + plan.row_groups * (2048 + 256)) + 16
+    staged_out = plan.row_groups * min(plan.tokens, 64) * 128
+    macros = _macros(plan, dtype)
+    return CudaKernel("nf4_wide.cu", "nf4_matmul_wide", macros, device, _TABLE_BYTES + plan.stages * stage + staged_out)
+
+
+@cache
+def _unpack_kernel(dtype: torch.dtype, device: torch.device) -> CudaKernel:
+    return CudaKernel("nf4_unpack.cu", "nf4_unpack", _macros(None, dtype), device, 0)
+
+
+def _macros(plan: Plan | None, dtype: torch.dtype) -> dict[str, int]:
+    fields = asdict(plan) if plan else {}
+    fields.pop("splits", None)
+    return {name.upper(): value for name, value in fields.items()} | {"BF16": int(dtype == torch.bfloat16)}
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _sums(device: torch.device) -> Tensor:
+    """What thread blocks leave for each other, or a pattern that says: nothing yet. For one stream at a time."""
+    numel = _num_processors(device) * _SUMS
+    return torch.full((numel,), 0xFFFFFFFF, dtype=torch.uint32, device=device).view(torch.float32)
+
+
+@cache
+def _code(device: torch.device) -> Tensor:
+    return NF4_CODE.to(device)
+
+
+@cache
+def _codes(dtype: torch.dtype) -> ctypes.Array[ctypes.c_uint16]:
+    """The sixteen codes' bits in a 16-bit dtype."""
+    return (ctypes.c_uint16 * 16)(*(bits & 0xFFFF for bits in NF4_CODE.to(dtype).view(torch.int16).tolist()))

@@ -1,0 +1,300 @@
+// NF4 products for a few rows of x: y = x W^T, W in tiles of 64 rows by 64 columns (one block of the quantization).
+//
+// Compiled by NVRTC for the card at hand (lora_kernels/cuda_nf4.py), with
+//   BF16    1: x and y are bf16, 0: fp16
+//   TOKENS  the most rows of x: 8, 16 or 32
+//   WARPS   warps of a thread block: they share a tile's rows, and each has its own columns
+//   DEPTH   tiles of W that a warp has on their way from memory
+//   BLOCKS  thread blocks a multiprocessor
+//   AHEAD   stages of W that a thread block has on their way from memory to the second cache
+//
+// A byte of W holds two codes. A table in shared memory turns it into a pair of 16-bit numbers at once; each lane of a
+// warp has a copy of its own, in its own bank, so that 32 look-ups are one access. The bytes of a tile lie in memory in
+// the order of the matrix unit's fragments: what a lane loads, 16 bytes at a time, is what it multiplies, and its part
+// of x is 16 bytes in a row too, once four lanes have exchanged theirs. Neither passes through shared memory, whose
+// bandwidth the table takes. The scale of a block of 64 weights multiplies the block's fp32 sum and not each weight.
+//
+// The work, (tile of 64 rows, stage of 64 WARPS columns) in this order, is cut into as many equal ranges as there are
+// thread blocks (stream-K, arXiv 2301.03598). A block walks its range backwards: the first tile that it finishes may
+// continue in the next block, to which it leaves its sum, and the last may have begun in earlier ones, whose sums it
+// adds, in a fixed order: equal inputs give equal bits. It waits for blocks of lower number only, so it never waits for
+// one that has not started. A sum that is not there yet is told by a bit pattern that no sum has.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int NT = TOKENS / 8;                // tiles of 8 tokens, the matrix unit's n
+constexpr int SHARE = 64 * TOKENS / THREADS;  // of a tile of y, a thread's part
+constexpr int BATCH = SHARE >= 16 ? 2 : 4;    // blocks whose sums are read at a time
+constexpr u32 ABSENT = 0xFFFFFFFF;            // a NaN, but not the one that arithmetic makes
+static_assert(WARPS * TOKENS * 64 <= 8192, "the table's gaps hold 32 KB of partial sums");
+extern __shared__ __align__(1024) u8 shared[];
+
+struct Codes {
+    u16 value[16];
+};
+
+// c[16 rows, 8 tokens] += a[16 rows, 16 columns] b[16 columns, 8 tokens]
+__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+#endif
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ u16 round16(float value) {
+    u16 bits;
+#if BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}
+__device__ __forceinline__ float widen16(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#endif
+}
+
+// Weights are read once: they leave no trace in the first cache.
+__device__ __forceinline__ uint4 load_once(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(p));
+    return v;
+}
+__device__ __forceinline__ float2 load_once2(const void* p) {
+    float2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
+    return v;
+}
+__device__ __forceinline__ void fetch_to_cache(const void* p, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+}
+__device__ __forceinline__ u32 load_from_gpu(const float* p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+
+// Transposes the words of four neighbouring lanes: word j of lane t goes to word t of lane j.
+__device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
+    const bool odd = lane & 1, upper = lane & 2;
+    const u32 a = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1), b = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
+    (odd ? v.x : v.y) = a;
+    (odd ? v.z : v.w) = b;
+    const u32 c = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2), d = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
+    (upper ? v.x : v.z) = c;
+    (upper ? v.y : v.w) = d;
+    return v;
+}
+
+// The pair of codes of byte `n` of `word`: the table's entry byte * 256 + lane * 4.
+__device__ __forceinline__ u32 look_up(u32 word, int n, u32 lane4) {
+    return *reinterpret_cast<const u32*>(shared + __byte_perm(word, lane4, 0x5504 | n << 4));
+}
+// A table's entry takes 128 bytes of 256; partial sums lie in the gaps.
+__device__ __forceinline__ float& partial_sum(int i) {
+    return *reinterpret_cast<float*>(shared + (i >> 5) * 256 + 128 + (i & 31) * 4);
+}
+
+// Programmatic dependent launch: the next kernel may start, and load what does not depend on this one.
+__device__ __forceinline__ void start_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ int range_begin(int total, int block) { return (int)((long long)total * block / gridDim.x); }
+
+// x [num_tokens, in]; tiles u8 [row tiles of 64, num_blocks, 2048]; scales [row tiles of 64, num_blocks, 64];
+// bias [out] or null; y [num_tokens, out]. sums: fp32 [gridDim.x, TOKENS * 64], ABSENT before and after. num_blocks is
+// a multiple of WARPS.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    nf4_matmul(const u16* __restrict__ x, const u8* __restrict__ tiles, const float* __restrict__ scales,
+               const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ sums,
+               const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int stride_x) {
+    const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+    const int tile_stages = num_blocks / WARPS, total = (out_features + 63) / 64 * tile_stages;
+    const int begin = range_begin(total, blockIdx.x), end = range_begin(total, blockIdx.x + 1);
+    int tile = (end - 1) / tile_stages, stage = (end - 1) % tile_stages;
+    start_dependents();
+
+    uint4 strips[DEPTH][4];    // of 16 rows
+    float2 own_scales[DEPTH];  // of strip lane % 4
+    uint4 columns[DEPTH][NT][2];
+    const long long last = (long long)(end - 1) * WARPS + warp;
+    const u8* tile_at = tiles + last * 2048 + lane * 16;
+    const float* scale_at = scales + last * 64 + lane * 2;
+    auto load_weights = [&](int slot) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) strips[slot][r] = load_once(tile_at + r * 512);
+        own_scales[slot] = load_once2(scale_at);
+        tile_at -= WARPS * 2048;
+        scale_at -= WARPS * 64;
+    };
+    int stage_ahead = stage, token_at[NT];
+#pragma unroll
+    for (int j = 0; j < NT; ++j)
+        token_at[j] = min(j * 8 + lane / 4, num_tokens - 1) * stride_x + warp * 64 + lane % 4 * 8;
+    auto load_x = [&](int slot) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+            const uint4* from = reinterpret_cast<const uint4*>(x + token_at[j] + stage_ahead * (WARPS * 64));
+            columns[slot][j][0] = from[0];
+            columns[slot][j][1] = from[4];
+        }
+        stage_ahead = stage_ahead == 0 ? tile_stages - 1 : stage_ahead - 1;
+    };
+
+    int left = end - begin, fetched = end;  // the stage before which W is on its way
+    auto fetch = [&]() {
+        if (thread != 0 || fetched == begin) return;
+        --fetched;
+        fetch_to_cache(tiles + (long long)fetched * WARPS * 2048, WARPS * 2048);
+        fetch_to_cache(scales + (long long)fetched * WARPS * 64, WARPS * 256);
+    };
+    for (int i = 0; i < AHEAD; ++i) fetch();
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i)
+        if (i < left) load_weights(i);
+    for (int i = thread; i < 256 * 8; i += THREADS) {
+        const u32 pair = codes.value[i >> 7] | codes.value[i >> 3 & 15] << 16;
+        *reinterpret_cast<uint4*>(shared + (i >> 3) * 256 + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
+    }
+    wait_for_kernel_before();  // x is its result
+#pragma unroll
+    for (int i = 0; i < DEPTH; ++i)
+        if (i < left) load_x(i);
+    __syncthreads();
+
+    float sum[4][NT][4] = {};
+    const u32 lane4 = lane * 4;
+    auto multiply_tile = [&](int slot) {
+#pragma unroll
+        for (int j = 0; j < NT; ++j) {
+            columns[slot][j][0] = transpose(columns[slot][j][0], lane);
+            columns[slot][j][1] = transpose(columns[slot][j][1], lane);
+        }
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const uint4 q = strips[slot][r];
+            u32 weight[4][4];  // 16 columns, registers of a fragment
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                const u32 upper = s < 2 ? q.x : q.y, lower = s < 2 ? q.z : q.w;
+                weight[s][0] = look_up(upper, s % 2 * 2, lane4);
+                weight[s][1] = look_up(lower, s % 2 * 2, lane4);
+                weight[s][2] = look_up(upper, s % 2 * 2 + 1, lane4);
+                weight[s][3] = look_up(lower, s % 2 * 2 + 1, lane4);
+            }
+            const float scale0 = __shfl_sync(~0u, own_scales[slot].x, (lane & 28) + r);
+            const float scale1 = __shfl_sync(~0u, own_scales[slot].y, (lane & 28) + r);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+                const uint4 near = columns[slot][j][0], far = columns[slot][j][1];
+                float part[4] = {};
+                multiply(part, weight[0], near.x, near.y);
+                multiply(part, weight[1], near.z, near.w);
+                multiply(part, weight[2], far.x, far.y);
+                multiply(part, weight[3], far.z, far.w);
+#pragma unroll
+                for (int c = 0; c < 4; ++c) sum[r][j][c] += part[c] * (c < 2 ? scale0 : scale1);
+            }
+        }
+    };
+
+    for (int slot = 0; left > 0; --tile, stage = tile_stages - 1) {
+        const int segment = min(stage + 1, left);  // stages of this tile
+        const bool is_first = segment == stage + 1, is_last = stage == tile_stages - 1;
+        for (int n = segment; n > 0;) {
+#pragma unroll
+            for (int s = 0; s < DEPTH; ++s) {  // a register's number must be known to the compiler
+                if (s != slot || n == 0) continue;
+                multiply_tile(s);
+                fetch();
+                if (left > DEPTH) {
+                    load_weights(s);
+                    load_x(s);
+                }
+                --left, --n;
+                slot = (s + 1) % DEPTH;
+            }
+        }
+
+        __syncthreads();
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+#pragma unroll
+            for (int j = 0; j < NT; ++j)
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                    const int token = j * 8 + lane % 4 * 2 + c % 2, row = r * 16 + c / 2 * 8 + lane / 4;
+                    partial_sum((warp * TOKENS + token) * 64 + (row ^ (token / 2 % 4 * 8))) = sum[r][j][c];
+                    sum[r][j][c] = 0.0f;
+                }
+        __syncthreads();
+        float value[SHARE];
+        float* mine = sums + blockIdx.x * (TOKENS * 64) + thread;
+#pragma unroll
+        for (int k = 0; k < SHARE; ++k) {
+            const int token = (thread + k * THREADS) / 64, place = (thread + k * THREADS) % 64;
+            value[k] = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w)
+                value[k] += partial_sum((w * TOKENS + token) * 64 + (place ^ (token / 2 % 4 * 8)));
+            if (!is_last) asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(mine + k * THREADS), "f"(value[k]));
+        }
+        if (!is_last) continue;
+        int donor = blockIdx.x;  // the sums of the blocks from here to this one are added
+        if (!is_first)
+            while (range_begin(total, donor) > tile * tile_stages) --donor;
+        for (int other = blockIdx.x - 1; other >= donor; other -= BATCH) {
+            u32 bits[BATCH][SHARE];
+            float* theirs = mine + (other - (int)blockIdx.x) * (TOKENS * 64);
+            bool absent;
+            do {
+                absent = false;
+#pragma unroll
+                for (int n = 0; n < BATCH; ++n)
+#pragma unroll
+                    for (int k = 0; k < SHARE; ++k) {
+                        bits[n][k] = other - n >= donor ? load_from_gpu(theirs + k * THREADS - n * (TOKENS * 64)) : 0;
+                        absent |= bits[n][k] == ABSENT;
+                    }
+            } while (absent);
+#pragma unroll
+            for (int n = 0; n < BATCH; ++n)
+#pragma unroll
+                for (int k = 0; k < SHARE; ++k) {
+                    value[k] += __uint_as_float(bits[n][k]);
+                    if (other - n >= donor) theirs[k * THREADS - n * (TOKENS * 64)] = __uint_as_float(ABSENT);
+                }
+        }
+#pragma unroll
+        for (int k = 0; k < SHARE; ++k) {
+            const int token = (thread + k * THREADS) / 64, row = tile * 64 + (thread + k * THREADS) % 64;
+            if (row >= out_features || token >= num_tokens) continue;
+            if (bias) value[k] += widen16(bias[row]);
+            y[token * out_features + row] = round16(value[k]);
+        }
+    }
+}

@@ -1,0 +1,93 @@
+"""Which NF4 kernel multiplies a shape, in which configuration: a small table, found by `python -m benchmarks.tune`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+_TABLE = "nf4_plans.json"
+
+
+@dataclass(frozen=True)
+class NarrowPlan:
+    """The macros of nf4.cu; see there."""
+
+    tokens: int
+    warps: int
+    depth: int
+    blocks: int
+    ahead: int
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a weight of so many blocks of columns can be cut as the plan wants."""
+        return num_blocks % self.warps == 0
+
+
+@dataclass(frozen=True)
+class WidePlan:
+    """The macros of nf4_wide.cu, and into how many parts thread blocks share a tile's columns; see there."""
+
+    tokens: int
+    row_groups: int
+    in_groups: int
+    span: int
+    stages: int
+    splits: int
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a weight of so many blocks of columns can be cut as the plan wants."""
+        return num_blocks % (self.in_groups * self.span * self.splits) == 0
+
+
+Plan = NarrowPlan | WidePlan
+
+
+@cache
+def plan_for(num_tokens: int, out_features: int, in_features: int, capability: tuple[int, int]) -> Plan | None:
+    """The plan of the nearest shape in the table; None where unpacking the weight and a dense product is faster.
+
+    capability: of the card; one that the table lacks has the plans of the nearest older one. Rows are looked up by the
+    next tabled number of them, shapes by the ratio of their sides.
+    """
+    table = _tabled()
+    known = [major_minor for major_minor in table if major_minor <= capability]
+    # Hopper's wide kernel runs on Hopper alone.
+    known = [one for one in known if one[0] != 9 or capability[0] == 9]
+    if not known:
+        return None
+    entries = table[max(known)]
+    limits = sorted({entry["tokens_up_to"] for entry in entries if entry["tokens_up_to"] >= num_tokens})
+    if not limits:
+        return None
+    near = [entry for entry in entries if entry["tokens_up_to"] == limits[0]]
+    near.sort(key=lambda entry: _distance(entry, out_features, in_features))
+    for entry in near:
+        plan = _plan(entry)
+        if plan is None or (plan.fits(in_features // 64) and (isinstance(plan, NarrowPlan) or out_features % 8 == 0)):
+            return plan
+    return None
+
+
+def _distance(entry: dict[str, Any], out_features: int, in_features: int) -> float:
+    return abs(math.log(entry["out"] / out_features)) + abs(math.log(entry["in"] / in_features))
+
+
+def _plan(entry: dict[str, Any]) -> Plan | None:
+    if (narrow := entry.get("narrow")) is not None:
+        return NarrowPlan(**narrow)
+    if (wide := entry.get("wide")) is not None:
+        return WidePlan(**wide)
+    return None
+
+
+@cache
+def _tabled() -> dict[tuple[int, int], list[dict[str, Any]]]:
+    table: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for entry in json.loads((files("lora_kernels") / _TABLE).read_text()):
+        major, minor = entry["capability"]
+        table.setdefault((major, minor), []).append(entry)
+    return table
