@@ -27,7 +27,7 @@ from lora_kernels.nf4 import NF4Tiles
 from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan
 
 TABLE = Path(lora_kernels.__path__[0]) / "nf4_plans.json"
-NUM_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+NUM_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # (tokens, row groups, groups that share rows, blocks decoded at a time, stages) of nf4_wide.cu
 WIDE = (
     (16, 1, 4, 2, 4), (16, 2, 1, 2, 6), (32, 1, 4, 2, 3), (32, 2, 1, 2, 5), (64, 1, 2, 2, 3), (64, 2, 1, 2, 4),
@@ -46,9 +46,9 @@ def candidates(num_tokens: int, row_tiles: int, capability: tuple[int, int]) -> 
                 yield NarrowPlan(tokens, warps, depth, blocks, 4 if is_hopper else 0)
     if is_hopper:
         for tokens, row_groups, in_groups, span, stages in WIDE:
-            if num_tokens // 8 <= tokens <= max(num_tokens, 16):
+            if min(num_tokens // 8, 256) <= tokens <= max(num_tokens, 16):
                 num_tiles = -(-row_tiles // row_groups) * -(-num_tokens // tokens)
-                for splits in (1, 2) if num_tiles <= num_processors else (1,):
+                for splits in (1, 2) if num_tiles <= num_processors and row_groups * tokens <= 256 else (1,):
                     yield WidePlan(tokens, row_groups, in_groups, span, stages, splits)
 
 

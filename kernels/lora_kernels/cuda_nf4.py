@@ -16,7 +16,7 @@ from lora_kernels.nvrtc import CudaKernel, tensor_map
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _TABLE_BYTES = 65536  # of shared memory: the kernels' table of codes, a copy a lane
-_SUMS = 64 * 256  # numbers a multiprocessor that thread blocks leave for each other
+_SUMS = 2 * 256 * 64  # numbers a multiprocessor that thread blocks leave for each other: two tiles of the widest
 
 
 def nf4_matmul_cuda(x: Tensor, weight: NF4Tiles, bias: Tensor | None) -> Tensor:
@@ -71,15 +71,15 @@ def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor |
 
 def _launch_wide(plan: WidePlan, x: Tensor, weight: NF4Tiles, bias: Tensor | None, out: Tensor) -> None:
     row_tiles, num_blocks, _ = weight.tiles.shape
-    items = -(-row_tiles // plan.row_groups) * -(-x.shape[0] // plan.tokens) * plan.splits
-    sums = _sums(x.device)
-    assert plan.splits == 1 or items * plan.row_groups * plan.tokens * 64 <= sums.numel(), "too many tiles to split"
+    num_tiles, num_processors = -(-row_tiles // plan.row_groups) * -(-len(x) // plan.tokens), _num_processors(x.device)
+    # A plan is made for a shape like this one; with a tile for every multiprocessor there is nothing to split for.
+    splits = plan.splits if num_tiles <= num_processors and plan.row_groups * plan.tokens <= 256 else 1
     _wide_kernel(plan, x.dtype, x.device)(
-        min(items, _num_processors(x.device)),
+        min(num_tiles * splits, num_processors),
         128 * (plan.row_groups * plan.in_groups + 1),
         [
-            tensor_map(x, plan.tokens, 64), weight.tiles, weight.scales, bias, out, sums, _codes(x.dtype),
-            x.shape[0], weight.shape[0], num_blocks, plan.splits,
+            tensor_map(x, plan.tokens, 64), weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
+            x.shape[0], weight.shape[0], num_blocks, splits,
         ],
     )  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_every_plan_is_as_exact_as_the_plain_path_and_gives_equal_bits(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 16, 40, 100, 260, 700])
-@pytest.mark.parametrize("shape", [(1001, 320), (6144, 4096)])
+@pytest.mark.parametrize("shape", [(1001, 320), (6144, 4096), (13000, 1024)])
 def test_the_product_on_a_gpu_is_as_exact_as_the_plain_path(
     num_tokens: int, shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
