@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
-from functools import cache
+from contextlib import suppress
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,15 +84,26 @@ def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.
 
 
 def compile_cubin(source: str, macros: Mapping[str, int], architecture: str) -> bytes:
-    """The machine code of a source file beside this module, for instance for "sm_90a"; needs no GPU."""
-    return _compile(source, tuple(sorted(macros.items())), architecture)
+    """The machine code of a source file beside this module, for instance for "sm_90a"; needs no GPU.
 
-
-@cache
-def _compile(source: str, macros: tuple[tuple[str, int], ...], architecture: str) -> bytes:
+    It is kept in the user's cache folder: a dozen kernels take ten seconds to compile.
+    """
     text = (files("lora_kernels") / source).read_bytes()
+    macro_options = (f"-D{name}={value}" for name, value in sorted(macros.items()))
+    options = [f"--gpu-architecture={architecture}", "--std=c++17", *macro_options]
+    version = _checked(nvrtc.nvrtcVersion())
+    key = hashlib.sha256(b"\0".join([text, *map(str.encode, options), str(version).encode()])).hexdigest()
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbay" / f"{key}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    cubin = _compile(source, text, options, architecture)
+    with suppress(OSError):  # a home that cannot be written to costs time only
+        _keep(kept, cubin)
+    return cubin
+
+
+def _compile(source: str, text: bytes, options: Sequence[str], architecture: str) -> bytes:
     (program,) = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", *(f"-D{name}={value}" for name, value in macros)]
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))
@@ -101,6 +115,14 @@ def _compile(source: str, macros: tuple[tuple[str, int], ...], architecture: str
     _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     _checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin
+
+
+def _keep(path: Path, cubin: bytes) -> None:
+    """Written beside its place and moved there, so that nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_bytes(cubin)
+    part.replace(path)
 
 
 def _architecture(device: torch.device) -> str:

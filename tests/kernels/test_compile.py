@@ -6,9 +6,14 @@ import subprocess
 import sys
 from importlib.resources import files
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+
+needs_nvrtc = pytest.mark.skipif(
+    not (find_spec("cuda") and find_spec("nvidia")), reason="needs NVRTC, which is there on Linux only"
+)
 
 COMPILE = """
 import torch, triton, triton.language as tl
@@ -94,18 +99,41 @@ def _nf4_plans() -> list[tuple[str, str, dict[str, int]]]:
     return [case for at, case in enumerate(cases) if case not in cases[:at]]
 
 
-@pytest.mark.skipif(not (find_spec("cuda") and find_spec("nvidia")), reason="needs NVRTC, which is there on Linux only")
+@needs_nvrtc
 @pytest.mark.parametrize("bf16", [1, 0], ids=["bf16", "fp16"])
-def test_the_cuda_kernels_compile_for_every_plan(bf16: int) -> None:
+def test_the_cuda_kernels_compile_for_every_plan(bf16: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kernels.nvrtc import compile_cubin
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for architecture, source, macros in _nf4_plans():
         assert compile_cubin(source, macros | {"BF16": bf16}, architecture)[:4] == b"\x7fELF"
     assert compile_cubin("nf4_unpack.cu", {"BF16": bf16}, "sm_90a")
 
 
+@needs_nvrtc
+def test_machine_code_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.nvrtc import compile_cubin
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")
+    (kept,) = (tmp_path / "patchbay").iterdir()
+    assert kept.read_bytes() == made
+    kept.write_bytes(b"another")
+    assert compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80") == b"another"
+    assert compile_cubin("nf4_unpack.cu", {"BF16": 0}, "sm_80") != b"another"
+
+
+@needs_nvrtc
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels.nvrtc import compile_cubin
+
+    (tmp_path / "patchbay").write_text("a file where the folder would be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
 def test_what_nvrtc_refuses_is_told_in_its_words() -> None:
-    pytest.importorskip("cuda.bindings.nvrtc")
     from lora_kernels.nvrtc import compile_cubin
 
     with pytest.raises(RuntimeError, match=r"NVRTC refuses nf4_unpack\.cu for sm_90a"):
