@@ -15,6 +15,7 @@ from typing import Any, Final
 import ray
 from ray import serve
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from gateway.config import GatewayConfig, from_dict
 from gateway.errors import ConfigInvalid, EngineUnavailable
@@ -108,7 +109,7 @@ def _start_app(config: GatewayConfig, deadline: float) -> Running:
     target = serve.RunTarget(build(config), name=APP_NAME, route_prefix=None)
     (handle,) = serve.run_many([target], wait_for_applications_running=False)
     _wait_running(deadline)
-    while reason := handle.ready.remote().result(timeout_s=max(1.0, deadline - time.monotonic())):
+    while reason := _not_ready(handle, deadline):
         if time.monotonic() > deadline:
             raise EngineUnavailable(f"Patchbay is not ready in time: {reason}")
         time.sleep(0.1)
@@ -194,6 +195,12 @@ def _logical_cpus(config: GatewayConfig) -> int:
     server = config.server
     wanted = server.num_front_doors * _FRONT_DOOR_CPUS + server.num_replicas * server.replica_num_cpus
     return math.ceil(wanted + config.trainer.num_cpus) + 1
+
+
+def _not_ready(handle: DeploymentHandle[Any], deadline: float) -> str | None:
+    """Why one of the front doors takes no requests yet: each of them, since any of them may be asked next."""
+    reasons = handle.broadcast("ready").results(timeout_s=max(1.0, deadline - time.monotonic()))
+    return next(filter(None, reasons), None) if reasons else "no front door is running"
 
 
 def _wait_running(deadline: float) -> None:

@@ -102,7 +102,7 @@ def test_streams_add_up_to_the_whole(doors: Doors, tenant: TenantClient, inferen
         assert usage.prompt_tokens == answer.usage.prompt_tokens > 0
         assert usage.completion_tokens == answer.usage.completion_tokens == 6 * n
         assert not any(chunk.HasField("usage") for chunk in chunks[:-1])
-        assert len(chunks) > 3
+        assert sum(bool(chunk.choices) for chunk in chunks) > 1  # how many depends on how fast they are read
 
 
 def test_upload_publishes_and_the_adapter_answers(
