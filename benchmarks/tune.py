@@ -58,7 +58,7 @@ def best(num_tokens: int, weights: list[NF4Tiles], capability: tuple[int, int]) 
     unpacked = measure([partial(_by_unpacking, x, weight) for weight in weights]).us
     times: dict[Plan | None, float] = {None: unpacked}
     for plan in candidates(num_tokens, weights[0].tiles.shape[0], capability):
-        if plan.fits(x.shape[1] // 64):
+        if plan.fitted(x.shape[1] // 64) == plan:
             times[plan] = measure([partial(nf4_matmul_by, plan, x, weight) for weight in weights]).us
     fastest = min(times, key=lambda one: times[one])
     took = f"{times[fastest]:.1f} us by {fastest}; unpacked {unpacked:.1f} us"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -22,9 +22,9 @@ class NarrowPlan:
     blocks: int
     ahead: int
 
-    def fits(self, num_blocks: int) -> bool:
-        """Whether a weight of so many blocks of columns can be cut as the plan wants."""
-        return num_blocks % self.warps == 0
+    def fitted(self, num_blocks: int) -> NarrowPlan:
+        """The plan for a weight of so many blocks of columns, which its warps must divide among them evenly."""
+        return replace(self, warps=math.gcd(self.warps, num_blocks))
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,13 @@ class WidePlan:
     stages: int
     splits: int
 
-    def fits(self, num_blocks: int) -> bool:
-        """Whether a weight of so many blocks of columns can be cut as the plan wants."""
-        return num_blocks % (self.in_groups * self.span * self.splits) == 0
+    def fitted(self, num_blocks: int) -> WidePlan:
+        """The plan for a weight of so many blocks of columns, which stages and parts must divide evenly."""
+        span = math.gcd(self.span, num_blocks)
+        in_groups = math.gcd(self.in_groups, num_blocks // span)
+        splits = self.splits if num_blocks % (span * in_groups * self.splits) == 0 else 1
+        row_groups = self.row_groups if in_groups > 1 else 2  # registers are shared out for two warpgroups or more
+        return replace(self, row_groups=row_groups, span=span, in_groups=in_groups, splits=splits)
 
 
 Plan = NarrowPlan | WidePlan
@@ -64,12 +68,10 @@ def plan_for(num_tokens: int, out_features: int, in_features: int, capability: t
     if not limits:
         return None
     near = [entry for entry in entries if entry["tokens_up_to"] == limits[0]]
-    near.sort(key=lambda entry: _distance(entry, out_features, in_features))
-    for entry in near:
-        plan = _plan(entry)
-        if plan is None or (plan.fits(in_features // 64) and (isinstance(plan, NarrowPlan) or out_features % 8 == 0)):
-            return plan
-    return None
+    plan = _plan(min(near, key=lambda entry: _distance(entry, out_features, in_features)))
+    if plan is None or (isinstance(plan, WidePlan) and out_features % 8):  # rows of y are written 16 bytes at a time
+        return None
+    return plan.fitted(in_features // 64)
 
 
 def _distance(entry: dict[str, Any], out_features: int, in_features: int) -> float:

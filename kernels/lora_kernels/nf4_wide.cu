@@ -38,6 +38,7 @@ constexpr int OUT_TOKENS = TOKENS < 64 ? TOKENS : 64;
 constexpr int BARRIERS = OUT + ROW_GROUPS * OUT_TOKENS * 128;  // full, then empty
 constexpr int BATCH = TOKENS < 32 ? 8 : 16;                    // numbers of another block that are read at a time
 constexpr u32 ABSENT = 0xFFFFFFFF;                             // a NaN, but not the one that arithmetic makes
+static_assert(GROUPS > 1, "a launch of one warpgroup has more registers than setmaxnreg gives");
 static_assert(IN_GROUPS == 1 || GROUPS / 2 * TOKENS * 64 <= 8192, "partial sums lie in the table's gaps");
 extern __shared__ __align__(1024) u8 shared[];
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -88,14 +89,19 @@ def test_kernels_compile_for(capability: int) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def _nf4_plans() -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, source, macros) of every plan in the table, each once."""
+def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
+    """(architecture, source, macros) of every plan in the table, as it is and for other widths, each once."""
+    from lora_kernels.nf4_plans import NarrowPlan, WidePlan
+
     architectures = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_89"), (9, 0): ("sm_90a",)}
     cases = []
     for entry in json.loads((files("lora_kernels") / "nf4_plans.json").read_text()):
-        source, fields = ("nf4.cu", entry["narrow"]) if "narrow" in entry else ("nf4_wide.cu", entry["wide"])
-        macros = {name.upper(): value for name, value in fields.items() if name != "splits"}
-        cases += [(architecture, source, macros) for architecture in architectures[tuple(entry["capability"])]]
+        plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
+        source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
+        for num_blocks in (64, 172, 14, 3):
+            fields = asdict(plan.fitted(num_blocks))
+            macros = {name.upper(): value for name, value in fields.items() if name != "splits"}
+            cases += [(architecture, source, macros) for architecture in architectures[tuple(entry["capability"])]]
     return [case for at, case in enumerate(cases) if case not in cases[:at]]
 
 
@@ -105,7 +111,7 @@ def test_the_cuda_kernels_compile_for_every_plan(bf16: int, tmp_path: Path, monk
     from lora_kernels.nvrtc import compile_cubin
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for architecture, source, macros in _nf4_plans():
+    for architecture, source, macros in _nf4_kernels():
         assert compile_cubin(source, macros | {"BF16": bf16}, architecture)[:4] == b"\x7fELF"
     assert compile_cubin("nf4_unpack.cu", {"BF16": bf16}, "sm_90a")
 
