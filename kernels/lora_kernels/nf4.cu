@@ -20,21 +20,13 @@
 // adds, in a fixed order: equal inputs give equal bits. It waits for blocks of lower number only, so it never waits for
 // one that has not started. A sum that is not there yet is told by a bit pattern that no sum has.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "nf4.cuh"
 
 constexpr int THREADS = 32 * WARPS;
 constexpr int NT = TOKENS / 8;                // tiles of 8 tokens, the matrix unit's n
 constexpr int SHARE = 64 * TOKENS / THREADS;  // of a tile of y, a thread's part
 constexpr int BATCH = SHARE >= 16 ? 2 : 4;    // blocks whose sums are read at a time
-constexpr u32 ABSENT = 0xFFFFFFFF;            // a NaN, but not the one that arithmetic makes
 static_assert(WARPS * TOKENS * 64 <= 8192, "the table's gaps hold 32 KB of partial sums");
-extern __shared__ __align__(1024) u8 shared[];
-
-struct Codes {
-    u16 value[16];
-};
 
 // c[16 rows, 8 tokens] += a[16 rows, 16 columns] b[16 columns, 8 tokens]
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -45,25 +37,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b
 #endif
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ u16 round16(float value) {
-    u16 bits;
-#if BF16
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-    return bits;
-}
-__device__ __forceinline__ float widen16(u16 bits) {
-#if BF16
-    return __uint_as_float((u32)bits << 16);
-#else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#endif
 }
 
 // Weights are read once: they leave no trace in the first cache.
@@ -100,15 +73,6 @@ __device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
     (upper ? v.x : v.z) = c;
     (upper ? v.y : v.w) = d;
     return v;
-}
-
-// The pair of codes of byte `n` of `word`: the table's entry byte * 256 + lane * 4.
-__device__ __forceinline__ u32 look_up(u32 word, int n, u32 lane4) {
-    return *reinterpret_cast<const u32*>(shared + __byte_perm(word, lane4, 0x5504 | n << 4));
-}
-// A table's entry takes 128 bytes of 256; partial sums lie in the gaps.
-__device__ __forceinline__ float& partial_sum(int i) {
-    return *reinterpret_cast<float*>(shared + (i >> 5) * 256 + 128 + (i & 31) * 4);
 }
 
 // Programmatic dependent launch: the next kernel may start, and load what does not depend on this one.
@@ -176,10 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
         if (i < left) load_weights(i);
-    for (int i = thread; i < 256 * 8; i += THREADS) {
-        const u32 pair = codes.value[i >> 7] | codes.value[i >> 3 & 15] << 16;
-        *reinterpret_cast<uint4*>(shared + (i >> 3) * 256 + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
-    }
+    fill_table(codes, thread, THREADS);
     wait_for_kernel_before();  // x is its result
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)

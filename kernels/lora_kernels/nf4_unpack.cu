@@ -3,21 +3,10 @@
 //
 // Compiled by NVRTC with BF16 1 or 0 (fp16). Every lane has its own copy of the sixteen codes, in its own bank.
 
-typedef unsigned int u32;
-typedef unsigned char u8;
+#include "nf4.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ROW_WORDS = 36;  // 32 of a row's block, and a gap that spreads rows over the banks
-
-__device__ __forceinline__ u32 round_pair(float first, float second) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-    return pair;
-}
 
 // tiles u8 [row tiles of 64, num_blocks, 2048]; scales [row tiles of 64, num_blocks, 64]; code fp32 [16];
 // out [out_features, num_blocks * 64]. One warp a tile.

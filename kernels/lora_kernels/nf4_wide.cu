@@ -17,9 +17,8 @@
 // leaves its sum, and the last adds them in a fixed order. It waits for blocks of lower number only, so it never waits
 // for one that has not started. A sum that is not there yet is told by a bit pattern that no sum has.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "nf4.cuh"
+
 typedef unsigned long long u64;
 
 constexpr int GROUPS = ROW_GROUPS * IN_GROUPS;
@@ -37,10 +36,8 @@ constexpr int OUT = SCALE_RING + STAGES * SCALE_BYTES;  // [row group][up to 64 
 constexpr int OUT_TOKENS = TOKENS < 64 ? TOKENS : 64;
 constexpr int BARRIERS = OUT + ROW_GROUPS * OUT_TOKENS * 128;  // full, then empty
 constexpr int BATCH = TOKENS < 32 ? 8 : 16;                    // numbers of another block that are read at a time
-constexpr u32 ABSENT = 0xFFFFFFFF;                             // a NaN, but not the one that arithmetic makes
 static_assert(GROUPS > 1, "a launch of one warpgroup has more registers than setmaxnreg gives");
 static_assert(IN_GROUPS == 1 || GROUPS / 2 * TOKENS * 64 <= 8192, "partial sums lie in the table's gaps");
-extern __shared__ __align__(1024) u8 shared[];
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -78,7 +75,7 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int colu
         : "memory");
 }
 
-// sum[64 rows, MMA_TOKENS] += a[64 rows, 16 columns] x[MMA_TOKENS, 16 columns]^T; `fresh` drops what was there.
+// sum[64 rows, MMA_TOKENS] += a[64 rows, 16 columns] x[MMA_TOKENS, 16 columns]^T
 #if BF16
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
 #else
@@ -114,9 +111,9 @@ __device__ __forceinline__ void multiply(float* d, const u32 (&a)[4], u64 x) {
 }
 __device__ __forceinline__ void fence_operands() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
+template <int LEFT>
 __device__ __forceinline__ void wait_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
 
 __device__ __forceinline__ u32 scale_pair(u32 codes, u32 scales) {
@@ -127,38 +124,6 @@ __device__ __forceinline__ u32 scale_pair(u32 codes, u32 scales) {
     asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(codes), "r"(scales));
 #endif
     return product;
-}
-__device__ __forceinline__ u32 round_pair(float first, float second) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-    return pair;
-}
-__device__ __forceinline__ float widen16(u16 bits) {
-#if BF16
-    return __uint_as_float((u32)bits << 16);
-#else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#endif
-}
-
-struct Codes {
-    u16 value[16];
-};
-
-// The pairs of codes of the four bytes of `word`: the table's entries byte * 256 + lane * 4.
-__device__ __forceinline__ void look_up(u32 (&pairs)[4], u32 word, u32 lane4) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-        pairs[j] = *reinterpret_cast<const u32*>(shared + __byte_perm(word, lane4, 0x5504 | j << 4));
-}
-__device__ __forceinline__ float& partial_sum(int i) {
-    return *reinterpret_cast<float*>(shared + (i >> 5) * 256 + 128 + (i & 31) * 4);
 }
 
 __device__ __forceinline__ void meet(int barrier, int threads) {
@@ -186,10 +151,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    for (int i = thread; i < 256 * 8; i += CONSUMERS + 128) {
-        const u32 pair = codes.value[i >> 7] | codes.value[i >> 3 & 15] << 16;
-        *reinterpret_cast<uint4*>(shared + (i >> 3) * 256 + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
-    }
+    fill_table(codes, thread, CONSUMERS + 128);
     __syncthreads();
     asm volatile("griddepcontrol.launch_dependents;");
 
@@ -246,7 +208,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
                 for (int n = 0; n < 4; ++n) {  // half of the strip, half of the columns
                     u32 pairs[4];
-                    look_up(pairs, words[n], lane4);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) pairs[j] = look_up(words[n], j, lane4);
 #pragma unroll
                     for (int j = 0; j < 4; ++j)
                         weight[b][n % 2 * 2 + j / 2][j % 2 * 2 + n / 2] = scale_pair(pairs[j], scales[n / 2]);

@@ -89,21 +89,33 @@ def compile_cubin(source: str, macros: Mapping[str, int], architecture: str) -> 
     It is kept in the user's cache folder: a dozen kernels take ten seconds to compile.
     """
     text = (files("lora_kernels") / source).read_bytes()
+    headers = _headers()
     macro_options = (f"-D{name}={value}" for name, value in sorted(macros.items()))
     options = [f"--gpu-architecture={architecture}", "--std=c++17", *macro_options]
     version = _checked(nvrtc.nvrtcVersion())
-    key = hashlib.sha256(b"\0".join([text, *map(str.encode, options), str(version).encode()])).hexdigest()
+    key = hashlib.sha256(
+        b"\0".join([text, *headers.values(), *map(str.encode, options), str(version).encode()])
+    ).hexdigest()
     kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbay" / f"{key}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    cubin = _compile(source, text, options, architecture)
+    cubin = _compile(source, text, headers, options, architecture)
     with suppress(OSError):  # a home that cannot be written to costs time only
         _keep(kept, cubin)
     return cubin
 
 
-def _compile(source: str, text: bytes, options: Sequence[str], architecture: str) -> bytes:
-    (program,) = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), 0, [], []))
+def _headers() -> dict[bytes, bytes]:
+    """The headers beside this module by name, as an #include finds them."""
+    found = (entry for entry in files("lora_kernels").iterdir() if entry.name.endswith(".cuh"))
+    return {entry.name.encode(): entry.read_bytes() for entry in sorted(found, key=lambda entry: entry.name)}
+
+
+def _compile(
+    source: str, text: bytes, headers: Mapping[bytes, bytes], options: Sequence[str], architecture: str
+) -> bytes:
+    contents, names = list(headers.values()), list(headers)
+    (program,) = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), len(headers), contents, names))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         (size,) = _checked(nvrtc.nvrtcGetProgramLogSize(program))

@@ -130,6 +130,18 @@ def test_machine_code_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest
 
 
 @needs_nvrtc
+def test_a_changed_header_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_kernels import nvrtc
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    nvrtc.compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")
+    changed = {name: text + b"\n#error changed\n" for name, text in nvrtc._headers().items()}
+    monkeypatch.setattr(nvrtc, "_headers", lambda: changed)
+    with pytest.raises(RuntimeError, match=r"nf4\.cuh.*changed"):
+        nvrtc.compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")
+
+
+@needs_nvrtc
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lora_kernels.nvrtc import compile_cubin
 
