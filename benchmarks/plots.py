@@ -1,7 +1,4 @@
-"""Draw docs/plots/*.svg from the latest lines of benchmarks/results/kernels.jsonl.
-
-pip install matplotlib && python -m benchmarks.plots
-"""
+"""Draw docs/plots/*.svg from the latest lines of benchmarks/results/kernels.jsonl; needs `pip install matplotlib`."""
 
 from __future__ import annotations
 
