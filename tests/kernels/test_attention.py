@@ -185,11 +185,11 @@ def test_a_step_of_many_layers_cuts_its_contexts_once_and_repeats_to_the_bit(dty
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("lens", [[2000], [700, 0, 64, 1, 1000], [5] * 40, [64] * 5 + [4000]], ids=str)
 def test_pieces_cover_what_each_query_sees_once_and_in_order(lens: list[int], window: int | None, device: str) -> None:
-    from lora_kernels import triton_attention as kernels
+    from lora_kernels import triton_decode
 
     tables = [list(range(length // 16 + 1)) for length in lens]
     meta = AttentionMetadata.build([1] * len(lens), lens, tables, 16, device)
-    pieces, arrived = kernels._decode_plan(meta, 2, kernels._DECODE, window)
+    pieces, arrived = triton_decode._decode_plan(meta, 2, triton_decode._DECODE, window)
     given = [piece for piece in pieces.tolist() if piece[0] >= 0]
     assert pieces.tolist()[: len(given)] == given
     assert not arrived.any()

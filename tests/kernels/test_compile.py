@@ -20,7 +20,7 @@ COMPILE = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lora_kernels import triton_attention, triton_nf4, triton_sgmv
+from lora_kernels import triton_decode, triton_nf4, triton_prefill, triton_sgmv
 
 def build(kernel, pointers, constants, num_warps, num_stages=3):
     kind = lambda name: "constexpr" if name in constants else pointers.get(name, "i32")
@@ -68,14 +68,14 @@ cache |= {name + "_ptr": "*i32" for name in lists} | {"scale": "fp32"}
 heads = {"NUM_KV_HEADS": 8, "GROUP_SIZE": 4, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "GROUP": 4, "BLOCK_DIM": 128}
 heads |= {"OFFSET": tl.int32, "HAS_WINDOW": False, "prefix_len_ptr": None}
 partials = {"partial_ptr": "*fp32", "peak_ptr": "*fp32", "total_ptr": "*fp32"}
-for config in (triton_attention._DECODE, triton_attention._DECODE_WIDE):
+for config in (triton_decode._DECODE, triton_decode._DECODE_WIDE):
     tile = {"ROWS": 16, "BLOCK_KEYS": config.keys, "BLOCK_PIECES": 16}
-    build(triton_attention._decode_kernel, cache | partials, heads | tile, config.num_warps, config.num_stages)
-for config in (triton_attention._PREFILL, triton_attention._PREFILL_HOPPER):
+    build(triton_decode._decode_kernel, cache | partials, heads | tile, config.num_warps, config.num_stages)
+for config in (triton_prefill._PREFILL, triton_prefill._PREFILL_HOPPER):
     tile = {"BLOCK_QUERIES": config.rows // 4, "BLOCK_KEYS": config.keys}
-    build(triton_attention._prefill_kernel, cache, heads | tile, config.num_warps, config.num_stages)
+    build(triton_prefill._prefill_kernel, cache, heads | tile, config.num_warps, config.num_stages)
 plan = {"TILE": 64, "WAVE": 66, "MOST": 64, "NUM_KV_HEADS": 8, "ROWS": 64, "BLOCK_PIECES": 64, "BLOCK_HEADS": 8}
-build(triton_attention._plan_kernel, cache, plan | {"HAS_WINDOW": False, "prefix_len_ptr": None}, 4)
+build(triton_decode._plan_kernel, cache, plan | {"HAS_WINDOW": False, "prefix_len_ptr": None}, 4)
 """
 
 
