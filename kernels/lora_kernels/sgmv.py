@@ -82,7 +82,7 @@ def sgmv_shrink(x: Tensor, a_pages: Tensor, segments: LoRASegments, a_scales: Te
     `sgmv_shrink_ref` elsewhere, which has one plane.
     """
     if x.is_cuda:
-        from lora_kernels.triton_sgmv import sgmv_shrink_triton
+        from lora_kernels.triton_shrink import sgmv_shrink_triton
 
         return sgmv_shrink_triton(x, a_pages, segments, a_scales)
     return sgmv_shrink_ref(x, a_pages, segments, a_scales)
@@ -107,7 +107,7 @@ def sgmv_expand(
     Deterministic: no atomics.
     """
     if y.is_cuda:
-        from lora_kernels.triton_sgmv import sgmv_expand_triton
+        from lora_kernels.triton_expand import sgmv_expand_triton
 
         sgmv_expand_triton(h, b_pages, segments, y, slice_widths, b_scales, bias_pages, activation)
     else:

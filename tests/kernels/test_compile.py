@@ -20,7 +20,7 @@ COMPILE = """
 import torch, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lora_kernels import triton_decode, triton_nf4, triton_prefill, triton_sgmv
+from lora_kernels import triton_decode, triton_expand, triton_nf4, triton_prefill, triton_shrink
 
 def build(kernel, pointers, constants, num_warps, num_stages=3):
     kind = lambda name: "constexpr" if name in constants else pointers.get(name, "i32")
@@ -37,17 +37,17 @@ sgmv |= {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
 flags = {"PDL": CAPABILITY >= 90, "HAS_SCALES": False, "HAS_BIAS": False, "ACTIVATION": "none"}
 flags |= {"scale_ptr": None, "bias_ptr": None}
 for chunk, shrink, expand in (
-    (16, triton_sgmv._SHRINK_FEW, triton_sgmv._EXPAND_SHORT),
-    (16, triton_sgmv._SHRINK_MANY, triton_sgmv._EXPAND_SHORT),
-    (64, triton_sgmv._SHRINK_LONG, triton_sgmv._EXPAND_LONG),
+    (16, triton_shrink._SHRINK_FEW, triton_expand._EXPAND_SHORT),
+    (16, triton_shrink._SHRINK_MANY, triton_expand._EXPAND_SHORT),
+    (64, triton_shrink._SHRINK_LONG, triton_expand._EXPAND_LONG),
 ):
     sizes = flags | {"IN": 4096, "NUM_SLICES": 3, "SLICES": 4 if shrink.fuse_slices else 1, "PARTS": 4, "CHUNK": chunk}
     sizes |= {"SPLIT_IN": shrink.split_in, "VECTOR_IN": shrink.vector_in, "TILE_IN": shrink.tile_in}
     sizes |= {"STREAMED": shrink.streamed}
-    build(triton_sgmv._shrink_kernel, sgmv, sizes, 4)
+    build(triton_shrink._shrink_kernel, sgmv, sizes, 4)
     sizes = flags | {"WIDTH_0": 4096, "WIDTH_1": 1024, "WIDTH_2": 1024, "CHUNK": chunk, "ROWS": min(chunk, 32)}
     sizes |= {"VECTOR_OUT": expand.vector_out, "TILE_OUT": expand.tile_out, "TILES_OUT": expand.tiles_out, "PLANES": 8}
-    build(triton_sgmv._expand_kernel, sgmv, sizes, 4)
+    build(triton_expand._expand_kernel, sgmv, sizes, 4)
 
 from lora_kernels import triton_activation, triton_norm, triton_rotary, triton_vectors
 norm, gate = triton_norm._rms_norm_kernel, triton_activation._silu_mul_kernel

@@ -108,7 +108,7 @@ def test_plain_path_equals_a_product_a_row(slots: list[int], widths: tuple[int, 
 def test_shrink_kernel_is_as_exact_as_the_plain_path(
     slots: list[int], in_features: int, dtype: torch.dtype, device: str
 ) -> None:
-    from lora_kernels.triton_sgmv import sgmv_shrink_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     a, _ = _pools(in_features, (8, 8), dtype)
     x = torch.randn(len(slots), in_features).to(dtype)
@@ -123,7 +123,7 @@ def test_shrink_kernel_is_as_exact_as_the_plain_path(
 def test_expand_kernel_is_as_exact_as_the_plain_path(
     slots: list[int], widths: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    from lora_kernels.triton_sgmv import sgmv_expand_triton
+    from lora_kernels.triton_expand import sgmv_expand_triton
 
     a, b = _pools(64, widths, dtype)
     h = sgmv_shrink_ref(torch.randn(len(slots), 64).to(dtype), a, _segments(slots))
@@ -140,7 +140,8 @@ def test_expand_kernel_is_as_exact_as_the_plain_path(
 @settings(max_examples=8, deadline=None)
 @given(slots=SLOTS)
 def test_kernels_equal_a_product_a_row_on_any_layout(slots: list[int], device: str) -> None:
-    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+    from lora_kernels.triton_expand import sgmv_expand_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     widths = (20, 12)
     a, b = _pools(32, widths, torch.float32)
@@ -158,7 +159,8 @@ def test_kernels_equal_a_product_a_row_on_any_layout(slots: list[int], device: s
 def test_bottlenecks_and_pages_in_8_bits_are_as_exact_as_the_plain_path(
     slots: list[int], activation: Activation, device: str
 ) -> None:
-    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+    from lora_kernels.triton_expand import sgmv_expand_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     widths, dtype = (33, 8), torch.float16
     a, b = (torch.randint(-127, 128, pool.shape, dtype=torch.int8) for pool in _pools(64, widths, dtype))
@@ -209,7 +211,7 @@ def test_rows_of_a_bare_base_stay_as_they_were_in_the_plain_path() -> None:
 
 @pytest.mark.parametrize(("slot", "rows"), [(2, [0]), (0, [1, 4])], ids=["one row", "two rows"])
 def test_an_adapters_rows_do_not_depend_on_other_adapters_rows(slot: int, rows: list[int], device: str) -> None:
-    from lora_kernels.triton_sgmv import sgmv_shrink_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     a, _ = _pools(64, (8,), torch.float32)
     x = torch.randn(5, 64)
@@ -220,7 +222,8 @@ def test_an_adapters_rows_do_not_depend_on_other_adapters_rows(slot: int, rows: 
 
 @pytest.mark.parametrize("slots", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_kernels_give_the_same_bits_in_every_run(slots: list[int], dtype: torch.dtype, device: str) -> None:
-    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+    from lora_kernels.triton_expand import sgmv_expand_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     a, b = (pool.to(device) for pool in _pools(1024, (40, 16), dtype))
     x, y = torch.randn(len(slots), 1024).to(dtype).to(device), torch.randn(len(slots), 56).to(dtype).to(device)
@@ -232,7 +235,8 @@ def test_kernels_give_the_same_bits_in_every_run(slots: list[int], dtype: torch.
 
 
 def test_a_routing_padded_to_fixed_sizes_is_the_same_routing(device: str) -> None:
-    from lora_kernels.triton_sgmv import sgmv_expand_triton, sgmv_shrink_triton
+    from lora_kernels.triton_expand import sgmv_expand_triton
+    from lora_kernels.triton_shrink import sgmv_shrink_triton
 
     slots, widths = [2, 0, -1, 0, 1], (40, 16)
     a, b = (pool.to(device) for pool in _pools(64, widths, torch.float32))
