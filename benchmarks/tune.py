@@ -72,7 +72,7 @@ def _by_unpacking(x: torch.Tensor, weight: NF4Tiles) -> torch.Tensor:
 
 def entry(plan: Plan | None, num_tokens: int, shape: tuple[int, int], capability: tuple[int, int]) -> dict[str, Any]:
     """A line of the table."""
-    line: dict[str, Any] = {"capability": capability, "tokens_up_to": num_tokens, "out": shape[0], "in": shape[1]}
+    line: dict[str, Any] = {"capability": list(capability), "tokens_up_to": num_tokens, "out": shape[0], "in": shape[1]}
     if plan is not None:
         line["narrow" if isinstance(plan, NarrowPlan) else "wide"] = asdict(plan)
     return line
