@@ -148,7 +148,9 @@ class DecodeGraphs:
             sin=sin,
             last_rows=None,
             adapters=self._slots,
-            segments=LoRASegments.fixed(self._inputs.device["routing"], size, self._sizes[-1], self._max_pages)
+            segments=LoRASegments.fixed(
+                self._inputs.device["routing"], size, self._sizes[-1], self._max_pages, size * self._max_pages
+            )
             if has_adapters
             else None,
         )

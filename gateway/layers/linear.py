@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels.nf4 import NF4Tiles, NF4Weight, blocks_of, dequantize_nf4, nf4_matmul
+from lora_kernels.nf4_lora import nf4_lora_matmul
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
 if TYPE_CHECKING:
@@ -73,9 +74,13 @@ class AdaptedLinear:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, sum(widths)]."""
+        if batch.segments is None:
+            return self.base(x)
+        pools = batch.adapters.pools(self.layer, self.group)
+        if isinstance(self.base, NF4Linear) and pools.a_scales is None:
+            weight, bias = self.base.weight, self.base.bias
+            return nf4_lora_matmul(x, weight, bias, pools.a, pools.b, batch.segments, self.widths)
         y = self.base(x)
-        if batch.segments is not None:
-            pools = batch.adapters.pools(self.layer, self.group)
-            h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
-            sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
+        h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
+        sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
         return y

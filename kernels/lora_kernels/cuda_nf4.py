@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_kernels.nf4 import NF4_CODE, NF4Tiles, unpack_nf4
 from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan, plan_for
 from lora_kernels.nvrtc import CudaKernel, tensor_map
+from lora_kernels.segments import FEW_PAGES
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _TABLE_BYTES = 65536  # of shared memory: the kernels' table of codes, a copy a lane
@@ -21,22 +22,31 @@ _SUMS = 2 * 256 * 64  # numbers a multiprocessor that thread blocks leave for ea
 
 def nf4_matmul_cuda(x: Tensor, weight: NF4Tiles, bias: Tensor | None) -> Tensor:
     """`lora_kernels.nf4.nf4_matmul`: fused where a plan says so, else unpacked to a buffer and multiplied."""
-    plan = plan_for(x.shape[0], *weight.shape, _capability(x.device)) if x.dtype in _DTYPES and len(x) else None
+    plan = fused_plan(x, weight)
     if plan is None:
         return F.linear(x, unpack_nf4_tiles(weight, x.dtype), bias)
     return nf4_matmul_by(plan, x, weight, bias)
 
 
+def fused_plan(x: Tensor, weight: NF4Tiles) -> Plan | None:
+    """How to multiply the packed weight as it is; None where it is unpacked first."""
+    return plan_for(x.shape[0], *weight.shape, _capability(x.device)) if x.dtype in _DTYPES and len(x) else None
+
+
 def nf4_matmul_by(plan: Plan, x: Tensor, weight: NF4Tiles, bias: Tensor | None = None) -> Tensor:
     """The fused product as `plan` wants it, for x in bf16 or fp16."""
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # rows are read 16 bytes at a time
-        x = x.contiguous()
+    x = readable(x)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if isinstance(plan, NarrowPlan):
         _launch_narrow(plan, x, weight, bias, out)
     else:
-        _launch_wide(plan, x, weight, bias, out)
+        launch_wide(plan, x, weight, bias, out)
     return out
+
+
+def readable(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows can be read 16 bytes at a time."""
+    return x.contiguous() if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16 else x
 
 
 def unpack_nf4_tiles(weight: NF4Tiles, dtype: torch.dtype) -> Tensor:
@@ -46,11 +56,11 @@ def unpack_nf4_tiles(weight: NF4Tiles, dtype: torch.dtype) -> Tensor:
     device = weight.tiles.device
     out = torch.empty(weight.shape, dtype=dtype, device=device)
     row_tiles, num_blocks, _ = weight.tiles.shape
-    num_tiles, warps = row_tiles * num_blocks, 4
+    num_warps, warps = row_tiles * num_blocks, 4
     _unpack_kernel(dtype, device)(
-        -(-num_tiles // warps),
+        -(-num_warps // warps),
         32 * warps,
-        [weight.tiles, weight.scales, _code(device), out, weight.shape[0], num_blocks, num_tiles],
+        [weight.tiles, weight.scales, _code(device), out, weight.shape[0], num_blocks, num_warps],
     )
     return out
 
@@ -60,7 +70,7 @@ def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor |
     assert x.shape[0] <= plan.tokens, f"{x.shape[0]} rows of x, {plan.tokens} planned"
     stages = row_tiles * (num_blocks // plan.warps)
     _narrow_kernel(plan, x.dtype, x.device)(
-        min(stages, _num_processors(x.device) * plan.blocks),
+        min(stages, num_processors(x.device) * plan.blocks),
         32 * plan.warps,
         [
             x, weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
@@ -69,17 +79,35 @@ def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor |
     )  # fmt: skip
 
 
-def _launch_wide(plan: WidePlan, x: Tensor, weight: NF4Tiles, bias: Tensor | None, out: Tensor) -> None:
-    row_tiles, num_blocks, _ = weight.tiles.shape
-    num_tiles, num_processors = -(-row_tiles // plan.row_groups) * -(-len(x) // plan.tokens), _num_processors(x.device)
-    # A plan is made for a shape like this one; with a tile for every multiprocessor there is nothing to split for.
-    splits = plan.splits if num_tiles <= num_processors and plan.row_groups * plan.tokens <= 256 else 1
-    _wide_kernel(plan, x.dtype, x.device)(
-        min(num_tiles * splits, num_processors),
+def num_tiles(plan: WidePlan, x: Tensor, weight: NF4Tiles) -> int:
+    """Tiles of y."""
+    return -(-weight.tiles.shape[0] // plan.row_groups) * -(-len(x) // plan.tokens)
+
+
+def splits_of(plan: WidePlan, x: Tensor, weight: NF4Tiles) -> int:
+    """Thread blocks that share a tile: a plan's for a shape like this one, where there are too few tiles."""
+    is_short = num_tiles(plan, x, weight) <= num_processors(x.device)
+    return plan.splits if is_short and plan.row_groups * plan.tokens <= 256 else 1
+
+
+def launch_wide(
+    plan: WidePlan,
+    x: Tensor,
+    weight: NF4Tiles,
+    bias: Tensor | None,
+    out: Tensor,
+    adapters: ctypes.Structure | None = None,
+) -> None:
+    """out = x W^T + bias by nf4_wide.cu, and what `adapters` (its struct of that name) adds."""
+    splits, num_blocks = splits_of(plan, x, weight), weight.tiles.shape[1]
+    num_items = num_tiles(plan, x, weight) * splits
+    # For adapters there is work without a tile too.
+    _wide_kernel(plan, x.dtype, x.device, adapters is not None)(
+        num_processors(x.device) if adapters else min(num_items, num_processors(x.device)),
         128 * (plan.row_groups * plan.in_groups + 1),
         [
             tensor_map(x, plan.tokens, 64), weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
-            x.shape[0], weight.shape[0], num_blocks, splits,
+            x.shape[0], weight.shape[0], num_blocks, splits, *([adapters] if adapters else []),
         ],
     )  # fmt: skip
 
@@ -90,12 +118,13 @@ def _narrow_kernel(plan: NarrowPlan, dtype: torch.dtype, device: torch.device) -
 
 
 @cache
-def _wide_kernel(plan: WidePlan, dtype: torch.dtype, device: torch.device) -> CudaKernel:
+def _wide_kernel(plan: WidePlan, dtype: torch.dtype, device: torch.device, adapted: bool) -> CudaKernel:
     blocks = plan.in_groups * plan.span
     stage = blocks * (plan.tokens * 128 + plan.row_groups * (2048 + 256)) + 16
     staged_out = plan.row_groups * min(plan.tokens, 64) * 128
-    macros = _macros(plan, dtype)
-    return CudaKernel("nf4_wide.cu", "nf4_matmul_wide", macros, device, _TABLE_BYTES + plan.stages * stage + staged_out)
+    shared_bytes = _TABLE_BYTES + plan.stages * stage + staged_out + (4 * FEW_PAGES if adapted else 0)
+    macros = _macros(plan, dtype) | {"ADAPTED": int(adapted)}
+    return CudaKernel("nf4_wide.cu", "nf4_matmul_wide", macros, device, shared_bytes)
 
 
 @cache
@@ -115,14 +144,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
 def _sums(device: torch.device) -> Tensor:
     """What thread blocks leave for each other, or a pattern that says: nothing yet. For one stream at a time."""
-    numel = _num_processors(device) * _SUMS
+    numel = num_processors(device) * _SUMS
     return torch.full((numel,), 0xFFFFFFFF, dtype=torch.uint32, device=device).view(torch.float32)
 
 

@@ -28,30 +28,6 @@ constexpr int SHARE = 64 * TOKENS / THREADS;  // of a tile of y, a thread's part
 constexpr int BATCH = SHARE >= 16 ? 2 : 4;    // blocks whose sums are read at a time
 static_assert(WARPS * TOKENS * 64 <= 8192, "the table's gaps hold 32 KB of partial sums");
 
-// c[16 rows, 8 tokens] += a[16 rows, 16 columns] b[16 columns, 8 tokens]
-__device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-#endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Weights are read once: they leave no trace in the first cache.
-__device__ __forceinline__ uint4 load_once(const void* p) {
-    uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(p));
-    return v;
-}
-__device__ __forceinline__ float2 load_once2(const void* p) {
-    float2 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p));
-    return v;
-}
 __device__ __forceinline__ void fetch_to_cache(const void* p, int bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
@@ -73,18 +49,6 @@ __device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
     (upper ? v.x : v.z) = c;
     (upper ? v.y : v.w) = d;
     return v;
-}
-
-// Programmatic dependent launch: the next kernel may start, and load what does not depend on this one.
-__device__ __forceinline__ void start_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ int range_begin(int total, int block) { return (int)((long long)total * block / gridDim.x); }

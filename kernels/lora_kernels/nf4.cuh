@@ -1,9 +1,7 @@
-// What the NF4 kernels share: 16-bit numbers, bf16 or fp16 by the macro BF16, and the table of codes in shared memory.
+// What the NF4 kernels share: the table of codes in shared memory.
 #pragma once
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "device.cuh"
 
 // A partial sum that is not there yet: a NaN, but not the one that arithmetic makes.
 constexpr u32 ABSENT = 0xFFFFFFFF;
@@ -13,34 +11,6 @@ extern __shared__ __align__(1024) u8 shared[];
 struct Codes {
     u16 value[16];
 };
-
-__device__ __forceinline__ u16 round16(float value) {
-    u16 bits;
-#if BF16
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-    return bits;
-}
-__device__ __forceinline__ u32 round_pair(float first, float second) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-#endif
-    return pair;
-}
-__device__ __forceinline__ float widen16(u16 bits) {
-#if BF16
-    return __uint_as_float((u32)bits << 16);
-#else
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#endif
-}
 
 // Every thread of the block writes its part of the table.
 __device__ __forceinline__ void fill_table(const Codes& codes, int thread, int threads) {

@@ -3,7 +3,7 @@
 //
 // Compiled by NVRTC with BF16 1 or 0 (fp16). Every lane has its own copy of the sixteen codes, in its own bank.
 
-#include "nf4.cuh"
+#include "device.cuh"
 
 constexpr int WARPS = 4;
 constexpr int ROW_WORDS = 36;  // 32 of a row's block, and a gap that spreads rows over the banks

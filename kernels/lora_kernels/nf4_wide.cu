@@ -7,6 +7,7 @@
 //   IN_GROUPS   warpgroups that share rows, each with its own columns
 //   SPAN        blocks of 64 columns that a warpgroup decodes at a time
 //   STAGES      depth of the pipeline from memory to shared memory
+//   ADAPTED     1: with the adapters of the step, y = x W^T + B (A x); 0: x W^T
 //
 // A thread block goes through tiles of 64 ROW_GROUPS rows of W by TOKENS rows of x, in stages of 64 IN_GROUPS SPAN
 // columns. One thread has the copy engine fetch x and the packed weights; each warpgroup decodes 64 rows by 64 SPAN
@@ -16,6 +17,9 @@
 // Where there are fewer tiles than multiprocessors, `splits` thread blocks share a tile's columns: each but the last
 // leaves its sum, and the last adds them in a fixed order. It waits for blocks of lower number only, so it never waits
 // for one that has not started. A sum that is not there yet is told by a bit pattern that no sum has.
+//
+// ADAPTED, few pages of adapters are columns behind those of W, y = [x | h] [W | B]^T: 16 a page, in the dense 16-bit
+// numbers of the pool, where a stage is IN_GROUPS SPAN pages. h = A x is computed on the way (nf4_adapters.cuh).
 
 #include "nf4.cuh"
 
@@ -25,8 +29,10 @@ constexpr int GROUPS = ROW_GROUPS * IN_GROUPS;
 constexpr int CONSUMERS = GROUPS * 128;
 constexpr int MMA_TOKENS = TOKENS < 128 ? TOKENS : 128;
 constexpr int MMAS = TOKENS / MMA_TOKENS;
-constexpr int PENDING = GROUPS > 2 ? 0 : 1;        // stages whose products are awaited one stage later
-constexpr int REGISTERS = GROUPS > 2 ? 104 : 232;  // of a consumer; ptxas knows the launch's share only
+constexpr int PENDING = GROUPS > 2 ? 0 : 1;  // stages whose products are awaited one stage later
+// Of a consumer and of the producer's warps, together no more than the launch has: 640 times 96, or 384 times 168.
+constexpr int REGISTERS = GROUPS > 2 ? 104 : !ADAPTED ? 232 : MMAS > 1 ? 224 : 208;
+constexpr int FEW_REGISTERS = !ADAPTED ? 40 : GROUPS > 2 ? 64 : MMAS > 1 ? 56 : 88;
 constexpr int STAGE_BLOCKS = IN_GROUPS * SPAN;
 constexpr int X_BYTES = STAGE_BLOCKS * TOKENS * 128, W_BYTES = ROW_GROUPS * STAGE_BLOCKS * 2048;
 constexpr int SCALE_BYTES = ROW_GROUPS * STAGE_BLOCKS * 256;
@@ -35,6 +41,7 @@ constexpr int W_RING = X_RING + STAGES * X_BYTES, SCALE_RING = W_RING + STAGES *
 constexpr int OUT = SCALE_RING + STAGES * SCALE_BYTES;  // [row group][up to 64 tokens][64 rows], 16 bits each
 constexpr int OUT_TOKENS = TOKENS < 64 ? TOKENS : 64;
 constexpr int BARRIERS = OUT + ROW_GROUPS * OUT_TOKENS * 128;  // full, then empty
+constexpr int PAGES = BARRIERS + STAGES * 16;                  // their ids
 constexpr int BATCH = TOKENS < 32 ? 8 : 16;                    // numbers of another block that are read at a time
 static_assert(GROUPS > 1, "a launch of one warpgroup has more registers than setmaxnreg gives");
 static_assert(IN_GROUPS == 1 || GROUPS / 2 * TOKENS * 64 <= 8192, "partial sums lie in the table's gaps");
@@ -74,7 +81,6 @@ __device__ __forceinline__ void copy_tile(u32 to, const TensorMap* map, int colu
         "l"(map), "r"(column), "r"(row), "r"(barrier)
         : "memory");
 }
-
 // sum[64 rows, MMA_TOKENS] += a[64 rows, 16 columns] x[MMA_TOKENS, 16 columns]^T
 #if BF16
 #define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
@@ -130,6 +136,10 @@ __device__ __forceinline__ void meet(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+#if ADAPTED
+#include "nf4_adapters.cuh"
+#endif
+
 // x: map of [num_tokens, in] in boxes of TOKENS by 64, swizzled by 128 bytes; tiles u8 [row tiles of 64,
 // num_blocks, 2048]; scales [row tiles of 64, num_blocks, 64]; bias [out] or null; y [num_tokens, out]. sums: fp32
 // [tiles * splits, ROW_GROUPS * TOKENS * 64], ABSENT before and after. num_blocks is a multiple of IN_GROUPS
@@ -137,7 +147,12 @@ __device__ __forceinline__ void meet(int barrier, int threads) {
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     nf4_matmul_wide(const __grid_constant__ TensorMap x, const u8* __restrict__ tiles, const float* __restrict__ scales,
                     const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ sums,
-                    const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int splits) {
+                    const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int splits
+#if ADAPTED
+                    ,
+                    const __grid_constant__ Adapters adapters
+#endif
+    ) {
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int row_tiles = (out_features + 63) / 64, token_tiles = (num_tokens + TOKENS - 1) / TOKENS;
     const int num_items = (row_tiles + ROW_GROUPS - 1) / ROW_GROUPS * token_tiles * splits;
@@ -151,14 +166,29 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+#if ADAPTED
+    if (warp > CONSUMERS / 32) {
+        asm volatile("bar.arrive 0, %0;" ::"n"(CONSUMERS + 128) : "memory");
+        start_dependents();
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
+        shrink(adapters, num_blocks, blockIdx.x * SHRINKERS + warp - CONSUMERS / 32 - 1, lane);
+        return;
+    }
+    fill_table(codes, thread, CONSUMERS + 32);
+    const int num_pages = adapters.table[NUM_PAGES], page_stages = (num_pages + STAGE_BLOCKS - 1) / STAGE_BLOCKS;
+    int* page_ids = reinterpret_cast<int*>(shared + PAGES);
+    if (thread < page_stages * STAGE_BLOCKS) page_ids[thread] = adapters.page_ids[min(thread, num_pages - 1)];
+#else
     fill_table(codes, thread, CONSUMERS + 128);
-    __syncthreads();
-    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+    meet(0, CONSUMERS + 128);
+    start_dependents();
 
     if (warp >= CONSUMERS / 32) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FEW_REGISTERS));
         if (thread == CONSUMERS) {
             bool waited = false;  // for the kernel before, whose result x is
+            bool waited_for_h = false;
             int slot = 0, parity = 1;
             for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
                 const int tile = item / splits, first = tile / token_tiles * ROW_GROUPS;
@@ -175,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                         copy_bytes(ring + SCALE_RING + slot * SCALE_BYTES + g * STAGE_BLOCKS * 256, scales + at * 64,
                                    STAGE_BLOCKS * 256, barrier);
                     }
-                    if (!waited) asm volatile("griddepcontrol.wait;" ::: "memory");
+                    if (!waited) wait_for_kernel_before();
                     waited = true;
 #pragma unroll
                     for (int g = 0; g < STAGE_BLOCKS; ++g)
@@ -183,12 +213,40 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                                   (stage * STAGE_BLOCKS + g) * 64, tile % token_tiles * TOKENS, barrier);
                     if (++slot == STAGES) slot = 0, parity ^= 1;
                 }
+#if ADAPTED
+                const int boxes = adapters.boxes(first);
+                for (int stage = page_stages * (item % splits) / splits,
+                         end = page_stages * (item % splits + 1) / splits;
+                     stage < end; ++stage) {
+                    wait(empty + slot * 8, parity);
+                    const u32 barrier = full + slot * 8;
+                    expect_bytes(barrier, STAGE_BLOCKS * (ROW_GROUPS * PAGE_BYTES + boxes * H_BYTES));
+#pragma unroll
+                    for (int b = 0; b < STAGE_BLOCKS; ++b)
+#pragma unroll
+                        for (int g = 0; g < ROW_GROUPS; ++g)
+                            copy_tile(ring + W_RING + slot * W_BYTES + (g * STAGE_BLOCKS + b) * PAGE_BYTES,
+                                      &adapters.pages_map, (first + g) * 64, page_ids[stage * STAGE_BLOCKS + b] * 16,
+                                      barrier);
+                    adapters.wait_for_h(&waited_for_h);
+                    for (int b = 0; b < STAGE_BLOCKS; ++b)
+                        for (int g = 0; g < boxes; ++g)
+                            copy_tile(
+                                ring + X_RING + slot * X_BYTES + (g * STAGE_BLOCKS + b) * H_BYTES, &adapters.h_map,
+                                adapters.slice(first + g) * adapters.slice_columns + (stage * STAGE_BLOCKS + b) * 16,
+                                tile % token_tiles * TOKENS, barrier);
+                    if (++slot == STAGES) slot = 0, parity ^= 1;
+                }
+#endif
             }
+#if ADAPTED
+            if (!waited) wait_for_kernel_before();
+            adapters.leave();
+#endif
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-        asm volatile("griddepcontrol.wait;" ::: "memory");  // y may be what the kernel before still reads
-
+        wait_for_kernel_before();  // y may be what the kernel before still reads
         const int group = warp / 4, strip = warp % 4, row_group = group / IN_GROUPS, in_group = group % IN_GROUPS;
         const u32 lane4 = lane * 4;
         int slot = 0, parity = 0;
@@ -263,6 +321,41 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             if (stages % 2) step(weight[0]);
             wait_products<0>();
             if (PENDING) finish();
+#if ADAPTED
+            behind = -1;
+            const int first_tile = item / splits / token_tiles * ROW_GROUPS;
+            const int box = adapters.boxes(first_tile) == 1 ? 0 : row_group;
+            auto add_pages = [&](u32(&weight)[SPAN][4][4]) {
+                wait(full + slot * 8, parity);
+                const u32 pages = ring + W_RING + slot * W_BYTES + first_block * PAGE_BYTES;
+                const u32 columns = ring + X_RING + slot * X_BYTES + (box * STAGE_BLOCKS + in_group * SPAN) * H_BYTES;
+#pragma unroll
+                for (int b = 0; b < SPAN; ++b) load_transposed(weight[b][0], pages + b * PAGE_BYTES, strip, lane);
+                fence_operands();
+#pragma unroll
+                for (int b = 0; b < SPAN; ++b) {
+                    const u64 at = (u64)(columns + b * H_BYTES >> 4 & 0x3FFF) | 1ull << 16 | 16ull << 32 | 3ull << 62;
+#pragma unroll
+                    for (int m = 0; m < MMAS; ++m) multiply(sum[m], weight[b][0], at + m * (MMA_TOKENS * 32 / 16));
+                }
+                commit_products();
+                wait_products<PENDING>();
+                if (PENDING) finish();
+                behind = slot;
+                if (!PENDING) finish();
+                if (++slot == STAGES) slot = 0, parity ^= 1;
+            };
+            const int part = item % splits;
+            int left = page_stages * (part + 1) / splits - page_stages * part / splits;
+#pragma unroll 1
+            for (; left > 1; left -= 2) {
+                add_pages(weight[0]);
+                add_pages(weight[PENDING]);
+            }
+            if (left) add_pages(weight[0]);
+            wait_products<0>();
+            if (PENDING) finish();
+#endif
 
             // The sums of the warpgroups that share rows, halving their number each time.
 #pragma unroll

@@ -15,7 +15,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 # A tensor or None for a pointer, an int of 32 bits, or what is passed by value.
-Argument = torch.Tensor | None | int | ctypes.Array[Any]
+Argument = torch.Tensor | None | int | ctypes.Array[Any] | ctypes.Structure
 
 
 class CudaKernel:
@@ -59,8 +59,9 @@ class CudaKernel:
 
 
 def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c_uint64]:
-    """How the copy engine finds boxes [rows, columns] of x [n, width] in bf16 or fp16: swizzled by 128 bytes."""
-    kinds = driver.CUtensorMapDataType
+    """How the copy engine finds boxes [rows, columns] of x [n, width] in bf16 or fp16: swizzled by their width."""
+    kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
+    swizzle = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B, 16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B}[columns]
     kind = (
         kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
     )
@@ -75,7 +76,7 @@ def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.
             [to_u32(columns), to_u32(rows)],
             [to_u32(1), to_u32(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            swizzle,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -1,7 +1,7 @@
 """Which rows of a step use which adapter: built once on the host, shared by every layer."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -12,7 +12,10 @@ from torch import Tensor
 
 PAGE_RANK = 16
 FIELDS = 8  # int32 in a row of the chunk table: 32 bytes, one sector
-_SHORT_STEP = 512  # rows
+FEW_PAGES = 16  # of a step whose pages may be columns beside those of the base
+_PAGES_AT_ONCE = 8  # kernels may read so many at a time
+SHORT_STEP = 512  # rows
+TILE_TOKENS = 16  # of a chunk in a short step: a tile of the matrix unit
 # Segments up to this many tokens are padded to one width and multiplied in one batched call by the plain PyTorch path.
 _SHORT_TOKENS = 32
 
@@ -63,16 +66,24 @@ class Routing:
     """The kernels' view of a step on the host.
 
     token_order: int32 [n] the tokens that have an adapter, grouped by adapter.
+    page_ids: int32 [num_pages] the pages of its adapters, one adapter after the other.
     table: int32 [1 + num_rows, FIELDS]. A chunk is a piece of one adapter's tokens; every page of every chunk has a
         row: first the first pages of the chunks of one token, then those of the other chunks, then the further pages.
-        Row 0 holds (num_chunks, num_rows, number of chunks of one token, number of their rows); the others
+        Row 0 holds (num_chunks, num_rows, number of chunks of one token, number of their rows, num_pages); the others
         (first index into token_order, number of tokens, rank, the first token, page id, how many pages precede it in
-        the adapter, the chunk's row of its second page, 0), where rows count from 0 at the second row of the table.
+        the adapter, the chunk's row of its second page, the page's place in page_ids), where rows count from 0 at the
+        second row of the table.
     """
 
     token_order: npt.NDArray[np.int32]
+    page_ids: npt.NDArray[np.int32]
     table: npt.NDArray[np.int32]
     max_pages: int
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all adapters of the step."""
+        return len(self.page_ids)
 
     @classmethod
     def of(
@@ -87,38 +98,52 @@ class Routing:
     @classmethod
     def _of_segments(cls, segments: Sequence[Segment], num_tokens: int) -> "Routing":
         order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
-        size = chunk_tokens(num_tokens)
-        return cls(order, _table(segments, order, size), max(len(segment.pages) for segment in segments))
+        page_ids = np.concatenate([segment.pages.ids for segment in segments]).astype(np.int32)
+        table = _table(segments, order, page_ids, chunk_tokens(num_tokens))
+        return cls(order, page_ids, table, max(len(segment.pages) for segment in segments))
 
     def packed(self, capacity: int) -> npt.NDArray[np.int32]:
-        """One array to send: token_order, padded to `capacity`, then the table."""
-        padding = np.zeros(capacity - len(self.token_order), np.int32)
-        return np.concatenate([self.token_order, padding, self.table.reshape(-1)])
+        """One array to send: token_order, padded to `capacity`, page_ids, cut or padded to FEW_PAGES, the table."""
+        page_ids = self.page_ids[:FEW_PAGES]
+        padding = [np.zeros(count, np.int32) for count in (capacity - len(self.token_order), FEW_PAGES - len(page_ids))]
+        return np.concatenate([self.token_order, padding[0], page_ids, padding[1], self.table.reshape(-1)])
 
 
 @dataclass(frozen=True)
 class DeviceRouting:
-    """`Routing`'s token_order and table on the device, for the kernels of a GPU.
+    """`Routing`'s arrays on the device, for the kernels of a GPU; page_ids are there up to FEW_PAGES.
 
     most_chunks, most_rows: the table has no more of them. chunk_tokens: the most tokens of a chunk.
     """
 
     token_order: Tensor
+    page_ids: Tensor
     table: Tensor
     most_chunks: int
     most_rows: int
     chunk_tokens: int
 
+    @classmethod
+    def of(cls, packed: Tensor, num_tokens: int, capacity: int, most_chunks: int, most_rows: int) -> "DeviceRouting":
+        """Views of `Routing.packed(capacity)` of a step of so many tokens."""
+        order, page_ids, table = packed.split_with_sizes((capacity, FEW_PAGES, len(packed) - capacity - FEW_PAGES))
+        return cls(order, page_ids, table.view(-1, FIELDS), most_chunks, most_rows, chunk_tokens(num_tokens))
+
 
 @dataclass(frozen=True)
 class LoRASegments:
-    """One step's routing; a page id is valid in every layer's pools. max_pages: pages of the highest rank."""
+    """One step's routing; a page id is valid in every layer's pools.
+
+    max_pages: pages of the highest rank. most_pages: all adapters together have no more.
+    """
 
     num_tokens: int
     max_pages: int
+    most_pages: int
     segments: tuple[Segment, ...]
     device: torch.device
     recorded: DeviceRouting | None = None
+    _columns: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
     def build(
@@ -135,18 +160,18 @@ class LoRASegments:
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
             return None
-        max_pages = max(len(segment.pages) for segment in segments)
-        return cls(len(token_slots), max_pages, tuple(segments), torch.device(device))
+        counts = [len(segment.pages) for segment in segments]
+        return cls(len(token_slots), max(counts), sum(counts), tuple(segments), torch.device(device))
 
     @classmethod
-    def fixed(cls, packed: Tensor, num_tokens: int, max_tokens: int, max_pages: int) -> "LoRASegments":
+    def fixed(cls, packed: Tensor, num_tokens: int, max_tokens: int, max_pages: int, most_pages: int) -> "LoRASegments":
         """A routing at fixed addresses, for kernels alone; who records a CUDA graph fills it in before a replay.
 
         packed: int32 [fixed_size(max_tokens, max_pages)], `Routing.packed(order_capacity(max_tokens))` at its start.
         """
-        order, table = packed[:num_tokens], packed[order_capacity(max_tokens) :].view(-1, FIELDS)
-        recorded = DeviceRouting(order, table, num_tokens, num_tokens * max_pages, chunk_tokens(num_tokens))
-        return cls(num_tokens, max_pages, (), packed.device, recorded)
+        capacity, most_rows = order_capacity(max_tokens), num_tokens * max_pages
+        recorded = DeviceRouting.of(packed, num_tokens, capacity, num_tokens, most_rows)
+        return cls(num_tokens, max_pages, min(most_pages, most_rows), (), packed.device, recorded)
 
     @cached_property
     def routing(self) -> DeviceRouting:
@@ -154,12 +179,21 @@ class LoRASegments:
         if self.recorded is not None:
             return self.recorded
         routing = Routing._of_segments(self.segments, self.num_tokens)
-        num_routed = len(routing.token_order)
-        capacity = order_capacity(num_routed)
+        capacity = order_capacity(len(routing.token_order))
         packed = torch.from_numpy(routing.packed(capacity)).to(self.device, non_blocking=True)
         num_chunks, num_rows = routing.table[0, :2].tolist()
-        table = packed[capacity:].view(-1, FIELDS)
-        return DeviceRouting(packed[:num_routed], table, num_chunks, num_rows, chunk_tokens(self.num_tokens))
+        return DeviceRouting.of(packed, self.num_tokens, capacity, num_chunks, num_rows)
+
+    def columns(self, num_slices: int, dtype: torch.dtype) -> Tensor:
+        """[num_tokens, num_slices, columns], zeros at first: PAGE_RANK columns for each of the step's pages, and a few.
+
+        One for all layers. Each writes the same places, those of a token's own adapter's pages, and leaves the others.
+        """
+        if (num_slices, dtype) not in self._columns:
+            width = -(-self.most_pages // _PAGES_AT_ONCE) * _PAGES_AT_ONCE * PAGE_RANK
+            shape = (self.num_tokens, num_slices, width)
+            self._columns[num_slices, dtype] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self._columns[num_slices, dtype]
 
     @cached_property
     def batched(self) -> BatchedSegments | None:
@@ -180,7 +214,7 @@ class LoRASegments:
 
 def chunk_tokens(num_tokens: int) -> int:
     """The most tokens of a chunk in a step of so many rows: few in a short step, to occupy more of the GPU."""
-    return 16 if num_tokens <= _SHORT_STEP else 64
+    return TILE_TOKENS if num_tokens <= SHORT_STEP else 64
 
 
 def order_capacity(num_tokens: int) -> int:
@@ -190,7 +224,7 @@ def order_capacity(num_tokens: int) -> int:
 
 def fixed_size(max_tokens: int, max_pages: int) -> int:
     """Length of the packed routing of any step of so many tokens, each with an adapter of so many pages."""
-    return order_capacity(max_tokens) + FIELDS * (1 + max_tokens * max_pages)
+    return order_capacity(max_tokens) + FEW_PAGES + FIELDS * (1 + max_tokens * max_pages)
 
 
 def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, AdapterPages]) -> list[Segment]:
@@ -206,11 +240,12 @@ def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Adapte
     return sorted(segments, key=lambda segment: segment.pages.ids)
 
 
-def _table(segments: Sequence[Segment], order: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
+def _table(
+    segments: Sequence[Segment], order: npt.NDArray[np.int32], page_ids: npt.NDArray[np.int32], size: int
+) -> npt.NDArray[np.int32]:
     lengths = np.array([len(segment.tokens) for segment in segments])
     ranks = np.array([segment.pages.rank for segment in segments])
     num_pages = np.array([len(segment.pages) for segment in segments])
-    page_ids = np.concatenate([segment.pages.ids for segment in segments])
     token_ends, page_ends = np.cumsum(lengths), np.cumsum(num_pages)
     # Chunks of the highest ranks first: what takes longest should not begin last.
     by_rank = np.argsort(-ranks, kind="stable")
@@ -224,17 +259,19 @@ def _table(segments: Sequence[Segment], order: npt.NDArray[np.int32], size: int)
     rows[:, 1] = length
     rows[:, 2] = ranks[of_chunk]
     rows[:, 3] = order[first]
-    rows[:, 4] = page_ids[(page_ends - num_pages)[of_chunk]]
+    rows[:, 7] = (page_ends - num_pages)[of_chunk]
+    rows[:, 4] = page_ids[rows[:, 7]]
     further = num_pages[of_chunk] - 1
     rows[:, 6] = len(rows) + np.cumsum(further) - further
     chunk, nth = _ragged(np.arange(len(rows)), further)
     more = rows[chunk]
-    more[:, 4] = page_ids[(page_ends - num_pages)[of_chunk[chunk]] + 1 + nth]
+    more[:, 7] += 1 + nth
+    more[:, 4] = page_ids[more[:, 7]]
     more[:, 5] = 1 + nth
     head = np.zeros((1, FIELDS), np.int32)
     is_vector = length == 1
     num_vectors = is_vector.sum()
-    head[0, :4] = len(rows), len(rows) + len(more), num_vectors, num_vectors + further[is_vector].sum()
+    head[0, :5] = len(rows), len(rows) + len(more), num_vectors, num_vectors + further[is_vector].sum(), len(page_ids)
     return np.concatenate([head, rows, more])
 
 

@@ -20,7 +20,7 @@ RANK = tl.constexpr(PAGE_RANK)
 ROW_FIELDS = tl.constexpr(FIELDS)
 # Columns of the table: of row 0, and of the rows after it.
 NUM_CHUNKS, NUM_ROWS, NUM_VECTORS, NUM_VECTOR_ROWS = (tl.constexpr(column) for column in range(4))
-FIRST, LENGTH, OWN_RANK, TOKEN, PAGE, NTH_PAGE, MORE = (tl.constexpr(column) for column in range(7))
+FIRST, LENGTH, OWN_RANK, TOKEN, PAGE, NTH_PAGE, MORE, COLUMN = (tl.constexpr(column) for column in range(8))
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_kernels.segments import PAGE_RANK, LoRASegments
 from lora_kernels.triton_routing import (
+    COLUMN,
     LENGTH,
     NTH_PAGE,
     NUM_CHUNKS,
@@ -173,6 +174,42 @@ def _shrink_tile(
 
 
 @triton.jit
+def _columns_kernel(
+    h_ptr,
+    order_ptr,
+    table_ptr,
+    out_ptr,
+    stride_plane,
+    stride_token,
+    stride_slice,
+    stride_out_token,
+    stride_out_slice,
+    NUM_SLICES: tl.constexpr,
+    PLANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[tokens, slice, page's columns] = the sum of h[:, tokens, slice, page's ranks]; an item: a row and a slice."""
+    wait_and_pass(PDL)
+    items = tl.load(table_ptr + NUM_ROWS) * NUM_SLICES
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        row_ptr = table_ptr + (1 + item // NUM_SLICES) * ROW_FIELDS
+        length, place = tl.load(row_ptr + LENGTH), tl.arange(0, CHUNK)
+        tokens = load_tokens(order_ptr, row_ptr, place, length)[:, None]
+        rank = tl.arange(0, RANK)[None, :]
+        nth_rank = tl.load(row_ptr + NTH_PAGE) * RANK + rank
+        ok = (place < length)[:, None] & (nth_rank < tl.load(row_ptr + OWN_RANK))
+        slice_id = item % NUM_SLICES
+        from_h = h_ptr + tokens * stride_token + slice_id * stride_slice + nth_rank
+        h = tl.zeros((CHUNK, RANK), dtype=tl.float32)
+        for plane in tl.static_range(PLANES):
+            h += tl.load(from_h + plane * stride_plane, mask=ok, other=0.0)
+        column = tl.load(row_ptr + COLUMN) * RANK + rank
+        to_out = out_ptr + tokens * stride_out_token + slice_id * stride_out_slice + column
+        tl.store(to_out, h.to(out_ptr.dtype.element_ty), mask=(place < length)[:, None])
+
+
+@triton.jit
 def _inside(column, IN: tl.constexpr, SPLIT_IN: tl.constexpr):
     """column < IN, known at compile time where the planes end together with the inputs."""
     ok = column < IN
@@ -251,3 +288,27 @@ def sgmv_shrink_triton(x: Tensor, a_pages: Tensor, segments: LoRASegments, a_sca
         launch_pdl=pdl,
     )
     return h
+
+
+def sgmv_shrink_to_columns(x: Tensor, a_pages: Tensor, segments: LoRASegments, columns: Tensor) -> None:
+    """Writes each row's A x, rounded, to its adapter's columns of [num_tokens, num_slices, columns]."""
+    h, routing = sgmv_shrink_triton(x, a_pages, segments), segments.routing
+    num_planes, _, num_slices, _ = h.shape
+    pdl, num_processors = card(x.device)
+    _columns_kernel[(min(routing.most_rows * num_slices, 4 * num_processors),)](
+        h,
+        routing.token_order,
+        routing.table,
+        columns,
+        h.stride(0),
+        h.stride(1),
+        h.stride(2),
+        columns.stride(0),
+        columns.stride(1),
+        NUM_SLICES=num_slices,
+        PLANES=num_planes,
+        CHUNK=routing.chunk_tokens,
+        PDL=pdl,
+        num_warps=NUM_WARPS,
+        launch_pdl=pdl,
+    )

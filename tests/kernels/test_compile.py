@@ -101,7 +101,9 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
         for num_blocks in (64, 172, 14, 3):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "splits"}
-            cases += [(architecture, source, macros) for architecture in architectures[tuple(entry["capability"])]]
+            variants = [{"ADAPTED": 0}, {"ADAPTED": 1}] if isinstance(plan, WidePlan) else [{}]
+            for architecture in architectures[tuple(entry["capability"])]:
+                cases += [(architecture, source, macros | variant) for variant in variants]
     return [case for at, case in enumerate(cases) if case not in cases[:at]]
 
 
@@ -137,7 +139,7 @@ def test_a_changed_header_is_compiled_again(tmp_path: Path, monkeypatch: pytest.
     nvrtc.compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")
     changed = {name: text + b"\n#error changed\n" for name, text in nvrtc._headers().items()}
     monkeypatch.setattr(nvrtc, "_headers", lambda: changed)
-    with pytest.raises(RuntimeError, match=r"nf4\.cuh.*changed"):
+    with pytest.raises(RuntimeError, match=r"device\.cuh.*changed"):
         nvrtc.compile_cubin("nf4_unpack.cu", {"BF16": 1}, "sm_80")
 
 

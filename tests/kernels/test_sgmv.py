@@ -244,7 +244,7 @@ def test_a_routing_padded_to_fixed_sizes_is_the_same_routing(device: str) -> Non
     packed = torch.full((fixed_size(9, 6),), -1, dtype=torch.int32)
     filled = Routing.of(np.array(slots, dtype=np.int32), 5, PAGES).packed(order_capacity(9))
     packed[: len(filled)] = torch.from_numpy(filled)
-    fixed = LoRASegments.fixed(packed.to(device), num_tokens=5, max_tokens=9, max_pages=6)
+    fixed = LoRASegments.fixed(packed.to(device), num_tokens=5, max_tokens=9, max_pages=6, most_pages=30)
     results = []
     for segments in (_segments(slots, device), fixed):
         results.append(y.clone())

@@ -18,7 +18,7 @@ from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
 from gateway.layers import norm as norm_layer
-from lora_kernels import activation, attention, nf4, norm, rotary, sgmv
+from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
 NUM_ADAPTERS = 16
@@ -47,6 +47,7 @@ def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send every kernel call of the layers to its plain-PyTorch twin, on the same device."""
     monkeypatch.setattr(linear_layer, "nf4_matmul", nf4.nf4_matmul_ref)
+    monkeypatch.setattr(linear_layer, "nf4_lora_matmul", nf4_lora.nf4_lora_matmul_ref)
     monkeypatch.setattr(linear_layer, "sgmv_shrink", sgmv.sgmv_shrink_ref)
     monkeypatch.setattr(linear_layer, "sgmv_expand", sgmv.sgmv_expand_ref)
     monkeypatch.setattr(attention_layer, "rotary_store", rotary.rotary_store_ref)

@@ -1,0 +1,173 @@
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
+from lora_kernels.nf4_lora import nf4_lora_matmul, nf4_lora_matmul_ref
+from lora_kernels.segments import FEW_PAGES, FIELDS, PAGE_RANK, AdapterPages, LoRASegments, Routing, order_capacity
+from tests.kernels.error_rule import assert_as_exact
+
+PAGES = {
+    0: AdapterPages(16, (3,)),
+    1: AdapterPages(20, (4, 9)),
+    2: AdapterPages(64, (1, 2, 7, 11)),
+    3: AdapterPages(1, (12,)),
+    4: AdapterPages(16, (5,)),
+    5: AdapterPages(8, (6,)),
+    6: AdapterPages(256, tuple(range(13, 29))),
+}
+NUM_PAGES = 30
+
+
+def _weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Tiles:
+    weight = torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(out_features)) * 0.05
+    tiles = NF4Tiles.of(*blocks_of(quantize_nf4(weight)))
+    return NF4Tiles(tiles.tiles.to(device), tiles.scales.to(device), tiles.shape)
+
+
+def _pools(in_features: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    a = torch.randn(NUM_PAGES, len(widths), PAGE_RANK, in_features) / in_features**0.5
+    b = torch.randn(NUM_PAGES, PAGE_RANK, sum(widths)) * 0.5
+    for pages in PAGES.values():
+        if rest := -pages.rank % PAGE_RANK:
+            a[pages.ids[-1], :, PAGE_RANK - rest :] = 0
+            b[pages.ids[-1], PAGE_RANK - rest :] = 0
+    return a.to(dtype), b.to(dtype)
+
+
+def _segments(slots: list[int], device: str) -> LoRASegments:
+    segments = LoRASegments.build(np.array(slots, np.int32), PAGES, device)
+    assert segments is not None
+    return segments
+
+
+def _truth(
+    x: torch.Tensor, weight: NF4Tiles, a: torch.Tensor, b: torch.Tensor, slots: list[int], widths: tuple[int, ...]
+) -> torch.Tensor:
+    y = x.double() @ unpack_nf4_ref(*weight.blocks(), torch.float32).double().T
+    for row, slot in enumerate(slots):
+        for page in PAGES[slot].ids if slot >= 0 else ():
+            parts = zip(a[page].double() @ x[row].double(), b[page].double().split(widths, 1), strict=True)
+            y[row] += torch.cat([h @ part for h, part in parts])
+    return y.cpu()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(-1, 6), min_size=1, max_size=40).filter(lambda slots: max(slots) >= 0))
+def test_the_plain_path_equals_a_product_a_row(slots: list[int]) -> None:
+    widths, weight = (40, 24), _weight(64, 128)
+    a, b = _pools(128, widths, torch.float32)
+    x = torch.randn(len(slots), 128)
+    y = nf4_lora_matmul(x, weight, None, a, b, _segments(slots, "cpu"), widths)
+    torch.testing.assert_close(y.double(), _truth(x, weight, a, b, slots, widths), atol=1e-4, rtol=1e-5)
+
+
+@given(st.lists(st.integers(-1, 6), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0))
+def test_a_routing_names_every_page_once_and_where_it_is(slots: list[int]) -> None:
+    routing = Routing.of(np.array(slots, np.int32), len(slots), PAGES)
+    assert sorted(routing.page_ids) == sorted(chain(*(PAGES[slot].ids for slot in set(slots) if slot >= 0)))
+    assert routing.table[0, 4] == routing.num_pages
+    assert (routing.page_ids[routing.table[1:, 7]] == routing.table[1:, 4]).all()
+    packed = routing.packed(order_capacity(len(slots)))
+    sent = packed[order_capacity(len(slots)) :][:FEW_PAGES]
+    assert sent[: routing.num_pages].tolist() == routing.page_ids[:FEW_PAGES].tolist()
+    assert (packed[order_capacity(len(slots)) + FEW_PAGES :].reshape(-1, FIELDS) == routing.table).all()
+
+
+def test_the_columns_of_a_step_are_zeros_once_and_shared_by_all_layers() -> None:
+    segments = _segments([0, 1, -1], "cpu")
+    columns = segments.columns(2, torch.float32)
+    assert columns.shape == (3, 2, 8 * PAGE_RANK)
+    assert not columns.any()
+    columns += 1
+    assert segments.columns(2, torch.float32) is columns
+    assert segments.columns(1, torch.float32).shape == (3, 1, 8 * PAGE_RANK)
+
+
+LAYOUTS = {
+    "one adapter": lambda rows: [0] * rows,
+    "one of rank 64, and base rows": lambda rows: [2 if row % 3 else -1 for row in range(rows)],
+    "rank 256": lambda rows: [6] * rows,
+    "mixed ranks": lambda rows: [(-1, 0, 1, 2, 3, 4, 5)[row * 5 % 7] for row in range(rows)],
+    "one row": lambda rows: [-1] * (rows - 1) + [1],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("num_tokens", [17, 31, 64, 130, 512, 600])
+@pytest.mark.parametrize(
+    ("widths", "in_features"), [((256, 64, 64), 4096), ((320,), 512), ((1000,), 1024), ((128, 192), 896)], ids=str
+)
+def test_one_launch_is_as_exact_as_the_plain_path_and_gives_equal_bits(
+    widths: tuple[int, ...], in_features: int, num_tokens: int, layout, dtype: torch.dtype
+) -> None:
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+
+    torch.manual_seed(0)
+    slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
+    a, b = (pool.cuda() for pool in _pools(in_features, widths, dtype))
+    x, bias = torch.randn(num_tokens, in_features).to(dtype).cuda(), torch.randn(sum(widths)).to(dtype).cuda()
+    segments = _segments(slots, "cuda")
+    y = nf4_lora_matmul_cuda(x, weight, bias, a, b, segments, widths)
+    if y is None:
+        assert segments.most_pages > (FEW_PAGES if num_tokens <= 512 else FEW_PAGES // 2)
+        return
+    plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), bias.cpu(), a.cpu(), b.cpu(),
+                                _segments(slots, "cpu"), widths)  # fmt: skip
+    assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths) + bias.double().cpu())
+    for _ in range(4):
+        assert torch.equal(nf4_lora_matmul_cuda(x, weight, bias, a, b, segments, widths), y)
+
+
+@pytest.mark.gpu
+def test_rows_do_not_depend_on_the_adapters_of_others() -> None:
+    torch.manual_seed(0)
+    widths, weight = (256, 64), _weight(320, 1024, "cuda")
+    a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
+    x = torch.randn(64, 1024).bfloat16().cuda()
+    slots = [(0, 3, -1)[row % 3] for row in range(64)]
+    before = nf4_lora_matmul(x, weight, None, a, b, _segments(slots, "cuda"), widths)
+    a[PAGES[3].ids[0]] = float("nan")
+    b[PAGES[3].ids[0]] *= 1e4
+    after = nf4_lora_matmul(x, weight, None, a, b, _segments(slots, "cuda"), widths)
+    others = [row for row, slot in enumerate(slots) if slot != 3]
+    assert torch.equal(after[others], before[others])
+    assert after[[row for row, slot in enumerate(slots) if slot == 3]].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_takes_any_few_pages() -> None:
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+    from lora_kernels.segments import fixed_size
+
+    torch.manual_seed(0)
+    widths, weight, rows = (256, 64), _weight(320, 1024, "cuda"), 48
+    a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
+    x = torch.randn(rows, 1024).bfloat16().cuda()
+    packed = torch.zeros(fixed_size(64, 16), dtype=torch.int32, device="cuda")
+
+    def fill(slots: list[int]) -> None:
+        filled = Routing.of(np.array(slots, np.int32), rows, PAGES).packed(order_capacity(64))
+        packed[: len(filled)] = torch.from_numpy(filled).cuda()
+
+    def run() -> torch.Tensor | None:
+        segments = LoRASegments.fixed(packed, rows, 64, max_pages=16, most_pages=FEW_PAGES)
+        return nf4_lora_matmul_cuda(x, weight, None, a, b, segments, widths)
+
+    fill([0] * rows)
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    assert y is not None
+    for slots in ([6] * rows, [0, -1] * (rows // 2), [1, 2, 3, 4] * (rows // 4)):
+        fill(slots)
+        graph.replay()
+        plain = nf4_lora_matmul(x, weight, None, a, b, _segments(slots, "cuda"), widths)
+        torch.testing.assert_close(y, plain, atol=0.02, rtol=0.02)
