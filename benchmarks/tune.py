@@ -30,15 +30,15 @@ TABLE = Path(lora_kernels.__path__[0]) / "nf4_plans.json"
 NUM_TOKENS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 # (tokens, row groups, groups that share rows, blocks decoded at a time, stages) of nf4_wide.cu
 WIDE = (
-    (16, 1, 4, 2, 4), (16, 2, 1, 2, 6), (32, 1, 4, 2, 3), (32, 2, 1, 2, 5), (64, 1, 2, 2, 3), (64, 2, 1, 2, 4),
-    (128, 2, 1, 1, 5), (256, 2, 1, 1, 4),
+    (16, 1, 4, 2, 4), (16, 2, 1, 2, 6), (16, 4, 1, 1, 8), (32, 1, 4, 2, 3), (32, 2, 1, 2, 5), (32, 4, 1, 1, 7),
+    (64, 1, 2, 2, 3), (64, 2, 1, 2, 4), (64, 2, 2, 1, 4), (64, 4, 1, 1, 5), (128, 2, 1, 1, 5), (128, 4, 1, 1, 4),
+    (256, 2, 1, 1, 4),
 )  # fmt: skip
 
 
-def candidates(num_tokens: int, row_tiles: int, capability: tuple[int, int]) -> Iterator[Plan]:
-    """What may be fast for so many rows of x, and tiles of rows of W, on a card."""
+def candidates(num_tokens: int, capability: tuple[int, int]) -> Iterator[Plan]:
+    """What may be fast for so many rows of x on a card."""
     is_hopper, is_small = capability[0] == 9, capability in ((8, 6), (8, 9))  # 100 KB of shared memory
-    num_processors = torch.cuda.get_device_properties().multi_processor_count
     if num_tokens <= 32:
         tokens = max(8, num_tokens)
         for warps, depth, blocks in ((8, 1, 2), (8, 2, 2), (4, 1, 3), (4, 2, 2), (4, 2, 3), (4, 1, 1), (8, 1, 1)):
@@ -47,9 +47,8 @@ def candidates(num_tokens: int, row_tiles: int, capability: tuple[int, int]) -> 
     if is_hopper:
         for tokens, row_groups, in_groups, span, stages in WIDE:
             if min(num_tokens // 8, 256) <= tokens <= max(num_tokens, 16):
-                num_tiles = -(-row_tiles // row_groups) * -(-num_tokens // tokens)
-                for splits in (1, 2) if num_tiles <= num_processors and row_groups * tokens <= 256 else (1,):
-                    yield WidePlan(tokens, row_groups, in_groups, span, stages, splits)
+                for share in (True, False):
+                    yield WidePlan(tokens, row_groups, in_groups, span, stages, share)
 
 
 def best(num_tokens: int, weights: list[NF4Tiles], capability: tuple[int, int]) -> Plan | None:
@@ -57,7 +56,7 @@ def best(num_tokens: int, weights: list[NF4Tiles], capability: tuple[int, int]) 
     x = torch.randn(num_tokens, weights[0].shape[1], device="cuda").bfloat16()
     unpacked = measure([partial(_by_unpacking, x, weight) for weight in weights]).us
     times: dict[Plan | None, float] = {None: unpacked}
-    for plan in candidates(num_tokens, weights[0].tiles.shape[0], capability):
+    for plan in candidates(num_tokens, capability):
         if plan.fitted(x.shape[1] // 64) == plan:
             times[plan] = measure([partial(nf4_matmul_by, plan, x, weight) for weight in weights]).us
     fastest = min(times, key=lambda one: times[one])

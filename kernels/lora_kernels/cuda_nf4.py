@@ -79,15 +79,21 @@ def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor |
     )  # fmt: skip
 
 
-def num_tiles(plan: WidePlan, x: Tensor, weight: NF4Tiles) -> int:
-    """Tiles of y."""
-    return -(-weight.tiles.shape[0] // plan.row_groups) * -(-len(x) // plan.tokens)
+class _Sharing(ctypes.Structure):
+    """nf4_wide.cu's struct of that name."""
 
+    _fields_ = (("tiles", ctypes.c_int), ("blocks", ctypes.c_int), ("stages", ctypes.c_int), ("more", ctypes.c_int))
 
-def splits_of(plan: WidePlan, x: Tensor, weight: NF4Tiles) -> int:
-    """Thread blocks that share a tile: a plan's for a shape like this one, where there are too few tiles."""
-    is_short = num_tiles(plan, x, weight) <= num_processors(x.device)
-    return plan.splits if is_short and plan.row_groups * plan.tokens <= 256 else 1
+    @classmethod
+    def of(cls, num_tiles: int, stages: int, processors: int) -> _Sharing:
+        """All tiles of the last whole round, and of the rest behind it, shared by all multiprocessors.
+
+        By fewer where each tile then belongs to a whole number of them, which saves sums.
+        """
+        tiles = num_tiles if num_tiles < 2 * processors else processors + num_tiles % processors
+        even = processors // num_tiles * num_tiles
+        blocks = min(even if even >= 0.9 * processors else processors, tiles * stages)
+        return cls(tiles, blocks, *divmod(tiles * stages, blocks))
 
 
 def launch_wide(
@@ -99,15 +105,17 @@ def launch_wide(
     adapters: ctypes.Structure | None = None,
 ) -> None:
     """out = x W^T + bias by nf4_wide.cu, and what `adapters` (its struct of that name) adds."""
-    splits, num_blocks = splits_of(plan, x, weight), weight.tiles.shape[1]
-    num_items = num_tiles(plan, x, weight) * splits
+    row_tiles, num_blocks, _ = weight.tiles.shape
+    num_tiles, processors = -(-row_tiles // plan.row_groups) * -(-len(x) // plan.tokens), num_processors(x.device)
+    stages = num_blocks // (plan.in_groups * plan.span)
+    sharing = _Sharing.of(num_tiles, stages, processors) if plan.share else _Sharing()
     # For adapters there is work without a tile too.
     _wide_kernel(plan, x.dtype, x.device, adapters is not None)(
-        num_processors(x.device) if adapters else min(num_items, num_processors(x.device)),
+        processors if adapters else min(sharing.blocks or num_tiles, processors),
         128 * (plan.row_groups * plan.in_groups + 1),
         [
             tensor_map(x, plan.tokens, 64), weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
-            x.shape[0], weight.shape[0], num_blocks, splits, *([adapters] if adapters else []),
+            x.shape[0], weight.shape[0], num_blocks, sharing, *([adapters] if adapters else []),
         ],
     )  # fmt: skip
 
@@ -134,7 +142,7 @@ def _unpack_kernel(dtype: torch.dtype, device: torch.device) -> CudaKernel:
 
 def _macros(plan: Plan | None, dtype: torch.dtype) -> dict[str, int]:
     fields = asdict(plan) if plan else {}
-    fields.pop("splits", None)
+    fields.pop("share", None)
     return {name.upper(): value for name, value in fields.items()} | {"BF16": int(dtype == torch.bfloat16)}
 
 

@@ -33,12 +33,6 @@ __device__ __forceinline__ void fetch_to_cache(const void* p, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
 #endif
 }
-__device__ __forceinline__ u32 load_from_gpu(const float* p) {
-    u32 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
-    return v;
-}
-
 // Transposes the words of four neighbouring lanes: word j of lane t goes to word t of lane j.
 __device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
     const bool odd = lane & 1, upper = lane & 2;

@@ -26,3 +26,8 @@ __device__ __forceinline__ u32 look_up(u32 word, int n, u32 lane4) {
 __device__ __forceinline__ float& partial_sum(int i) {
     return *reinterpret_cast<float*>(shared + (i >> 5) * 256 + 128 + (i & 31) * 4);
 }
+__device__ __forceinline__ u32 load_from_gpu(const float* p) {
+    u32 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}

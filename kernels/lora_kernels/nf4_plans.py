@@ -29,22 +29,21 @@ class NarrowPlan:
 
 @dataclass(frozen=True)
 class WidePlan:
-    """The macros of nf4_wide.cu, and into how many parts thread blocks share a tile's columns; see there."""
+    """The macros of nf4_wide.cu, and whether thread blocks share tiles where these do not come out even; see there."""
 
     tokens: int
     row_groups: int
     in_groups: int
     span: int
     stages: int
-    splits: int
+    share: bool
 
     def fitted(self, num_blocks: int) -> WidePlan:
-        """The plan for a weight of so many blocks of columns, which stages and parts must divide evenly."""
+        """The plan for a weight of so many blocks of columns, which stages must divide evenly."""
         span = math.gcd(self.span, num_blocks)
         in_groups = math.gcd(self.in_groups, num_blocks // span)
-        splits = self.splits if num_blocks % (span * in_groups * self.splits) == 0 else 1
         row_groups = self.row_groups if in_groups > 1 else 2  # registers are shared out for two warpgroups or more
-        return replace(self, row_groups=row_groups, span=span, in_groups=in_groups, splits=splits)
+        return replace(self, row_groups=row_groups, span=span, in_groups=in_groups)
 
 
 Plan = NarrowPlan | WidePlan

@@ -14,9 +14,11 @@
 // columns a stage and multiplies. While the matrix unit works on one stage a warpgroup decodes the next. A byte's two
 // codes come from a table in shared memory, as in nf4.cu; a weight is a 16-bit code times a 16-bit scale.
 //
-// Where there are fewer tiles than multiprocessors, `splits` thread blocks share a tile's columns: each but the last
-// leaves its sum, and the last adds them in a fixed order. It waits for blocks of lower number only, so it never waits
-// for one that has not started. A sum that is not there yet is told by a bit pattern that no sum has.
+// Where tiles do not come out even, the first ones are cut into equal ranges of stages, one for each of some
+// thread blocks (stream-K, as in nf4.cu): a block begins with the end of its range, whose tile the next block
+// finishes, and ends with the tile that the blocks before have begun, whose sums it adds in a fixed order. It waits for
+// blocks of lower number only, so it never waits for one that has not started. A sum that is not there yet is told by a
+// bit pattern that no sum has. The other tiles follow, one after the other.
 //
 // ADAPTED, few pages of adapters are columns behind those of W, y = [x | h] [W | B]^T: 16 a page, in the dense 16-bit
 // numbers of the pool, where a stage is IN_GROUPS SPAN pages. h = A x is computed on the way (nf4_adapters.cuh).
@@ -136,18 +138,67 @@ __device__ __forceinline__ void meet(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// How tiles are shared: the first `tiles`, among so many blocks, whose ranges have `stages` each, the first `more` one
+// more.
+struct Sharing {
+    int tiles, blocks, stages, more;
+
+    __device__ __forceinline__ int range_begin(int block) const { return block * stages + min(block, more); }
+};
+
+// The pieces of tiles, in stages, that this thread block multiplies. Without a division at run time, after which the
+// compiler no longer knows that all lanes of a warp agree, and keeps the main loop's addresses in every lane.
+struct Work {
+    int tile, begin, end;  // the piece at hand
+    int stages, from, to;  // of a tile; what is left of its range of shared tiles
+    int whole, tiles;      // its next whole tile, of all
+    Sharing sharing;
+
+    __device__ __forceinline__ Work(int stages, int tiles, const Sharing& sharing)
+        : stages(stages), tiles(tiles), sharing(sharing) {
+        const int block = blockIdx.x;
+        from = block < sharing.blocks ? sharing.range_begin(block) : 0;
+        to = block < sharing.blocks ? sharing.range_begin(block + 1) : 0;
+        whole = sharing.tiles + block;
+    }
+    __device__ __forceinline__ bool next() {
+        int last = 0;  // the tile at the end of the range
+#pragma unroll
+        for (int bit = 256; bit >= 1; bit /= 2)
+            if ((last + bit) * stages < to) last += bit;
+        const bool is_shared = from < to;
+        tile = is_shared ? last : whole;
+        begin = is_shared ? max(from - last * stages, 0) : 0;
+        end = is_shared ? to - last * stages : stages;
+        if (is_shared)
+            to = last * stages;
+        else
+            whole += gridDim.x;
+        return tile < tiles;
+    }
+    __device__ __forceinline__ int length() const { return end - begin; }
+    __device__ __forceinline__ bool is_last() const { return end == stages; }
+    // The first of the blocks before this one that have parts of the tile at hand; this one where there are none.
+    __device__ __forceinline__ int first_donor() const {
+        int donor = blockIdx.x;
+        if (begin > 0)
+            while (sharing.range_begin(donor) > tile * stages) --donor;
+        return donor;
+    }
+};
+
 #if ADAPTED
 #include "nf4_adapters.cuh"
 #endif
 
 // x: map of [num_tokens, in] in boxes of TOKENS by 64, swizzled by 128 bytes; tiles u8 [row tiles of 64,
 // num_blocks, 2048]; scales [row tiles of 64, num_blocks, 64]; bias [out] or null; y [num_tokens, out]. sums: fp32
-// [tiles * splits, ROW_GROUPS * TOKENS * 64], ABSENT before and after. num_blocks is a multiple of IN_GROUPS
-// * SPAN * splits.
+// [sharing.blocks, ROW_GROUPS * TOKENS * 64], ABSENT before and after. num_blocks is a multiple of IN_GROUPS * SPAN.
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     nf4_matmul_wide(const __grid_constant__ TensorMap x, const u8* __restrict__ tiles, const float* __restrict__ scales,
                     const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ sums,
-                    const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int splits
+                    const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks,
+                    const __grid_constant__ Sharing sharing
 #if ADAPTED
                     ,
                     const __grid_constant__ Adapters adapters
@@ -155,8 +206,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
     ) {
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int row_tiles = (out_features + 63) / 64, token_tiles = (num_tokens + TOKENS - 1) / TOKENS;
-    const int num_items = (row_tiles + ROW_GROUPS - 1) / ROW_GROUPS * token_tiles * splits;
-    const int stages = num_blocks / STAGE_BLOCKS / splits;  // of an item
+    Work work(num_blocks / STAGE_BLOCKS, (row_tiles + ROW_GROUPS - 1) / ROW_GROUPS * token_tiles, sharing);
     const u32 ring = shared_address(shared);
     const u32 full = ring + BARRIERS, empty = full + STAGES * 8;
     if (thread == 0) {
@@ -190,9 +240,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             bool waited = false;  // for the kernel before, whose result x is
             bool waited_for_h = false;
             int slot = 0, parity = 1;
-            for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
-                const int tile = item / splits, first = tile / token_tiles * ROW_GROUPS;
-                for (int stage = item % splits * stages, end = stage + stages; stage < end; ++stage) {
+            while (work.next()) {
+                const int first = work.tile / token_tiles * ROW_GROUPS, token = work.tile % token_tiles * TOKENS;
+                for (int stage = work.begin; stage < work.end; ++stage) {
                     wait(empty + slot * 8, parity);
                     const u32 barrier = full + slot * 8;
                     expect_bytes(barrier, X_BYTES + W_BYTES + SCALE_BYTES);
@@ -210,14 +260,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
 #pragma unroll
                     for (int g = 0; g < STAGE_BLOCKS; ++g)
                         copy_tile(ring + X_RING + slot * X_BYTES + g * TOKENS * 128, &x,
-                                  (stage * STAGE_BLOCKS + g) * 64, tile % token_tiles * TOKENS, barrier);
+                                  (stage * STAGE_BLOCKS + g) * 64, token, barrier);
                     if (++slot == STAGES) slot = 0, parity ^= 1;
                 }
 #if ADAPTED
                 const int boxes = adapters.boxes(first);
-                for (int stage = page_stages * (item % splits) / splits,
-                         end = page_stages * (item % splits + 1) / splits;
-                     stage < end; ++stage) {
+                for (int stage = 0; work.is_last() && stage < page_stages; ++stage) {
                     wait(empty + slot * 8, parity);
                     const u32 barrier = full + slot * 8;
                     expect_bytes(barrier, STAGE_BLOCKS * (ROW_GROUPS * PAGE_BYTES + boxes * H_BYTES));
@@ -234,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                             copy_tile(
                                 ring + X_RING + slot * X_BYTES + (g * STAGE_BLOCKS + b) * H_BYTES, &adapters.h_map,
                                 adapters.slice(first + g) * adapters.slice_columns + (stage * STAGE_BLOCKS + b) * 16,
-                                tile % token_tiles * TOKENS, barrier);
+                                token, barrier);
                     if (++slot == STAGES) slot = 0, parity ^= 1;
                 }
 #endif
@@ -292,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             commit_products();
         };
 
-        for (int item = blockIdx.x; item < num_items; item += gridDim.x) {
+        while (work.next()) {
 #pragma unroll
             for (int m = 0; m < MMAS; ++m)
 #pragma unroll
@@ -314,16 +362,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             };
 #pragma unroll 1
-            for (int stage = 0; stage < stages / 2; ++stage) {
+            for (int stage = 0; stage < work.length() / 2; ++stage) {
                 step(weight[0]);
                 step(weight[PENDING]);
             }
-            if (stages % 2) step(weight[0]);
+            if (work.length() % 2) step(weight[0]);
             wait_products<0>();
             if (PENDING) finish();
 #if ADAPTED
             behind = -1;
-            const int first_tile = item / splits / token_tiles * ROW_GROUPS;
+            const int left = work.is_last() ? page_stages : 0;
+            const int first_tile = work.tile / token_tiles * ROW_GROUPS;
             const int box = adapters.boxes(first_tile) == 1 ? 0 : row_group;
             auto add_pages = [&](u32(&weight)[SPAN][4][4]) {
                 wait(full + slot * 8, parity);
@@ -345,14 +394,12 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
                 if (!PENDING) finish();
                 if (++slot == STAGES) slot = 0, parity ^= 1;
             };
-            const int part = item % splits;
-            int left = page_stages * (part + 1) / splits - page_stages * part / splits;
 #pragma unroll 1
-            for (; left > 1; left -= 2) {
+            for (int stage = 0; stage < left / 2; ++stage) {
                 add_pages(weight[0]);
                 add_pages(weight[PENDING]);
             }
-            if (left) add_pages(weight[0]);
+            if (left % 2) add_pages(weight[0]);
             wait_products<0>();
             if (PENDING) finish();
 #endif
@@ -372,44 +419,38 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
             }
             if (in_group != 0) continue;
 
-            if (splits > 1) {
-                float* mine = sums + ((long long)item * ROW_GROUPS + row_group) * (TOKENS * 64) + thread % 128;
-                if (item % splits != splits - 1) {
+            float* mine = sums + ((long long)blockIdx.x * ROW_GROUPS + row_group) * (TOKENS * 64) + thread % 128;
+            if (!work.is_last()) {
 #pragma unroll
-                    for (int i = 0; i < MMAS * MMA_TOKENS / 2; ++i)
-                        asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(mine + i * 128),
-                                     "f"(sum[i * 2 / MMA_TOKENS][i % (MMA_TOKENS / 2)]));
-                    continue;
-                }
-                for (int other = 1; other < splits; ++other) {
-                    float* theirs = mine - (long long)other * ROW_GROUPS * (TOKENS * 64);
+                for (int i = 0; i < MMAS * MMA_TOKENS / 2; ++i)
+                    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(mine + i * 128),
+                                 "f"(sum[i * 2 / MMA_TOKENS][i % (MMA_TOKENS / 2)]));
+                continue;
+            }
+            for (int other = blockIdx.x - 1, donor = work.first_donor(); other >= donor; --other) {
+                float* theirs = mine + (long long)(other - (int)blockIdx.x) * ROW_GROUPS * (TOKENS * 64);
 #pragma unroll
-                    for (int first = 0; first < MMAS * MMA_TOKENS / 2; first += BATCH) {
-                        u32 bits[BATCH];
-                        bool absent;
-                        do {
-                            absent = false;
-#pragma unroll
-                            for (int i = 0; i < BATCH; ++i) {
-                                asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                                             : "=r"(bits[i])
-                                             : "l"(theirs + (first + i) * 128));
-                                absent |= bits[i] == ABSENT;
-                            }
-                        } while (absent);
+                for (int first = 0; first < MMAS * MMA_TOKENS / 2; first += BATCH) {
+                    u32 bits[BATCH];
+                    bool absent;
+                    do {
+                        absent = false;
 #pragma unroll
                         for (int i = 0; i < BATCH; ++i) {
-                            sum[(first + i) * 2 / MMA_TOKENS][(first + i) % (MMA_TOKENS / 2)] +=
-                                __uint_as_float(bits[i]);
-                            theirs[(first + i) * 128] = __uint_as_float(ABSENT);
+                            bits[i] = load_from_gpu(theirs + (first + i) * 128);
+                            absent |= bits[i] == ABSENT;
                         }
+                    } while (absent);
+#pragma unroll
+                    for (int i = 0; i < BATCH; ++i) {
+                        sum[(first + i) * 2 / MMA_TOKENS][(first + i) % (MMA_TOKENS / 2)] += __uint_as_float(bits[i]);
+                        theirs[(first + i) * 128] = __uint_as_float(ABSENT);
                     }
                 }
             }
 
-            const int tile = item / splits;
-            const int first_row = (tile / token_tiles * ROW_GROUPS + row_group) * 64,
-                      first_token = tile % token_tiles * TOKENS;
+            const int first_row = (work.tile / token_tiles * ROW_GROUPS + row_group) * 64,
+                      first_token = work.tile % token_tiles * TOKENS;
             u8* out = shared + OUT + row_group * OUT_TOKENS * 128;
             const int row = first_row + strip * 16 + lane / 4;
             const float bias0 = bias && row < out_features ? widen16(bias[row]) : 0.0f;

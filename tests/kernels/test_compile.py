@@ -96,11 +96,13 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
     architectures = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_89"), (9, 0): ("sm_90a",)}
     cases = []
     for entry in json.loads((files("lora_kernels") / "nf4_plans.json").read_text()):
+        if not entry.keys() & {"narrow", "wide"}:
+            continue  # unpacked first
         plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
         source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
         for num_blocks in (64, 172, 14, 3):
             fields = asdict(plan.fitted(num_blocks))
-            macros = {name.upper(): value for name, value in fields.items() if name != "splits"}
+            macros = {name.upper(): value for name, value in fields.items() if name != "share"}
             variants = [{"ADAPTED": 0}, {"ADAPTED": 1}] if isinstance(plan, WidePlan) else [{}]
             for architecture in architectures[tuple(entry["capability"])]:
                 cases += [(architecture, source, macros | variant) for variant in variants]

@@ -106,7 +106,7 @@ def test_a_plan_fits_what_it_is_for(num_tokens: int, shape: tuple[int, int]) -> 
             assert num_tokens <= plan.tokens
             assert (shape[1] // 64) % plan.warps == 0
         elif isinstance(plan, WidePlan):
-            assert (shape[1] // 64) % (plan.in_groups * plan.span * plan.splits) == 0
+            assert (shape[1] // 64) % (plan.in_groups * plan.span) == 0
     assert not isinstance(plans[A100], WidePlan)
     assert shape[0] % 8 == 0 or not isinstance(plans[H200], WidePlan)
     assert shape[0] % 8 or isinstance(plans[H200], NarrowPlan | WidePlan)
@@ -122,11 +122,12 @@ PLANS: list[Plan] = [
     NarrowPlan(8, 8, 1, 2, 4),
     NarrowPlan(16, 4, 2, 2, 0),
     NarrowPlan(32, 1, 1, 2, 2),
-    WidePlan(16, 1, 4, 2, 4, 1),
-    WidePlan(32, 2, 1, 2, 5, 2),
-    WidePlan(64, 1, 2, 2, 3, 2),
-    WidePlan(128, 2, 1, 1, 5, 1),
-    WidePlan(256, 2, 1, 1, 4, 1),
+    WidePlan(16, 1, 4, 2, 4, share=False),
+    WidePlan(16, 2, 1, 2, 6, share=True),
+    WidePlan(32, 2, 1, 2, 5, share=True),
+    WidePlan(64, 1, 2, 2, 3, share=True),
+    WidePlan(128, 2, 1, 1, 5, share=False),
+    WidePlan(256, 2, 1, 1, 4, share=True),
 ]
 
 

@@ -49,10 +49,12 @@ def _truth(
     x: torch.Tensor, weight: NF4Tiles, a: torch.Tensor, b: torch.Tensor, slots: list[int], widths: tuple[int, ...]
 ) -> torch.Tensor:
     y = x.double() @ unpack_nf4_ref(*weight.blocks(), torch.float32).double().T
-    for row, slot in enumerate(slots):
-        for page in PAGES[slot].ids if slot >= 0 else ():
-            parts = zip(a[page].double() @ x[row].double(), b[page].double().split(widths, 1), strict=True)
-            y[row] += torch.cat([h @ part for h, part in parts])
+    for slot in set(slots) - {-1}:
+        rows = [row for row, other in enumerate(slots) if other == slot]
+        for page in PAGES[slot].ids:
+            h = (x[rows].double() @ a[page].double().transpose(1, 2)).unbind(0)
+            parts = zip(h, b[page].double().split(widths, 1), strict=True)
+            y[rows] += torch.cat([own @ part for own, part in parts], 1)
     return y.cpu()
 
 
@@ -100,7 +102,7 @@ LAYOUTS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("num_tokens", [17, 31, 64, 130, 512, 600])
+@pytest.mark.parametrize("num_tokens", [17, 64, 130, 512, 600])
 @pytest.mark.parametrize(
     ("widths", "in_features"), [((256, 64, 64), 4096), ((320,), 512), ((1000,), 1024), ((128, 192), 896)], ids=str
 )
