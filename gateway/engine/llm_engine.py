@@ -190,7 +190,7 @@ class LLMEngine:
         self.scheduler.update(scheduled)
         if not scheduled.sampled:
             return
-        sampled = self.sampler(logits, [sequence.sampling for sequence in scheduled.sampled])
+        sampled = self.sampler(logits, [sequence.sampling for sequence in scheduled.sampled]).result()
         bad = set(sampled.bad_rows)
         now = time.monotonic()
         for row, (sequence, token, logprob) in enumerate(

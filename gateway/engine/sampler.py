@@ -2,24 +2,26 @@
 
 The order is vLLM's: logit bias, minimum length, repetition, presence and frequency penalties, temperature,
 min-p, top-k, top-p, then the draw. A row pays only for what it asks for, and the host waits for the device
-once.
+once, when it asks for the result. A row may be sampled while the host does not know its last token yet: its number
+is known, and penalties take the token where it lies on the device.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gateway.engine.pending import IntArray, PendingTokens, resolve
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.transfers import HostCopy, send
 
-IntArray = npt.NDArray[np.int64]
 UIntArray = npt.NDArray[np.uint64]
 
 _CHUNK: Final = 64
@@ -69,7 +71,7 @@ class SamplingRow:
 
     @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, as far as the host knows them."""
         return len(self.token_ids) - self.num_prompt
 
 
@@ -95,6 +97,24 @@ class SamplerOutput:
     bad_rows: list[int]
 
 
+class Sampled:
+    """One step's tokens: on the device at once, on the host when they have arrived.
+
+    token_ids: int64 [num_rows], valid ids also of bad rows.
+    """
+
+    def __init__(self, plan: _Plan, token_ids: Tensor, parts: list[Tensor]) -> None:
+        self.token_ids = token_ids
+        self._plan = plan
+        self._ends = np.cumsum([part.numel() for part in parts])
+        # One copy for everything; fp64 holds token ids and fp32 values exactly.
+        self._copy = HostCopy(torch.cat([part.double().flatten() for part in parts]))
+
+    def result(self) -> SamplerOutput:
+        """Waits for the device."""
+        return self._plan.unpack(np.split(self._copy.wait(), self._ends[:-1]))
+
+
 class Sampler:
     """Samples one token a row. What depends only on the batch's make-up is kept until that changes.
 
@@ -105,15 +125,16 @@ class Sampler:
         self._eos_token_ids = tuple(eos_token_ids)
         self._plan: _Plan | None = None
 
-    def __call__(self, logits: Tensor, rows: Sequence[SamplingRow]) -> SamplerOutput:
-        """Sample from logits [len(rows), vocab_size], fp32 and contiguous, which are overwritten."""
+    def __call__(self, logits: Tensor, rows: list[SamplingRow], pending: PendingTokens | None = None) -> Sampled:
+        """Sample from logits [len(rows), vocab_size], fp32 and contiguous, which are overwritten.
+
+        pending: where the rows' last tokens are, unless the host knows them all.
+        """
         assert logits.dtype == torch.float32
         assert logits.shape[0] == len(rows)
-        if not rows:
-            return SamplerOutput([], [], [])
-        if self._plan is None or self._plan.rows != list(rows):
-            self._plan = _Plan(list(rows), logits.shape[1], logits.device, self._eos_token_ids)
-        return self._plan.run(logits)
+        if self._plan is None or self._plan.rows != rows:
+            self._plan = _Plan(rows, logits.shape[1], logits.device, self._eos_token_ids)
+        return self._plan.run(logits, pending)
 
 
 class _Plan:
@@ -128,31 +149,35 @@ class _Plan:
         edited_greedy = [i for i, row in edited if row.params.greedy]
         drawn = [(i, row) for i, row in numbered if not row.params.greedy]
         self._edits = _Edits(edited, vocab_size, device, eos_token_ids) if edited else None
-        self._greedy = torch.tensor(edited_greedy, device=device) if edited_greedy else None
+        self._greedy = _send(edited_greedy, np.int64, device) if edited_greedy else None
         self._draws = _Draws(drawn, len(rows), device) if drawn else None
         self._drawn_rows = [i for i, _ in drawn]
         self._logprob_rows = [i for i, row in numbered if row.params.logprobs is not None]
-        self._logprob_index = torch.tensor(self._logprob_rows, dtype=torch.int64, device=device)
+        self._logprob_index = _send(self._logprob_rows, np.int64, device)
         most = max((rows[i].params.logprobs or 0 for i in self._logprob_rows), default=0)
         self._num_top = min(most, vocab_size)
 
-    def run(self, logits: Tensor) -> SamplerOutput:
+    def run(self, logits: Tensor, pending: PendingTokens | None) -> Sampled:
         raw = logits[self._logprob_index] if self._logprob_rows else None
         highest, token_ids = _argmax(logits)
         results = [highest, token_ids]
+        num_outputs = self._num_outputs(pending)
         if self._edits is not None:
-            self._edits.apply(logits)
+            self._edits.apply(logits, num_outputs, pending)
         if self._greedy is not None:
             token_ids[self._greedy] = _argmax(logits[self._greedy])[1]
         if self._draws is not None:
-            results.append(self._draws.draw_into(token_ids, logits))
+            results.append(self._draws.draw_into(token_ids, logits, num_outputs))
         if raw is not None:
             results += _raw_logprobs(raw, token_ids[self._logprob_index], self._num_top)
-        # One copy and one wait for everything; fp64 holds token ids and fp32 values exactly.
-        host = torch.cat([result.double().flatten() for result in results]).cpu().numpy()
-        return self._unpack(np.split(host, np.cumsum([result.numel() for result in results])[:-1]))
+        return Sampled(self, token_ids, results)
 
-    def _unpack(self, parts: list[npt.NDArray[np.float64]]) -> SamplerOutput:
+    def _num_outputs(self, pending: PendingTokens | None) -> IntArray:
+        """The number of tokens before the one to be sampled, those that are still pending included: [num_rows]."""
+        known = np.array([row.num_output for row in self.rows], dtype=np.int64)
+        return known if pending is None else known + pending.is_pending
+
+    def unpack(self, parts: list[npt.NDArray[np.float64]]) -> SamplerOutput:
         is_finite = np.isfinite(parts[0])
         token_ids: list[int] = parts[1].astype(np.int64).tolist()
         if self._draws is not None:
@@ -185,52 +210,67 @@ class _Edits:
             for token_id, value in row.params.logit_bias.items()
             if 0 <= token_id < vocab_size
         }
-        self._bias_index = torch.tensor(list(bias), dtype=torch.int64, device=device) if bias else None
-        self._bias = torch.tensor(list(bias.values()), dtype=torch.float32, device=device)
+        self._vocab_size = vocab_size
+        self._bias_index = _send(list(bias), np.int64, device) if bias else None
+        self._bias = _send(list(bias.values()), np.float32, device)
         self._enders = [
-            (row, _ids_within(eos_token_ids + row.params.stop_token_ids, vocab_size) + i * vocab_size)
+            (i, row, _ids_within(eos_token_ids + row.params.stop_token_ids, vocab_size) + i * vocab_size)
             for i, row in rows
             if row.params.min_tokens > 0
         ]
-        self._penalized = [(i * vocab_size, row) for i, row in rows if row.is_penalized]
+        self._penalized = [(i, row) for i, row in rows if row.is_penalized]
 
-    def apply(self, logits: Tensor) -> None:
+    def apply(self, logits: Tensor, num_outputs: IntArray, pending: PendingTokens | None) -> None:
+        """Change logits [num_rows, vocab_size] in place; num_outputs: tokens of each row before this one."""
         flat = logits.view(-1)
         if self._bias_index is not None:
             flat.index_add_(0, self._bias_index, self._bias)
-        forbidden = [ids for row, ids in self._enders if row.num_output < row.params.min_tokens]
+        forbidden = [ids for i, row, ids in self._enders if num_outputs[i] < row.params.min_tokens]
         if forbidden:
-            flat[self._index(forbidden)] = -torch.inf
-        self._penalize(flat)
+            flat.index_fill_(0, send(np.concatenate(forbidden), self._device), -torch.inf)
+        self._penalize(flat, pending)
 
-    def _penalize(self, flat: Tensor) -> None:
+    def _penalize(self, flat: Tensor, pending: PendingTokens | None) -> None:
         repeated, repeated_by, put_out, presences, frequencies = [], [], [], [], []
-        for start, row in self._penalized:
+        for i, row in self._penalized:
             params = row.params
             seen, outputs = row.seen()
             if params.repetition_penalty != 1.0:
-                repeated.append(seen + start)
+                repeated.append((i, seen))
                 repeated_by.append(params.repetition_penalty)
             if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-                put_out.append(outputs + start)
+                put_out.append((i, outputs))
                 presences.append(params.presence_penalty)
                 frequencies.append(params.frequency_penalty)
         if repeated:
-            index, penalty = self._index(repeated), self._spread(repeated_by, repeated)
+            index, (penalty,) = self._spread(repeated, [repeated_by], pending)
             values = flat[index]
             # A token seen twice is written twice with one value: once penalized.
             flat[index] = torch.where(values > 0, values / penalty, values * penalty)
         if put_out:
-            index = self._index(put_out)
-            flat[index] = flat[index] - self._spread(presences, put_out)
-            flat.index_add_(0, index, -self._spread(frequencies, put_out))
+            index, (presence, frequency) = self._spread(put_out, [presences, frequencies], pending)
+            flat[index] = flat[index] - presence
+            flat.index_add_(0, index, -frequency)
 
-    def _index(self, ids: list[IntArray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(ids)).to(self._device, non_blocking=True)
+    def _spread(
+        self, tokens: list[tuple[int, IntArray]], weights: list[list[float]], pending: PendingTokens | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Where the rows' tokens lie in the flat logits, the pending ones too, and each row's weights at its tokens."""
+        rows = [i for i, _ in tokens]
+        ids = [known for _, known in tokens]
+        if pending is not None:
+            ids = [self._with_pending(known, i, pending) for i, known in tokens]
+        lengths = [len(part) for part in ids]
+        index = send(np.concatenate(ids), self._device)
+        if pending is not None:
+            index = resolve(index, pending.token_ids)
+        starts = np.repeat(np.array(rows, dtype=np.int64) * self._vocab_size, lengths)
+        spread = [np.repeat(np.array(values, dtype=np.float32), lengths) for values in weights]
+        return index + send(starts, self._device), [send(values, self._device) for values in spread]
 
-    def _spread(self, values: list[float], ids: list[IntArray]) -> Tensor:
-        spread = np.repeat(np.array(values, dtype=np.float32), [len(part) for part in ids])
-        return torch.from_numpy(spread).to(self._device, non_blocking=True)
+    @staticmethod
+    def _with_pending(known: IntArray, row: int, pending: PendingTokens) -> IntArray:
+        return np.append(known, pending.marks[row]) if pending.is_pending[row] else known
 
 
 class _Draws:
@@ -238,17 +278,17 @@ class _Draws:
 
     def __init__(self, rows: list[tuple[int, SamplingRow]], num_rows: int, device: torch.device) -> None:
         self._device = device
-        self._rows = torch.tensor([i for i, _ in rows], device=device)
+        self._numbers = np.array([i for i, _ in rows], dtype=np.int64)
+        self._rows = send(self._numbers, device)
         self._takes_all = len(rows) == num_rows
-        self._sequences = [row for _, row in rows]
         self._streams = np.array([row.stream for _, row in rows], dtype=np.uint64)
         temperatures = [row.params.temperature for _, row in rows]
-        self._temperatures = torch.tensor(temperatures, device=device)[:, None]
+        self._temperatures = _send(temperatures, np.float32, device)[:, None]
         self._is_tempered = set(temperatures) != {1.0}
         filtered = [(i, row.params) for i, (_, row) in enumerate(rows) if row.is_filtered]
         self._filter = _Filter(filtered, len(rows), device) if filtered else None
 
-    def draw_into(self, token_ids: Tensor, logits: Tensor) -> Tensor:
+    def draw_into(self, token_ids: Tensor, logits: Tensor, num_outputs: IntArray) -> Tensor:
         """Draw the rows' tokens into `token_ids`; returns each row's mass [num_drawn]."""
         mine = logits if self._takes_all else logits[self._rows]
         if self._is_tempered:
@@ -257,14 +297,14 @@ class _Draws:
         probs = mine.softmax(-1)
         if self._filter is not None:
             self._filter.apply(probs)
-        token_ids[self._rows], totals = _draw(probs, self._uniforms())
+        token_ids[self._rows], totals = _draw(probs, self._uniforms(num_outputs))
         return totals
 
-    def _uniforms(self) -> Tensor:
+    def _uniforms(self, num_outputs: IntArray) -> Tensor:
         """One number in [0, 1) a row: step `position` of SplitMix64 from the state `stream`."""
-        steps = np.array([row.num_output + 1 for row in self._sequences], dtype=np.uint64)
+        steps = num_outputs[self._numbers].astype(np.uint64) + np.uint64(1)
         uniforms = (_mix(self._streams + steps * _GOLDEN) >> np.uint64(11)) * 2.0**-53
-        return torch.from_numpy(uniforms).to(self._device, non_blocking=True)[:, None]
+        return send(uniforms, self._device)[:, None]
 
 
 class _Filter:
@@ -272,13 +312,13 @@ class _Filter:
 
     def __init__(self, rows: list[tuple[int, SamplingParams]], num_rows: int, device: torch.device) -> None:
         params = [p for _, p in rows]
-        self._rows = torch.tensor([i for i, _ in rows], device=device)
+        self._rows = _send([i for i, _ in rows], np.int64, device)
         self._takes_all = len(rows) == num_rows
-        self._min_p = torch.tensor([p.min_p for p in params], device=device)[:, None]
+        self._min_p = _send([p.min_p for p in params], np.float32, device)[:, None]
         self._has_min_p = any(p.min_p > 0.0 for p in params)
         top_ks = [p.top_k if p.top_k > 0 else torch.iinfo(torch.int64).max for p in params]
-        self._top_k = torch.tensor(top_ks, device=device)[:, None]
-        self._top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
+        self._top_k = _send(top_ks, np.int64, device)[:, None]
+        self._top_p = _send([p.top_p for p in params], np.float64, device)[:, None]
         self._has_top_p = any(p.top_p < 1.0 for p in params)
         self._has_top_k = any(p.top_k > 0 for p in params)
         self._largest_k = max(top_ks)
@@ -342,7 +382,7 @@ def _argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     if logits.device.type != "cpu" or logits.shape[1] % _CHUNK:
         return logits.max(-1)
     # [64, 8192] on one CPU core: 1.0 ms by max(), 0.1 ms in two levels.
-    chunks = logits.view(len(logits), -1, _CHUNK)
+    chunks = logits.view(len(logits), logits.shape[1] // _CHUNK, _CHUNK)
     highest, chunk = chunks.amax(-1).max(-1)
     return highest, chunk * _CHUNK + _take_chunk(chunks, chunk).argmax(-1)
 
@@ -377,6 +417,10 @@ def _raw_logprobs(raw: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
     log_total = raw.logsumexp(-1, keepdim=True)
     top = raw.topk(num_top)
     return [raw.gather(1, token_ids[:, None]) - log_total, top.indices, top.values - log_total]
+
+
+def _send(values: list[Any], dtype: npt.DTypeLike, device: torch.device) -> Tensor:
+    return send(np.array(values, dtype=dtype), device)
 
 
 def _ids_within(ids: Iterable[int], vocab_size: int) -> IntArray:

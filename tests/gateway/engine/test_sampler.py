@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gateway.engine.sampler import Sampler, SamplingRow, _draw, _Edits, _Filter
+from gateway.engine.pending import PendingTokens
+from gateway.engine.sampler import Sampler, SamplerOutput, SamplingRow, _draw, _Edits, _Filter
 from gateway.engine.sampling_params import SamplingParams
 
 CPU = torch.device("cpu")
@@ -29,6 +31,10 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def row(params: SamplingParams, prompt: Sequence[int] = (1, 2), outputs: Sequence[int] = (), index: int = 0) -> Any:
     return SamplingRow(params, [*prompt, *outputs], len(prompt), index)
+
+
+def sample(logits: torch.Tensor, rows: list[SamplingRow], eos: tuple[int, ...] = ()) -> SamplerOutput:
+    return Sampler(eos)(logits, rows).result()
 
 
 def random_logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
@@ -43,14 +49,15 @@ def filtered(logits: torch.Tensor, *params: SamplingParams) -> torch.Tensor:
 
 def edited(logits: torch.Tensor, rows: list[SamplingRow], eos: tuple[int, ...] = ()) -> torch.Tensor:
     logits = logits.clone()
-    _Edits(list(enumerate(rows)), logits.shape[1], CPU, eos).apply(logits)
+    num_outputs = np.array([one.num_output for one in rows])
+    _Edits(list(enumerate(rows)), logits.shape[1], CPU, eos).apply(logits, num_outputs, None)
     return logits
 
 
 def draws(logits: torch.Tensor, params: SamplingParams, count: int) -> Counter[int]:
     """`count` tokens from the same logits [vocab], ten positions of each of count / 10 sequences of one seed."""
     rows = [row(params, outputs=[0] * (i % 10), index=i // 10) for i in range(count)]
-    output = Sampler()(logits.expand(count, -1).clone(), rows)
+    output = sample(logits.expand(count, -1).clone(), rows)
     return Counter(output.token_ids)
 
 
@@ -76,7 +83,7 @@ def test_greedy_takes_the_first_of_the_largest(vocab_size: int) -> None:
     logits = random_logits(5, vocab_size)
     logits[0, [7, 40]] = 50.0
     expected = logits.argmax(-1).tolist()
-    output = Sampler()(logits, [row(GREEDY)] * 5)
+    output = sample(logits, [row(GREEDY)] * 5)
     assert output.token_ids == expected
     assert output.token_ids[0] == 7
     assert output.logprobs == [None] * 5
@@ -84,7 +91,7 @@ def test_greedy_takes_the_first_of_the_largest(vocab_size: int) -> None:
 
 
 def test_an_empty_batch_gives_an_empty_answer() -> None:
-    assert Sampler()(torch.empty(0, 64), []).token_ids == []
+    assert sample(torch.empty(0, 64), []).token_ids == []
 
 
 FILTERS = st.builds(
@@ -240,7 +247,7 @@ def test_penalties_follow_the_growing_sequence() -> None:
         ids = torch.tensor([one.token_ids])
         expected = RepetitionPenaltyLogitsProcessor(1.2)(ids, expected)
         expected -= 2.0 * torch.bincount(torch.tensor(one.token_ids[2:], dtype=torch.int64), minlength=70)
-        token = sampler(logits.clone(), [one]).token_ids[0]
+        token = sampler(logits.clone(), [one]).result().token_ids[0]
         # Repeated subtraction rounds otherwise than one product: equal up to that.
         assert expected[0, token] >= expected.max() - 1e-3
         one.token_ids.append(token)
@@ -263,7 +270,7 @@ def test_seeds_reproduce_and_do_not_depend_on_the_batch() -> None:
         rows.insert(mates // 2, one)
         sampler = Sampler()
         for _ in range(30):
-            output = sampler(torch.stack([logits] * len(rows)), rows)
+            output = sampler(torch.stack([logits] * len(rows)), rows).result()
             one.token_ids.append(output.token_ids[mates // 2])
         return one.token_ids
 
@@ -280,13 +287,13 @@ def test_seed_index_and_position_each_change_the_numbers() -> None:
         for index in range(4)
         for position in range(4)
     ]
-    tokens = Sampler()(logits.expand(len(variants), -1).clone(), variants).token_ids
+    tokens = sample(logits.expand(len(variants), -1).clone(), variants).token_ids
     assert len(set(tokens)) > 70  # 80 draws out of 4,096: about one pair meets by chance
 
 
 def test_sequences_without_a_seed_differ() -> None:
     rows = [row(SamplingParams()) for _ in range(50)]
-    assert len(set(Sampler()(torch.zeros(50, 4096), rows).token_ids)) > 40
+    assert len(set(sample(torch.zeros(50, 4096), rows).token_ids)) > 40
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -298,7 +305,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
         row(SamplingParams(top_k=2, logprobs=500, repetition_penalty=2.0)),
     ]
     expected = logits.log_softmax(-1)
-    output = Sampler()(logits.clone(), rows)
+    output = sample(logits.clone(), rows)
     assert output.token_ids[0] == 9
     assert output.logprobs[1] is None
     for i, count in ((0, 3), (2, 0), (3, 130)):
@@ -316,12 +323,12 @@ def test_bad_rows_are_named_and_others_unharmed(poison: float) -> None:
     logits = random_logits(5, 128)
     kinds = [GREEDY, SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.5, top_k=5, logprobs=2)]
     rows = [row(kind) for kind in (GREEDY, *kinds, kinds[2])]
-    expected = Sampler()(logits.clone(), rows).token_ids
+    expected = sample(logits.clone(), rows).token_ids
     if poison == -math.inf:
         logits[1:4] = poison
     else:
         logits[1:4, 77] = poison
-    output = Sampler()(logits, rows)
+    output = sample(logits, rows)
     assert output.bad_rows == [1, 2, 3]
     assert [output.token_ids[i] for i in (0, 4)] == [expected[i] for i in (0, 4)]
     assert all(0 <= token < 128 for token in output.token_ids)
@@ -338,9 +345,9 @@ def test_every_kind_of_row_shares_a_batch_as_if_alone() -> None:
     ]
     rows = [row(kind, prompt=[8, 9], outputs=[3, 5, 3]) for kind in kinds]
     logits = random_logits(len(rows), 640)
-    together = Sampler([2])(logits.clone(), rows)
+    together = sample(logits.clone(), rows, eos=(2,))
     for i, one in enumerate(rows):
-        alone = Sampler([2])(logits[i : i + 1].clone(), [one])
+        alone = sample(logits[i : i + 1].clone(), [one], eos=(2,))
         assert alone.token_ids == [together.token_ids[i]]
         assert alone.logprobs == [together.logprobs[i]]
 
@@ -349,9 +356,33 @@ def test_the_plan_is_made_anew_when_the_batch_changes() -> None:
     sampler = Sampler()
     logits = random_logits(2, 64)
     first, second = row(SamplingParams(temperature=0.0, logit_bias={3: 100.0})), row(GREEDY)
-    assert sampler(logits.clone(), [first, second]).token_ids[0] == 3
-    assert sampler(logits.clone(), [second, first]).token_ids[1] == 3
-    assert sampler(logits[:1].clone(), [second]).token_ids == logits[:1].argmax(-1).tolist()
+    assert sampler(logits.clone(), [first, second]).result().token_ids[0] == 3
+    assert sampler(logits.clone(), [second, first]).result().token_ids[1] == 3
+    assert sampler(logits[:1].clone(), [second]).result().token_ids == logits[:1].argmax(-1).tolist()
+
+
+def test_a_row_whose_last_token_is_pending_is_sampled_as_if_it_were_known() -> None:
+    kinds = [
+        GREEDY,
+        SamplingParams(seed=3, temperature=0.7),
+        SamplingParams(seed=4, min_tokens=4, stop_token_ids=(5, 6)),
+        SamplingParams(temperature=0.0, repetition_penalty=1.9, logit_bias={7: 1.0}),
+        SamplingParams(temperature=0.0, presence_penalty=2.0, frequency_penalty=-1.0, logprobs=3),
+        SamplingParams(seed=5, frequency_penalty=2.0, repetition_penalty=0.5, min_tokens=5),
+    ]
+    outputs = [[3, 5, 3], [9], [1, 2, 8, 6], [4, 4], [7, 7], [6, 2, 1, 1, 30]]
+    known = [row(kind, outputs=tokens) for kind, tokens in zip(kinds, outputs, strict=True)]
+    behind = [row(kind, outputs=tokens[:-1]) for kind, tokens in zip(kinds, outputs, strict=True)]
+    behind[3] = known[3]  # a mate that has just come in: the host knows all of it
+    logits = random_logits(len(kinds), 64) / 9
+    logits[4, 7] = logits[4].max() + 0.5  # penalized by 2 - 2 with the pending token, by 2 - 1 without
+    previous = torch.tensor([tokens[-1] for tokens in reversed(outputs)])
+    pending = PendingTokens(previous, np.array([5, 4, 3, -1, 1, 0]))
+    wanted = sample(logits.clone(), known, eos=(2,))
+    got = Sampler((2,))(logits.clone(), behind, pending).result()
+    assert got == wanted
+    forgetful = Sampler((2,))(logits.clone(), behind).result()
+    assert all(forgetful.token_ids[i] != wanted.token_ids[i] for i in (1, 2, 4, 5))
 
 
 @pytest.mark.gpu
@@ -359,7 +390,7 @@ def test_cuda_samples_as_the_cpu_does() -> None:
     kinds = [GREEDY, SamplingParams(seed=1), SamplingParams(seed=2, top_p=0.8, repetition_penalty=1.3, logprobs=4)]
     rows = [row(kind, outputs=[3, 4, 3]) for kind in kinds * 8]
     logits = random_logits(len(rows), 128_256)
-    host, device = Sampler()(logits.clone(), rows), Sampler()(logits.cuda(), rows)
+    host, device = sample(logits.clone(), rows), sample(logits.cuda(), rows)
     assert device.token_ids == host.token_ids
     for mine, other in zip(device.logprobs, host.logprobs, strict=True):
         assert (mine is None) == (other is None)
