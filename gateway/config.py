@@ -31,6 +31,8 @@ class EngineConfig:
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
+    overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
+        handed out one step later. None does so on CUDA alone.
     """
 
     base: str = "embedded"
@@ -53,6 +55,7 @@ class EngineConfig:
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
     enforce_eager: bool = False
+    overlap_steps: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -88,15 +88,15 @@ class BlockManager:
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
 
-    def seal(self, sequence: Sequence) -> None:
-        """Offer the sequence's computed full blocks to later prefixes."""
-        if not self.enable_prefix_caching:
+    def seal(self, sequence: Sequence, num_tokens: int) -> None:
+        """Offer the sequence's full blocks among its first `num_tokens` tokens, which are computed and known."""
+        num_full = num_tokens // self.block_size
+        if num_full <= sequence.num_sealed or not self.enable_prefix_caching:
             return
-        num_full = sequence.num_computed // self.block_size
         self._extend_hashes(sequence, num_full)
         for i in range(sequence.num_sealed, num_full):
             self._offer(sequence.block_table[i], sequence.block_hashes[i])
-        sequence.num_sealed = max(sequence.num_sealed, num_full)
+        sequence.num_sealed = num_full
 
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back from a sequence; its last blocks are reused first."""
@@ -104,7 +104,7 @@ class BlockManager:
             self._num_holders[block] -= 1
             if self._num_holders[block] == 0:
                 self._free[block] = None
-        sequence.block_table.clear()
+        sequence.block_table = []
         sequence.num_computed = sequence.num_sealed = 0
 
     def check_integrity(self) -> None:

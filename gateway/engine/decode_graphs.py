@@ -10,7 +10,8 @@ import torch
 
 from adapters_store.slots import AdapterSlots, num_pages_for
 from gateway.engine.kv_cache import KVCache
-from gateway.engine.sequence import Sequence
+from gateway.engine.pending import PendingTokens, resolve
+from gateway.engine.scheduler import Chunk
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
@@ -90,39 +91,45 @@ class DecodeGraphs:
                     logits = self._forward(size, has_adapters)
                 self._graphs[size, has_adapters] = graph, logits
 
-    def run(self, sequences: Seq[Sequence]) -> torch.Tensor | None:
-        """The fp32 logits [len(sequences), vocab] of one more token each, until the next call overwrites them.
+    def run(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor | None:
+        """The fp32 logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
 
         None where no graph fits: too many rows, or an adapter above the engine's highest rank.
         """
-        rows = len(sequences)
+        rows = len(chunks)
         size = next((size for size in self._sizes if size >= rows), None)
         if size is None:
             return None
-        token_slots = np.array([s.slot for s in sequences], np.int32)
+        token_slots = np.array([sequence.slot for sequence, _, _ in chunks], np.int32)
         has_adapters = bool((token_slots >= 0).any())
         if has_adapters and not self._fill_adapters(token_slots, size):
             return None
-        self._fill(sequences, size)
+        self._fill(chunks, size, pending)
         graph, logits = self._graphs[size, has_adapters]
         graph.replay()
         return logits[:rows]
 
-    def _fill(self, sequences: Seq[Sequence], size: int) -> None:
+    def _fill(self, chunks: Seq[Chunk], size: int, pending: PendingTokens | None) -> None:
         host, block_size = self._inputs.host, self._cache.block_size
-        rows = len(sequences)
-        positions = np.array([s.num_computed for s in sequences])
-        host["input_ids"][:rows] = [s.token_ids[s.num_computed] for s in sequences]
+        rows = len(chunks)
+        positions = np.array([start for _, start, _ in chunks])
+        host["input_ids"][:rows] = -1 if pending is None else pending.marks
+        for row in np.flatnonzero(host["input_ids"][:rows] == (-1 if pending is None else 0)).tolist():
+            sequence, start, _ = chunks[row]
+            host["input_ids"][row] = sequence.token_ids[start]
         host["positions"][:rows] = positions
         host["context_len"][:rows] = positions + 1
         host["context_len"][rows:size] = 0
         table = host["block_table"]
-        for row, sequence in enumerate(sequences):
+        for row, (sequence, _, _) in enumerate(chunks):
             table[row, : len(sequence.block_table)] = sequence.block_table
         blocks = table[np.arange(rows), positions // block_size].astype(np.int64)
         host["slot_mapping"][:rows] = blocks * block_size + positions % block_size
         host["slot_mapping"][rows:size] = self._cache.scratch_slot
         self._inputs.send(size, ["input_ids", "positions", "slot_mapping", "context_len", "block_table"])
+        if pending is not None:
+            ids = self._inputs.device["input_ids"][:rows]
+            ids.copy_(resolve(ids, pending.token_ids))
 
     def _fill_adapters(self, token_slots: npt.NDArray[np.int32], size: int) -> bool:
         """Write the routing; returns whether it fits."""

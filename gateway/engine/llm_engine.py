@@ -15,6 +15,7 @@ from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.in_flight import StepInFlight
 from gateway.engine.kv_cache import KVCache, num_cache_blocks
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.prompt import PromptEncoder
@@ -70,13 +71,15 @@ class LLMEngine:
         self._table = TokenTable(self.model.tokenizer.backend_tokenizer)
         self._slots = slots
         self._config = config
+        self._overlap = config.overlap_steps if config.overlap_steps is not None else decoder.device.type == "cuda"
+        self._in_flight: StepInFlight | None = None
         self._requests: dict[str, RunningRequest] = {}
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
+        """Whether any request is unfinished or any step in flight."""
         return self.scheduler.has_work
 
     @property
@@ -123,26 +126,33 @@ class LLMEngine:
             self._end(running, "cancelled", None, output)
 
     def abort_all(self, reason: FinishReason, error: BaseException | None) -> StepOutput:
-        """End every request."""
+        """End every request, also when the device has failed: a step in flight is dropped, not waited for."""
         output = StepOutput()
         for running in list(self._requests.values()):
             self._end(running, reason, error, output)
+        self._in_flight = None
+        self.scheduler.abandon()
         return output
 
     @torch.inference_mode()
     def step(self) -> StepOutput:
-        """Run one batch. Comes back without tokens while adapters load."""
-        scheduled = self.scheduler.schedule()
-        output = StepOutput(
-            num_tokens=scheduled.num_tokens,
-            num_sequences=len(scheduled.scheduled),
-            num_adapters=len({s.adapter.digest for s, _ in scheduled.scheduled if s.adapter is not None}),
-        )
-        for sequence, error in scheduled.failed:
-            self._end(sequence.request, "error", error, output)
+        """Run one batch. Comes back without tokens while adapters load.
+
+        With overlapping steps the batch is only launched, and the tokens are those of the one before. After an
+        exception the engine can only `abort_all`.
+        """
+        output = StepOutput()
+        scheduled = self._schedule(output)
+        if not scheduled.scheduled and self._in_flight is not None:
+            # What is to run next may depend on the tokens, or wait for the blocks, of the step in flight.
+            self._land(output)
+            scheduled = self._schedule(output)
         if scheduled.scheduled:
-            self._mark_scheduled(scheduled)
-            self._run(scheduled, output)
+            launched = self._launch(scheduled)
+            self._land(output)
+            self._in_flight = launched
+            if not self._overlap:
+                self._land(output)
         return output
 
     def stats(self) -> EngineStats:
@@ -176,28 +186,45 @@ class LLMEngine:
         """Stop the loader threads."""
         self.host_cache.close()
 
-    def _mark_scheduled(self, scheduled: SchedulerOutput) -> None:
+    def _schedule(self, output: StepOutput) -> SchedulerOutput:
+        scheduled = self.scheduler.schedule()
+        for sequence, error in scheduled.failed:
+            self._end(sequence.request, "error", error, output)
+        output.num_tokens = scheduled.num_tokens
+        output.num_sequences = len(scheduled.scheduled)
+        output.num_adapters = len({s.slot for s, _, _ in scheduled.scheduled} - {-1})
         now = time.monotonic()
-        for sequence, _ in scheduled.scheduled:
+        for sequence, start, _ in scheduled.scheduled:
             running = sequence.request
             if running.scheduled_at is None:
                 running.scheduled_at = now
-                running.num_cached = sequence.num_computed
+                running.num_cached = start
                 self._prompt_tokens += running.num_prompt
+        return scheduled
 
-    def _run(self, scheduled: SchedulerOutput, output: StepOutput) -> None:
-        logits = self.runner.execute(scheduled)
-        self.scheduler.update(scheduled)
-        if not scheduled.sampled:
+    def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
+        """Start a step on the device, behind the one in flight."""
+        rows, pending, sampled_pending = [s.sampling for s in scheduled.sampled], None, None
+        if self._in_flight is not None:
+            pending = self._in_flight.pending(sequence for sequence, _, _ in scheduled.scheduled)
+            sampled_pending = self._in_flight.pending(scheduled.sampled)
+        logits = self.runner.execute(scheduled, pending)
+        return StepInFlight(scheduled, self.sampler(logits, rows, sampled_pending))
+
+    def _land(self, output: StepOutput) -> None:
+        """Wait for the step in flight, if there is one, and hand out its tokens."""
+        if self._in_flight is None:
             return
-        sampled = self.sampler(logits, [sequence.sampling for sequence in scheduled.sampled]).result()
-        bad = set(sampled.bad_rows)
+        scheduled, result = self._in_flight.scheduled, self._in_flight.sampled.result()
+        self._in_flight = None
+        self.scheduler.update(scheduled)
+        bad = set(result.bad_rows)
         now = time.monotonic()
         for row, (sequence, token, logprob) in enumerate(
-            zip(scheduled.sampled, sampled.token_ids, sampled.logprobs, strict=True)
+            zip(scheduled.sampled, result.token_ids, result.logprobs, strict=True)
         ):
             if sequence.finished:
-                continue  # its request ended on an earlier row of this step
+                continue  # cancelled, or ended on an earlier row or by the step before
             if row in bad:
                 self._end(sequence.request, "error", _not_finite(sequence), output)
             else:

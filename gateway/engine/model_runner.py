@@ -10,8 +10,9 @@ import torch
 from adapters_store.slots import AdapterSlots
 from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.kv_cache import KVCache
-from gateway.engine.scheduler import SchedulerOutput
-from gateway.engine.sequence import Sequence
+from gateway.engine.pending import PendingTokens, resolve
+from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.transfers import send
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
@@ -48,55 +49,66 @@ class ModelRunner:
         )
         self._graphs.capture()
 
-    def execute(self, output: SchedulerOutput) -> torch.Tensor:
-        """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab]."""
+    def execute(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
+        """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab].
+
+        pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
+        """
         if self._graphs is not None and output.is_decode:
-            logits = self._graphs.run(output.sampled)
+            logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
                 return logits
-        return self.decoder(self._batch(output), self.cache.layers)
+        return self.decoder(self._batch(output, pending), self.cache.layers)
 
-    def _batch(self, output: SchedulerOutput) -> ForwardBatch:
-        scheduled = output.scheduled
+    def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:
+        chunks = output.scheduled
         device = self.decoder.device
-        query_lens = [num_tokens for _, num_tokens in scheduled]
-        input_ids, positions, slot_mapping = self._tokens(scheduled)
-        cos, sin = self.rotary.at(_to(positions, device))
+        query_lens = [chunk.num_tokens for chunk in chunks]
+        ends = [start + num_tokens for _, start, num_tokens in chunks]
+        positions, slot_mapping = self._places(chunks)
+        cos, sin = self.rotary.at(send(positions, device))
         self._attention = AttentionMetadata.build(
             query_lens,
-            [s.num_computed + n for s, n in scheduled],
-            [s.block_table for s, _ in scheduled],
+            ends,
+            [sequence.block_table for sequence, _, _ in chunks],
             self.cache.block_size,
             device,
             previous=self._attention,
         )
         return ForwardBatch(
-            input_ids=_to(input_ids, device),
-            slot_mapping=_to(slot_mapping, device),
+            input_ids=self._input_ids(chunks, pending),
+            slot_mapping=send(slot_mapping, device),
             attention=self._attention,
             cos=cos,
             sin=sin,
-            last_rows=_to(_last_rows(output, query_lens), device),
+            last_rows=send(_last_rows(output, query_lens), device),
             adapters=self.slots,
-            segments=self._segments([s for s, _ in scheduled], query_lens),
+            segments=self._segments(chunks, query_lens),
         )
 
-    def _tokens(self, scheduled: Seq[tuple[Sequence, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The step's token ids, positions and cache slots, each int64 [num_tokens]."""
+    def _input_ids(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor:
+        """The step's token ids, int64 [num_tokens], the pending ones taken where they are."""
         ids: list[int] = []
+        marks: list[int] = [] if pending is None else pending.marks.tolist()
+        for row, (sequence, start, num_tokens) in enumerate(chunks):
+            known = sequence.token_ids[start : start + num_tokens]
+            ids += known or [marks[row]]
+        on_device = send(np.array(ids, np.int64), self.decoder.device)
+        return on_device if pending is None else resolve(on_device, pending.token_ids)
+
+    def _places(self, chunks: Seq[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+        """The step's positions and cache slots, each int64 [num_tokens]."""
         positions: list[int] = []
         slots: list[int] = []
         size = self.cache.block_size
-        for sequence, num_tokens in scheduled:
-            first = sequence.num_computed
+        for sequence, start, num_tokens in chunks:
             table = sequence.block_table
-            ids.extend(sequence.token_ids[first : first + num_tokens])
-            positions.extend(range(first, first + num_tokens))
-            slots.extend(table[p // size] * size + p % size for p in range(first, first + num_tokens))
-        return np.array(ids, np.int64), np.array(positions, np.int64), np.array(slots, np.int64)
+            positions.extend(range(start, start + num_tokens))
+            slots.extend(table[p // size] * size + p % size for p in range(start, start + num_tokens))
+        return np.array(positions, np.int64), np.array(slots, np.int64)
 
-    def _segments(self, sequences: Seq[Sequence], query_lens: Seq[int]) -> LoRASegments | None:
-        slots = np.array([s.slot for s in sequences], np.int32)
+    def _segments(self, chunks: Seq[Chunk], query_lens: Seq[int]) -> LoRASegments | None:
+        slots = np.array([sequence.slot for sequence, _, _ in chunks], np.int32)
         if (slots < 0).all():
             return None
         pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
@@ -105,10 +117,6 @@ class ModelRunner:
 
 def _last_rows(output: SchedulerOutput, query_lens: Seq[int]) -> np.ndarray:
     """The row of each sampled sequence's last token: int64 [num_sampled]."""
-    sampled = set(map(id, output.sampled))
+    sampled = set(output.sampled)
     ends = np.cumsum(query_lens) - 1
-    return ends[[id(s) in sampled for s, _ in output.scheduled]].astype(np.int64)
-
-
-def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return ends[[sequence in sampled for sequence, _, _ in output.scheduled]].astype(np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.residency import AdapterResidency
@@ -11,26 +12,32 @@ from gateway.engine.block_manager import BlockManager
 from gateway.engine.sequence import Sequence, SequenceStatus
 
 
+class Chunk(NamedTuple):
+    """A sequence's part in one step: its tokens from `start` on."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class SchedulerOutput:
-    """One step's work: sequences with the number of tokens each runs, and those that can never run (to be ended).
+    """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
 
-    Sequences of one token (decode rows) come first. sampled: those whose last token is in this step, in row order.
+    number: of the step, counted from 1. Chunks of one token (decode rows) come first. sampled: the sequences whose
+    last token is in this step, in row order.
     """
 
-    scheduled: list[tuple[Sequence, int]] = field(default_factory=list)
+    number: int
+    scheduled: list[Chunk] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
+    num_tokens: int = 0
 
     @property
     def is_decode(self) -> bool:
         """Whether every sequence runs one token and samples the next."""
         return len(self.sampled) == len(self.scheduled) == self.num_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole step."""
-        return sum(num_tokens for _, num_tokens in self.scheduled)
 
 
 class Scheduler:
@@ -40,6 +47,10 @@ class Scheduler:
     still loading is passed over; one whose adapter finds every slot pinned holds back the adapters behind it, so that
     it cannot starve. When blocks run out the last admitted sequence is preempted: its blocks go back and
     it is computed again later.
+
+    A step may be scheduled while the one before is in flight, that is before its `update`. What a step in flight uses
+    stays as it is: nothing is preempted, and a sequence that ends gives its blocks and its pin back only when the last
+    step that it is in is done.
     """
 
     def __init__(
@@ -57,43 +68,60 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._num_scheduled = 0  # steps
+        self._num_done = 0
+        self._ended_in_flight: list[Sequence] = []
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence is unfinished."""
-        return bool(self.waiting or self.running)
+        """Whether any sequence is unfinished or in flight."""
+        return bool(self.waiting or self.running or self._ended_in_flight)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
 
     def schedule(self) -> SchedulerOutput:
-        """Take blocks and slots for the next step. May come back empty while adapters load."""
+        """Take blocks and slots for the next step, which the caller runs, and account for its tokens as computed.
+
+        May come back empty while adapters load, and while a step in flight must end before anything else can run.
+        """
         self.residency.poll()
         step: dict[Sequence, int] = {}
-        preempted = self._schedule_running(step)
-        output = SchedulerOutput()
-        if not preempted:
+        output = SchedulerOutput(self._num_scheduled + 1)
+        if self._schedule_running(step):
             self._admit(step, output)
-        output.scheduled = sorted(step.items(), key=lambda item: item[1] > 1)
-        output.sampled = [s for s, num_tokens in output.scheduled if num_tokens == s.num_uncomputed]
+        if step:
+            self._advance(step, output)
         return output
 
     def update(self, output: SchedulerOutput) -> None:
-        """Account for a step that has run: its tokens are in the cache."""
-        for sequence, num_tokens in output.scheduled:
-            sequence.num_computed += num_tokens
-            self.blocks.seal(sequence)
+        """Account for a step that is done, steps in their order: what it computed may be shared.
+
+        Called before the tokens that it sampled are appended to their sequences.
+        """
+        self._num_done = output.number
+        for sequence, start, num_tokens in output.scheduled:
+            if not sequence.finished:
+                self.blocks.seal(sequence, start + num_tokens)
+        self._release_ended()
+
+    def abandon(self) -> None:
+        """Account for steps in flight that nobody will `update`, after every sequence has been ended."""
+        assert not self.waiting
+        assert not self.running
+        self._num_done = self._num_scheduled
+        self._release_ended()
 
     def finish(self, sequence: Sequence) -> None:
-        """End a sequence at whatever stage it is; its blocks and its pin are free again."""
+        """End a sequence at whatever stage it is; its blocks and its pin are free when no step in flight uses them."""
         if sequence.status is SequenceStatus.RUNNING:
             self.running.remove(sequence)
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self.blocks.release(sequence)
-        self._unpin(sequence)
+        self._ended_in_flight.append(sequence)
+        self._release_ended()
 
     def check_integrity(self) -> None:
         """Assert that an idle scheduler holds nothing."""
@@ -102,22 +130,35 @@ class Scheduler:
         self.blocks.check_integrity()
 
     def _schedule_running(self, step: dict[Sequence, int]) -> bool:
-        """Fill `step` from the running sequences, decode first. True when any had to be preempted."""
-        preempted = False
+        """Fill `step` from the running sequences, decode first. False when blocks did not suffice for all of them.
+
+        `step` is empty then if a step is in flight: what the next one could take is known when that is done.
+        """
+        enough = True
         budget = self.max_num_batched_tokens
-        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed > 1):
+        for sequence in self._runnable():
             num_tokens = min(sequence.num_uncomputed, budget)
             if num_tokens == 0:
                 break
             while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
                 sequence, sequence.num_computed + num_tokens
             ):
+                enough = False
+                if self._num_done < self._num_scheduled:
+                    step.clear()
+                    return False
                 budget += self._preempt_last(step)
-                preempted = True
             if sequence.status is SequenceStatus.RUNNING:
                 step[sequence] = num_tokens
                 budget -= num_tokens
-        return preempted
+        return enough
+
+    def _runnable(self) -> list[Sequence]:
+        """The running sequences, decode first, without those whose last token is already in flight."""
+        runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
+        if any(s.num_uncomputed > 1 for s in runnable):
+            runnable.sort(key=lambda s: s.num_uncomputed > 1)
+        return runnable
 
     def _preempt_last(self, step: dict[Sequence, int]) -> int:
         """Send the last admitted sequence back to the queue's head. Returns the tokens it had in this step."""
@@ -151,6 +192,21 @@ class Scheduler:
             budget -= num_tokens
         self.waiting.extendleft(reversed(passed_over))
 
+    def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
+        """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
+        self._num_scheduled = output.number
+        output.num_tokens = sum(step.values())
+        chunks = list(step.items())
+        if output.num_tokens > len(chunks):
+            chunks.sort(key=lambda chunk: chunk[1] > 1)
+        for sequence, num_tokens in chunks:
+            output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
+            sequence.num_computed += num_tokens
+            sequence.last_step = output.number
+            if sequence.num_computed == sequence.num_tokens:
+                sequence.num_tokens += 1
+                output.sampled.append(sequence)
+
     @property
     def _reserve(self) -> int:
         """Blocks that admission leaves to the sequences already running, so that it does not cause preemption."""
@@ -173,6 +229,16 @@ class Scheduler:
     def _waits_for_room(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self.residency.is_waiting_for_room(sequence.adapter.digest)
 
+    def _release_ended(self) -> None:
+        """Take blocks and pins back from the ended sequences that no step in flight uses."""
+        ended, self._ended_in_flight = self._ended_in_flight, []
+        for sequence in ended:
+            if sequence.last_step > self._num_done:
+                self._ended_in_flight.append(sequence)
+            else:
+                self.blocks.release(sequence)
+                self._unpin(sequence)
+
     def _unpin(self, sequence: Sequence) -> None:
         if sequence.pinned and sequence.adapter is not None:
             self.residency.release(sequence.adapter.digest)
@@ -182,4 +248,7 @@ class Scheduler:
 def _waits_for_leader(sequence: Sequence) -> bool:
     """Whether the request's first sequence is still to compute the prompt that this one will find in the cache."""
     leader = sequence.request.sequences[0]
-    return sequence is not leader and not leader.finished and leader.num_computed < sequence.request.num_prompt
+    if sequence is leader or leader.finished:
+        return False
+    # Its first token is known when the step that computed the end of the prompt is done.
+    return leader.num_output == 0 or leader.num_computed < sequence.request.num_prompt

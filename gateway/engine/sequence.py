@@ -24,9 +24,11 @@ class SequenceStatus(Enum):
 class Sequence:
     """One of a request's `n` sequences; all of its state.
 
-    token_ids: prompt, then output. num_computed: tokens whose keys and values are in the cache. block_table: its cache
-    blocks; block_hashes: the chain over its full blocks, as far as hashed; num_sealed: how many of its blocks were
-    offered to other sequences. slot: the adapter's slot while pinned
+    token_ids: prompt, then output as far as the host knows it. num_tokens: these, and one more for each step in flight
+    that samples the sequence; max_tokens: the most there may be. num_computed: tokens whose keys and values are in the
+    cache, or will be after the steps in flight. last_step: the number of the last step that it is in.
+    block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
+    as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
     (-1: the bare base).
     """
 
@@ -37,12 +39,19 @@ class Sequence:
     sampling: SamplingRow
     detokenizer: IncrementalDetokenizer
     status: SequenceStatus = SequenceStatus.WAITING
+    num_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
     num_computed: int = 0
+    last_step: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_sealed: int = 0
     slot: int = -1
     pinned: bool = False
+
+    def __post_init__(self) -> None:
+        self.num_tokens = len(self.token_ids)
+        self.max_tokens = self.num_tokens + self.request.max_tokens
 
     @property
     def params(self) -> SamplingParams:
@@ -55,19 +64,14 @@ class Sequence:
         return self.request.request.adapter
 
     @property
-    def num_tokens(self) -> int:
-        """Prompt and output tokens so far."""
-        return len(self.token_ids)
-
-    @property
     def num_output(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, as far as the host knows them."""
         return len(self.token_ids) - self.request.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
         """Tokens that the next steps must run through the model; 1 for a decoding sequence."""
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
 
     @property
     def finished(self) -> bool:

@@ -41,8 +41,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return TinyWorld(base, {n: root / n for n in stored}, stored, blobs)
 
 
-@pytest.fixture
-def make_engine(world: TinyWorld) -> Iterator[Callable[..., LLMEngine]]:
+@pytest.fixture(params=[False, True], ids=["in_turn", "overlapping"])
+def make_engine(world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEngine]]:
+    """Builds engines whose steps run in turn, and ones whose steps overlap unless `settings` say otherwise."""
     engines: list[LLMEngine] = []
 
     def make(**settings: object) -> LLMEngine:
@@ -53,6 +54,7 @@ def make_engine(world: TinyWorld) -> Iterator[Callable[..., LLMEngine]]:
             "block_size": 4,
             "kv_cache_tokens": 2048,
             "num_adapter_slots": 4,
+            "overlap_steps": request.param,
         }
         engine = LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None)  # type: ignore[arg-type]
         engines.append(engine)

@@ -35,7 +35,7 @@ def compute(blocks: BlockManager, seq: Sequence) -> int:
     saved = blocks.adopt_prefix(seq)
     assert blocks.grow(seq, seq.num_tokens)
     seq.num_computed = seq.num_tokens
-    blocks.seal(seq)
+    blocks.seal(seq, seq.num_tokens)
     return saved
 
 
@@ -131,7 +131,7 @@ def test_random_use_keeps_the_books(table: TokenTable, data: st.DataObject) -> N
             blocks.adopt_prefix(seq)
             if blocks.grow(seq, seq.num_tokens):
                 seq.num_computed = seq.num_tokens
-                blocks.seal(seq)
+                blocks.seal(seq, seq.num_tokens)
                 live.append(seq)
             else:
                 blocks.release(seq)

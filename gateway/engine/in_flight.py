@@ -1,0 +1,27 @@
+"""A step that the device may still be running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gateway.engine.pending import PendingTokens
+from gateway.engine.sampler import Sampled
+from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """What was scheduled, and the tokens that it samples."""
+
+    scheduled: SchedulerOutput
+    sampled: Sampled
+
+    def pending(self, sequences: Iterable[Sequence]) -> PendingTokens | None:
+        """Where the next step's rows find their last tokens; None when this step samples for none of them."""
+        places = {sequence: place for place, sequence in enumerate(self.scheduled.sampled)}
+        sources = np.array([places.get(sequence, -1) for sequence in sequences], dtype=np.int64)
+        return PendingTokens(self.sampled.token_ids, sources) if (sources >= 0).any() else None
