@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     return TinyWorld(base, {n: root / n for n in stored}, stored, blobs)
 
 
-@pytest.fixture(params=[False, True], ids=["in_turn", "overlapping"])
-def make_engine(world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Callable[..., LLMEngine]]:
-    """Builds engines whose steps run in turn, and ones whose steps overlap unless `settings` say otherwise."""
+@pytest.fixture
+def build_engine(world: TinyWorld) -> Iterator[Callable[..., LLMEngine]]:
+    """Builds engines over the tiny base."""
     engines: list[LLMEngine] = []
 
     def make(**settings: object) -> LLMEngine:
@@ -54,7 +55,6 @@ def make_engine(world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Ca
             "block_size": 4,
             "kv_cache_tokens": 2048,
             "num_adapter_slots": 4,
-            "overlap_steps": request.param,
         }
         engine = LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None)  # type: ignore[arg-type]
         engines.append(engine)
@@ -63,3 +63,9 @@ def make_engine(world: TinyWorld, request: pytest.FixtureRequest) -> Iterator[Ca
     yield make
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture(params=[False, True], ids=["in_turn", "overlapping"])
+def make_engine(build_engine: Callable[..., LLMEngine], request: pytest.FixtureRequest) -> Callable[..., LLMEngine]:
+    """Builds engines whose steps run in turn, and in another run of the test ones whose steps overlap."""
+    return partial(build_engine, overlap_steps=request.param)
