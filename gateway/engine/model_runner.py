@@ -58,7 +58,7 @@ class ModelRunner:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
                 return logits
-        return self.decoder(self._batch(output, pending), self.cache.layers)
+        return self.decoder(self._batch(output, pending), self.cache.layers).float()
 
     def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:
         chunks = output.scheduled

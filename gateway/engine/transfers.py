@@ -10,13 +10,23 @@ from torch import Tensor
 
 
 def send(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """The array as a tensor on the device; on the CPU it shares the array's memory.
+    """The array as a tensor on the device; on the CPU it shares the array's memory."""
+    return _staged(values, device).to(device, non_blocking=True)
 
-    A copy from memory that is not pinned would make the host wait. Each call takes pinned memory of its own from
-    PyTorch's cache, which hands a piece out again only when the copies from it are done.
+
+def send_into(values: npt.NDArray[Any], target: Tensor) -> None:
+    """Copy the array into a tensor of its shape."""
+    target.copy_(_staged(values, target.device), non_blocking=True)
+
+
+def _staged(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy from memory that is not pinned would make the host wait.
+
+    Each call takes pinned memory of its own from PyTorch's cache, which hands a piece out again only when the copies
+    from it are done: an array may be changed, and sent again, while an earlier copy of it is still to be made.
     """
     host = torch.from_numpy(values)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 class HostCopy:

@@ -60,10 +60,10 @@ class Decoder:
         return self.embed_tokens.device
 
     def __call__(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
-        """The fp32 logits of `batch.last_rows`: [num_sampled, vocab]."""
+        """The logits of `batch.last_rows` in the decoder's dtype: [num_sampled, vocab]."""
         x, delta = F.embedding(batch.input_ids, self.embed_tokens), None
         for layer, cache in zip(self.layers, caches, strict=True):
             delta = layer(x, delta, batch, cache)
         if delta is not None and batch.last_rows is not None:
             x, delta = x[batch.last_rows], delta[batch.last_rows]
-        return self.lm_head(self.norm(x, delta)).float()
+        return self.lm_head(self.norm(x, delta))

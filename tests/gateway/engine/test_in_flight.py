@@ -218,7 +218,7 @@ def test_what_a_step_in_flight_uses_is_held_until_it_is_done(world: TinyWorld, b
 
 
 def test_a_prefix_is_shared_when_it_is_computed_and_not_before(build_engine: MakeEngine) -> None:
-    engine = build_engine(overlap_steps=True)
+    engine = build_engine(overlap_steps=True, max_num_batched_tokens=24)
 
     def schedule_with(name: str) -> tuple[SchedulerOutput, int]:
         """The next step, and where it starts on the new request's prompt."""
@@ -227,9 +227,13 @@ def test_a_prefix_is_shared_when_it_is_computed_and_not_before(build_engine: Mak
         output = engine.scheduler.schedule()
         return output, output.scheduled[-1].start
 
-    first, _ = schedule_with("first")
-    assert schedule_with("too early")[1] == 0
+    first, _ = schedule_with("first")  # its first 24 tokens
+    second, start = schedule_with("too early")  # the rest of the first
+    assert start == 0
     engine.scheduler.update(first)
+    _, start = schedule_with("better")
+    assert start == 24
+    engine.scheduler.update(second)
     assert schedule_with("late")[1] == 28
 
 
