@@ -85,9 +85,15 @@ class IncrementalDetokenizer:
         self._unchecked = params.min_tokens
         self._held = ""
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens make certain; empty once a stop string has ended the text."""
-        return "".join([self._push_one(token_id) for token_id in token_ids])
+    def push(self, token_id: int) -> str:
+        """The text that this token makes certain; empty once a stop string has ended the text."""
+        if self.stop_string is not None:
+            return ""
+        data = self._pending + self._next_piece(token_id)
+        text, consumed = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[consumed:]
+        self._unchecked -= 1
+        return self._release(text)
 
     def flush(self) -> str:
         """What is held back at the end: an unfinished stop string, U+FFFD for half a character."""
@@ -97,15 +103,6 @@ class IncrementalDetokenizer:
         text += self._held
         self._pending, self._held = b"", ""
         return text
-
-    def _push_one(self, token_id: int) -> str:
-        if self.stop_string is not None:
-            return ""
-        data = self._pending + self._next_piece(token_id)
-        text, consumed = codecs.utf_8_decode(data, "replace", False)
-        self._pending = data[consumed:]
-        self._unchecked -= 1
-        return self._release(text)
 
     def _next_piece(self, token_id: int) -> bytes:
         if token_id in self._skipped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +19,10 @@ class StepInFlight:
     scheduled: SchedulerOutput
     sampled: Sampled
 
-    def pending(self, sequences: Iterable[Sequence]) -> PendingTokens | None:
+    def pending(self, sequences: list[Sequence]) -> PendingTokens | None:
         """Where the next step's rows find their last tokens; None when this step samples for none of them."""
+        if sequences == self.scheduled.sampled:
+            return PendingTokens(self.sampled.token_ids, np.arange(len(sequences)))
         places = {sequence: place for place, sequence in enumerate(self.scheduled.sampled)}
         sources = np.array([places.get(sequence, -1) for sequence in sequences], dtype=np.int64)
         return PendingTokens(self.sampled.token_ids, sources) if (sources >= 0).any() else None

@@ -103,6 +103,9 @@ class LLMEngine:
             adapter.digest if adapter is not None else None,
             "" if shared else request.cache_salt,
         )
+        end_ids = frozenset(request.sampling.stop_token_ids)
+        if not request.sampling.ignore_eos:
+            end_ids |= frozenset(self.model.decoder.config.eos_token_ids)
         for index in range(request.sampling.n):
             token_ids = list(prompt)
             running.sequences.append(
@@ -113,6 +116,7 @@ class LLMEngine:
                     prefix_root=root,
                     sampling=SamplingRow(request.sampling, token_ids, len(prompt), index),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
+                    end_ids=end_ids,
                 )
             )
         self._requests[request.request_id] = running
@@ -206,7 +210,7 @@ class LLMEngine:
         """Start a step on the device, behind the one in flight."""
         rows, pending, sampled_pending = [s.sampling for s in scheduled.sampled], None, None
         if self._in_flight is not None:
-            pending = self._in_flight.pending(sequence for sequence, _, _ in scheduled.scheduled)
+            pending = self._in_flight.pending([sequence for sequence, _, _ in scheduled.scheduled])
             sampled_pending = self._in_flight.pending(scheduled.sampled)
         logits = self.runner.execute(scheduled, pending)
         return StepInFlight(scheduled, self.sampler(logits, rows, sampled_pending))
@@ -235,32 +239,24 @@ class LLMEngine:
     ) -> None:
         sequence.token_ids.append(token)
         self._generation_tokens += 1
-        _clock(sequence.request, now, output)
-        ended_by_id = self._ends(sequence, token)
-        text = "" if ended_by_id else sequence.detokenizer.push([token])
-        reason: FinishReason | None = None
-        if ended_by_id or sequence.detokenizer.stop_string is not None:
-            reason = "stop"
-        elif sequence.num_output >= sequence.request.max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += sequence.detokenizer.flush()
-            self.scheduler.finish(sequence)
-        delta = TokenDelta(sequence.request.request.request_id, sequence.index, text, [token])
-        if logprob is not None:
-            delta.logprobs.append(self._logprob(sequence, logprob))
-        delta.finish_reason = reason
+        running, detokenizer = sequence.request, sequence.detokenizer
+        _clock(running, now, output)
+        text = "" if token in sequence.end_ids else detokenizer.push(token)
+        delta = TokenDelta(running.request.request_id, sequence.index, text, [token])
         output.deltas.append(delta)
-        if reason is not None and sequence.request.finished:
-            self._close(sequence.request, delta, output)
+        if logprob is not None:
+            delta.logprobs.append(self._logprob(logprob))
+        if token in sequence.end_ids or detokenizer.stop_string is not None:
+            delta.finish_reason = "stop"
+        elif len(sequence.token_ids) >= sequence.max_tokens:
+            delta.finish_reason = "length"
+        if delta.finish_reason is not None:
+            delta.text += detokenizer.flush()
+            self.scheduler.finish(sequence)
+            if running.finished:
+                self._close(running, delta, output)
 
-    def _ends(self, sequence: Sequence, token: int) -> bool:
-        params = sequence.params
-        if token in params.stop_token_ids:
-            return True
-        return not params.ignore_eos and token in self.model.decoder.config.eos_token_ids
-
-    def _logprob(self, sequence: Sequence, raw: RawLogprob) -> TokenLogprob:
+    def _logprob(self, raw: RawLogprob) -> TokenLogprob:
         text = self._table.text
         top = tuple(
             (token_id, text(token_id), logprob) for token_id, logprob in zip(raw.top_ids, raw.top_logprobs, strict=True)

@@ -137,7 +137,7 @@ class Scheduler:
         enough = True
         budget = self.max_num_batched_tokens
         for sequence in self._runnable():
-            num_tokens = min(sequence.num_uncomputed, budget)
+            num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
             if num_tokens == 0:
                 break
             while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
@@ -156,7 +156,7 @@ class Scheduler:
     def _runnable(self) -> list[Sequence]:
         """The running sequences, decode first, without those whose last token is already in flight."""
         runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
-        if any(s.num_uncomputed > 1 for s in runnable):
+        if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
             runnable.sort(key=lambda s: s.num_uncomputed > 1)
         return runnable
 

@@ -24,9 +24,10 @@ class SequenceStatus(Enum):
 class Sequence:
     """One of a request's `n` sequences; all of its state.
 
-    token_ids: prompt, then output as far as the host knows it. num_tokens: these, and one more for each step in flight
-    that samples the sequence; max_tokens: the most there may be. num_computed: tokens whose keys and values are in the
-    cache, or will be after the steps in flight. last_step: the number of the last step that it is in.
+    token_ids: prompt, then output as far as the host knows it; end_ids: the tokens that end it. num_tokens: the length
+    of token_ids, and one for each step in flight that samples the sequence; max_tokens: the most that it may become.
+    num_computed: tokens whose keys and values are in the cache, or will be after the steps in flight. last_step: the
+    number of the last step that it is in.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
     (-1: the bare base).
@@ -38,6 +39,7 @@ class Sequence:
     prefix_root: bytes
     sampling: SamplingRow
     detokenizer: IncrementalDetokenizer
+    end_ids: frozenset[int] = frozenset()
     status: SequenceStatus = SequenceStatus.WAITING
     num_tokens: int = field(init=False)
     max_tokens: int = field(init=False)

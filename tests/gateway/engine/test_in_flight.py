@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gateway.engine.llm_engine import LLMEngine
@@ -133,6 +133,7 @@ CALLS = st.lists(
     max_examples=20,
     deadline=None,
     derandomize=True,
+    phases=set(Phase) - {Phase.shrink},  # which takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(calls=CALLS, chosen=st.fixed_dictionaries({name: st.sampled_from(v) for name, v in SETTINGS.items()}))
