@@ -161,21 +161,15 @@ class _Plan:
         raw = logits[self._logprob_index] if self._logprob_rows else None
         highest, token_ids = _argmax(logits)
         results = [highest, token_ids]
-        num_outputs = self._num_outputs(pending)
         if self._edits is not None:
-            self._edits.apply(logits, num_outputs, pending)
+            self._edits.apply(logits, pending)
         if self._greedy is not None:
             token_ids[self._greedy] = _argmax(logits[self._greedy])[1]
         if self._draws is not None:
-            results.append(self._draws.draw_into(token_ids, logits, num_outputs))
+            results.append(self._draws.draw_into(token_ids, logits, pending))
         if raw is not None:
             results += _raw_logprobs(raw, token_ids[self._logprob_index], self._num_top)
         return Sampled(self, token_ids, results)
-
-    def _num_outputs(self, pending: PendingTokens | None) -> IntArray:
-        """The number of tokens before the one to be sampled, those that are still pending included: [num_rows]."""
-        known = np.array([row.num_output for row in self.rows], dtype=np.int64)
-        return known if pending is None else known + pending.is_pending
 
     def unpack(self, parts: list[npt.NDArray[np.float64]]) -> SamplerOutput:
         is_finite = np.isfinite(parts[0])
@@ -220,12 +214,15 @@ class _Edits:
         ]
         self._penalized = [(i, row) for i, row in rows if row.is_penalized]
 
-    def apply(self, logits: Tensor, num_outputs: IntArray, pending: PendingTokens | None) -> None:
-        """Change logits [num_rows, vocab_size] in place; num_outputs: tokens of each row before this one."""
+    def apply(self, logits: Tensor, pending: PendingTokens | None) -> None:
+        """Change logits [num_rows, vocab_size] in place."""
         flat = logits.view(-1)
         if self._bias_index is not None:
             flat.index_add_(0, self._bias_index, self._bias)
-        forbidden = [ids for i, row, ids in self._enders if num_outputs[i] < row.params.min_tokens]
+        numbers = _num_outputs([(i, row) for i, row, _ in self._enders], pending)
+        forbidden = [
+            ids for (_, row, ids), number in zip(self._enders, numbers, strict=True) if number < row.params.min_tokens
+        ]
         if forbidden:
             flat.index_fill_(0, send(np.concatenate(forbidden), self._device), -torch.inf)
         self._penalize(flat, pending)
@@ -278,8 +275,8 @@ class _Draws:
 
     def __init__(self, rows: list[tuple[int, SamplingRow]], num_rows: int, device: torch.device) -> None:
         self._device = device
-        self._numbers = np.array([i for i, _ in rows], dtype=np.int64)
-        self._rows = send(self._numbers, device)
+        self._numbered = rows
+        self._rows = _send([i for i, _ in rows], np.int64, device)
         self._takes_all = len(rows) == num_rows
         self._streams = np.array([row.stream for _, row in rows], dtype=np.uint64)
         temperatures = [row.params.temperature for _, row in rows]
@@ -288,7 +285,7 @@ class _Draws:
         filtered = [(i, row.params) for i, (_, row) in enumerate(rows) if row.is_filtered]
         self._filter = _Filter(filtered, len(rows), device) if filtered else None
 
-    def draw_into(self, token_ids: Tensor, logits: Tensor, num_outputs: IntArray) -> Tensor:
+    def draw_into(self, token_ids: Tensor, logits: Tensor, pending: PendingTokens | None) -> Tensor:
         """Draw the rows' tokens into `token_ids`; returns each row's mass [num_drawn]."""
         mine = logits if self._takes_all else logits[self._rows]
         if self._is_tempered:
@@ -297,12 +294,12 @@ class _Draws:
         probs = mine.softmax(-1)
         if self._filter is not None:
             self._filter.apply(probs)
-        token_ids[self._rows], totals = _draw(probs, self._uniforms(num_outputs))
+        token_ids[self._rows], totals = _draw(probs, self._uniforms(pending))
         return totals
 
-    def _uniforms(self, num_outputs: IntArray) -> Tensor:
+    def _uniforms(self, pending: PendingTokens | None) -> Tensor:
         """One number in [0, 1) a row: step `position` of SplitMix64 from the state `stream`."""
-        steps = num_outputs[self._numbers].astype(np.uint64) + np.uint64(1)
+        steps = _num_outputs(self._numbered, pending).astype(np.uint64) + np.uint64(1)
         uniforms = (_mix(self._streams + steps * _GOLDEN) >> np.uint64(11)) * 2.0**-53
         return send(uniforms, self._device)[:, None]
 
@@ -417,6 +414,12 @@ def _raw_logprobs(raw: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
     log_total = raw.logsumexp(-1, keepdim=True)
     top = raw.topk(num_top)
     return [raw.gather(1, token_ids[:, None]) - log_total, top.indices, top.values - log_total]
+
+
+def _num_outputs(rows: list[tuple[int, SamplingRow]], pending: PendingTokens | None) -> IntArray:
+    """The number of tokens of each (place in the batch, row), a pending one included: int64 [len(rows)]."""
+    known = np.array([row.num_output for _, row in rows], dtype=np.int64)
+    return known if pending is None else known + pending.is_pending[[i for i, _ in rows]]
 
 
 def _send(values: list[Any], dtype: npt.DTypeLike, device: torch.device) -> Tensor:

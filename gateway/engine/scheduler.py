@@ -101,9 +101,11 @@ class Scheduler:
         Called before the tokens that it sampled are appended to their sequences.
         """
         self._num_done = output.number
+        size = self.blocks.block_size
         for sequence, start, num_tokens in output.scheduled:
-            if not sequence.finished:
-                self.blocks.seal(sequence, start + num_tokens)
+            end = start + num_tokens
+            if end // size > start // size and not sequence.finished:
+                self.blocks.seal(sequence, end)
         self._release_ended()
 
     def abandon(self) -> None:

@@ -122,6 +122,14 @@ def test_the_routing_is_built_when_rows_or_slots_change_and_only_then(
     assert len(built) == 2
 
 
+def test_without_rows_all_is_padding(make_engine: MakeEngine) -> None:
+    mirror = Mirror(make_engine())
+    mirror.inputs.fill([], None)
+    batch = mirror.inputs.batch(SIZE, has_adapters=False)
+    assert batch.attention.context_len.tolist() == [0] * SIZE
+    assert batch.slot_mapping.tolist() == [mirror.engine.runner.cache.scratch_slot] * SIZE
+
+
 def test_an_adapter_of_too_many_pages_does_not_fit(world: TinyWorld, build_engine: MakeEngine) -> None:
     engine = build_engine()
     add(engine, world, "r", 5, "b20", 3)

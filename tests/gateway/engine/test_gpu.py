@@ -73,13 +73,46 @@ def drift(a: dict[str, list[TokenLogprob]], b: dict[str, list[TokenLogprob]]) ->
     return worst, positions
 
 
-def test_the_embedded_base_gives_the_cpu_path_s_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_the_embedded_base_gives_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool
+) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     on_cpu = engine_with(blobs, "embedded", device="cpu")
     refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
     wanted = generate(on_cpu, refs, 48)
-    got = generate(engine_with(blobs, "embedded", device="cuda", dtype="float32"), refs, 48)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    got = generate(engine_with(blobs, "embedded", device="cuda", **settings), refs, 48)
     assert ids(got) == ids(wanted)
+
+
+def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda")
+    refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(4)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "logprobs": 5},
+        {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 90, "logit_bias": {7: 1.0}},
+    ]
+    for i in range(16):
+        # Rows end one by one, so that batches change on the way.
+        params = SamplingParams(**kinds[i % 4], max_tokens=100 + i, ignore_eos=True)
+        prompt = list(range(20 + i, 52 + 3 * i))
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i // 4]), prompt)
+    while engine.step().num_tokens != 16:
+        pass
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.check_integrity()
+    engine.close()
 
 
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,8 +49,7 @@ def filtered(logits: torch.Tensor, *params: SamplingParams) -> torch.Tensor:
 
 def edited(logits: torch.Tensor, rows: list[SamplingRow], eos: tuple[int, ...] = ()) -> torch.Tensor:
     logits = logits.clone()
-    num_outputs = np.array([one.num_output for one in rows])
-    _Edits(list(enumerate(rows)), logits.shape[1], CPU, eos).apply(logits, num_outputs, None)
+    _Edits(list(enumerate(rows)), logits.shape[1], CPU, eos).apply(logits, None)
     return logits
 
 
