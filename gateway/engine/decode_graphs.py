@@ -75,7 +75,7 @@ class DecodeGraphs:
         size = next((size for size in self._sizes if size >= rows), None)
         if size is None:
             return None
-        token_slots = np.array([sequence.slot for sequence, _, _ in chunks], np.int32)
+        token_slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
         has_adapters = bool((token_slots >= 0).any())
         if has_adapters and not self._inputs.route(token_slots, size):
             return None

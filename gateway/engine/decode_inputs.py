@@ -61,8 +61,8 @@ class DecodeInputs:
         A padding row attends to nothing and writes its key and value to the cache's scratch block.
         """
         rows, block_size = len(chunks), self._cache.block_size
-        tables = [sequence.block_table for sequence, _, _ in chunks]
-        positions = np.array([start for _, start, _ in chunks], np.int64)
+        tables = [chunk.sequence.block_table for chunk in chunks]
+        positions = np.array([chunk.start for chunk in chunks], np.int64)
         newest_blocks = np.array([table[-1] for table in tables], np.int64)
         self._numbers[:3, rows:] = 0
         self._numbers[3, rows:] = self._cache.scratch_slot

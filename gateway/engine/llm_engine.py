@@ -18,6 +18,7 @@ from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.in_flight import StepInFlight
 from gateway.engine.kv_cache import KVCache, num_cache_blocks
 from gateway.engine.model_runner import ModelRunner
+from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
@@ -196,7 +197,7 @@ class LLMEngine:
             self._end(sequence.request, "error", error, output)
         output.num_tokens = scheduled.num_tokens
         output.num_sequences = len(scheduled.scheduled)
-        output.num_adapters = len({s.slot for s, _, _ in scheduled.scheduled} - {-1})
+        output.num_adapters = len({chunk.sequence.slot for chunk in scheduled.scheduled} - {-1})
         now = time.monotonic()
         for sequence, start, _ in scheduled.scheduled:
             running = sequence.request
@@ -208,12 +209,12 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         """Start a step on the device, behind the one in flight."""
-        rows, pending, sampled_pending = [s.sampling for s in scheduled.sampled], None, None
-        if self._in_flight is not None:
-            pending = self._in_flight.pending([sequence for sequence, _, _ in scheduled.scheduled])
-            sampled_pending = self._in_flight.pending(scheduled.sampled)
-        logits = self.runner.execute(scheduled, pending)
-        return StepInFlight(scheduled, self.sampler(logits, rows, sampled_pending))
+        logits = self.runner.execute(scheduled, self._pending([chunk.sequence for chunk in scheduled.scheduled]))
+        rows = [sequence.sampling for sequence in scheduled.sampled]
+        return StepInFlight(scheduled, self.sampler(logits, rows, self._pending(scheduled.sampled)))
+
+    def _pending(self, sequences: list[Sequence]) -> PendingTokens | None:
+        return self._in_flight.pending(sequences) if self._in_flight is not None else None
 
     def _land(self, output: StepOutput) -> None:
         """Wait for the step in flight, if there is one, and hand out its tokens."""
