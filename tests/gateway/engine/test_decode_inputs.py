@@ -15,7 +15,7 @@ from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler import Chunk, SchedulerOutput
 from gateway.engine.stats import StepOutput
 from gateway.layers.forward_batch import ForwardBatch
 from lora_kernels.segments import Routing
@@ -51,6 +51,7 @@ class Mirror:
             self.inputs.fill(output.scheduled, pending)
             self.compare(self.inputs.batch(SIZE, has_adapters=adapted), wanted)
             self.seen.update(steps=1, adapted=adapted, pending=pending is not None)
+            self.seen["joined"] += pending is not None and not pending.is_pending.all()
         return wanted
 
     def compare(self, got: ForwardBatch, wanted: ForwardBatch) -> None:
@@ -92,17 +93,21 @@ def test_what_was_sent_before_and_what_changed_make_the_whole(
 ) -> None:
     mirror = mirrored(kv_cache_tokens=kv_cache_tokens, num_adapter_slots=2)
     engine = mirror.engine
+    for ref in world.refs.values():
+        engine.host_cache.get(ref.digest).result()  # so that every run schedules alike
     names = [None, "a4", "b20", "c8", "a4", None, "b20", None]
     for i, name in enumerate(names):
         add(engine, world, str(i), 5 + 3 * i, name, 6 + 10 * (i % 4))
         for _ in range(i % 3):
             engine.step()
     engine.cancel("1", StepOutput())
+    add(engine, world, "short", 1, None, 8)  # joins as a decode row whose token the host knows
     while engine.has_work:
         engine.step()
     assert mirror.seen["steps"] > 15
     assert mirror.seen["adapted"] > 5
     assert (mirror.seen["pending"] > 10) == engine._overlap
+    assert (mirror.seen["joined"] > 0) == engine._overlap
     assert (engine.stats().num_preemptions > 0) == (kv_cache_tokens == 80)
     assert engine.stats().adapter_evictions > 0
 
@@ -120,6 +125,22 @@ def test_the_routing_is_built_when_rows_or_slots_change_and_only_then(
             engine.step()
     assert mirror.seen["adapted"] > 20
     assert len(built) == 2
+
+
+def test_the_blocks_of_a_sequence_that_was_preempted_are_sent_anew(make_engine: MakeEngine, world: TinyWorld) -> None:
+    mirror = Mirror(make_engine())
+    engine, inputs = mirror.engine, mirror.inputs
+    add(engine, world, "r", 9, None, 3)
+    engine.step()
+    (sequence,) = engine.scheduler.running
+    before = list(sequence.block_table)
+    inputs.fill([Chunk(sequence, 8, 1)], None)
+    engine.blocks.release(sequence)
+    engine.blocks.grow(sequence, 9)
+    assert sequence.block_table != before
+    inputs.fill([Chunk(sequence, 8, 1)], None)
+    batch = inputs.batch(SIZE, has_adapters=False)
+    assert batch.attention.block_table[0, :3].tolist() == sequence.block_table
 
 
 def test_without_rows_all_is_padding(make_engine: MakeEngine) -> None:

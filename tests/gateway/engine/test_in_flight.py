@@ -181,6 +181,14 @@ def test_a_row_that_ends_by_length_is_not_run_again(build_engine: MakeEngine) ->
     assert done.num_rows == len(PROMPT) + 5
 
 
+def test_a_penalty_counts_the_token_in_flight(build_engine: MakeEngine) -> None:
+    # Three tokens take turns, as each is penalized more with every time that it comes.
+    sampling = GREEDY | {"max_tokens": 30, "frequency_penalty": 2.0, "logit_bias": {5: 90.0, 6: 90.0, 7: 90.0}}
+    in_turn, overlapping = (run(build_engine(overlap_steps=o), call(sampling)).tokens("r") for o in (False, True))
+    assert set(in_turn) == {5, 6, 7}
+    assert overlapping == in_turn
+
+
 @pytest.mark.parametrize("ends_by", ["stop id", "stop string"])
 def test_a_row_that_ends_by_its_token_while_its_next_step_is_in_flight_gives_no_more(
     build_engine: MakeEngine, ends_by: str
