@@ -14,13 +14,19 @@ from gateway.engine.pending import PendingTokens
 from gateway.engine.scheduler import Chunk
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
+from lora_kernels.nf4_lora import fuses
+from lora_kernels.segments import FEW_PAGES
 
 _MAX_ROWS = 512
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
 
 
 class DecodeGraphs:
-    """One graph a batch size, with adapters and without; a batch is padded to the next size."""
+    """Graphs of each batch size: without adapters, with few pages of them, and with many; a batch is padded to a size.
+
+    Few pages are multiplied with the base (`lora_kernels.nf4_lora`), which is fast and takes the longer the more pages
+    there may be; many have kernels of their own.
+    """
 
     def __init__(
         self,
@@ -36,6 +42,7 @@ class DecodeGraphs:
         self._decoder = decoder
         self._cache = cache
         self._sizes = _sizes(max_rows)
+        self._max_pages = num_pages_for(max_rank)
         self._inputs = DecodeInputs(
             cache,
             slots,
@@ -43,14 +50,14 @@ class DecodeGraphs:
             decoder.device,
             size=self._sizes[-1],
             max_blocks=-(-max_len // cache.block_size),
-            max_pages=num_pages_for(max_rank),
+            max_pages=self._max_pages,
             max_pending=max_rows,
         )
         # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 1.3 GB together.
         self._logits = torch.empty(
             self._sizes[-1], decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
         )
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and most pages
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -58,13 +65,13 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._inputs.fill([], None)
         for size in reversed(self._sizes):
-            for has_adapters in (True, False):
+            for most_pages in self._page_limits(size):
                 for _ in range(_WARM_UPS):
-                    self._forward(size, has_adapters)
+                    self._forward(size, most_pages)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._forward(size, has_adapters)
-                self._graphs[size, has_adapters] = graph
+                    self._forward(size, most_pages)
+                self._graphs[size, most_pages] = graph
 
     def run(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor | None:
         """The fp32 logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
@@ -76,15 +83,21 @@ class DecodeGraphs:
         if size is None:
             return None
         token_slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
-        has_adapters = bool((token_slots >= 0).any())
-        if has_adapters and not self._inputs.route(token_slots, size):
+        num_pages = self._inputs.route(token_slots, size) if (token_slots >= 0).any() else 0
+        if num_pages is None:
             return None
         self._inputs.fill(chunks, pending)
-        self._graphs[size, has_adapters].replay()
+        most_pages = next(limit for limit in self._page_limits(size) if limit >= num_pages)
+        self._graphs[size, most_pages].replay()
         return self._logits[:rows]
 
-    def _forward(self, size: int, has_adapters: bool) -> None:
-        batch = self._inputs.batch(size, has_adapters=has_adapters)
+    def _page_limits(self, size: int) -> list[int]:
+        """How many pages of adapters each of a size's graphs takes, ascending."""
+        most = size * self._max_pages
+        return [0, FEW_PAGES, most] if fuses(size, FEW_PAGES) and most > FEW_PAGES else [0, most]
+
+    def _forward(self, size: int, most_pages: int) -> None:
+        batch = self._inputs.batch(size, most_pages)
         self._logits[:size].copy_(self._decoder(batch, self._cache.layers))
 
 

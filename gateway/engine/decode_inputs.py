@@ -53,6 +53,7 @@ class DecodeInputs:
         self._last_tokens = torch.zeros(max_pending, dtype=torch.int64, device=device)
         self._query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._routed: tuple[bytes, tuple[int, ...]] | None = None
+        self._num_pages = 0
         self._routing = torch.zeros(fixed_size(size, max_pages), dtype=torch.int32, device=device)
 
     def fill(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> None:
@@ -75,25 +76,30 @@ class DecodeInputs:
         if pending is not None:
             self._last_tokens[: len(pending.token_ids)].copy_(pending.token_ids)
 
-    def route(self, token_slots: npt.NDArray[np.int32], size: int) -> bool:
-        """Send the routing of a step of `size` rows, the first of which have these slots; returns whether it fits.
+    def route(self, token_slots: npt.NDArray[np.int32], size: int) -> int | None:
+        """Send the routing of a step of `size` rows, the first of which have these slots.
+
+        Returns the pages of all their adapters; None when an adapter has too many.
 
         token_slots: int32 [num_rows], -1 for the bare base, not all of them.
         """
         used = sorted(set(token_slots.tolist()) - {-1})
         routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used)
         if routed == self._routed:
-            return True
+            return self._num_pages
         routing = Routing.of(token_slots, size, self._slots.slot_pages)
         if routing.max_pages > self._max_pages:
-            return False
+            return None
         packed = routing.packed(order_capacity(self._size))
         send_into(packed, self._routing[: len(packed)])
-        self._routed = routed
-        return True
+        self._routed, self._num_pages = routed, routing.num_pages
+        return self._num_pages
 
-    def batch(self, size: int, *, has_adapters: bool) -> ForwardBatch:
-        """The first `size` rows; made while a graph is recorded, it reads what `fill` and `route` have sent since."""
+    def batch(self, size: int, most_pages: int) -> ForwardBatch:
+        """The first `size` rows, whose adapters have no more than so many pages together.
+
+        Made while a graph is recorded, it reads what `fill` and `route` have sent since.
+        """
         marked_ids, positions, slot_mapping = self._numbers_there[1:, :size].long()
         cos, sin = self._rotary.at(positions)
         return ForwardBatch(
@@ -109,8 +115,8 @@ class DecodeInputs:
             sin=sin,
             last_rows=None,
             adapters=self._slots,
-            segments=LoRASegments.fixed(self._routing, size, self._size, self._max_pages, size * self._max_pages)
-            if has_adapters
+            segments=LoRASegments.fixed(self._routing, size, self._size, self._max_pages, most_pages)
+            if most_pages
             else None,
         )
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lora_kernels.cuda_nf4 import fused_plan, launch_wide, num_processors, readable
 from lora_kernels.nf4 import NF4Tiles
+from lora_kernels.nf4_lora import fuses
 from lora_kernels.nf4_plans import WidePlan
 from lora_kernels.nvrtc import tensor_map
-from lora_kernels.segments import FEW_PAGES, PAGE_RANK, SHORT_STEP, TILE_TOKENS, LoRASegments
+from lora_kernels.segments import PAGE_RANK, TILE_TOKENS, LoRASegments
 from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 
 _SHRINKERS = 3  # warps of a thread block that compute h
@@ -43,7 +44,7 @@ def nf4_lora_matmul_cuda(
 ) -> Tensor | None:
     """`lora_kernels.nf4_lora.nf4_lora_matmul` in one launch; None where that does not fit."""
     plan = fused_plan(x, weight)
-    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype or not _is_faster(len(x), segments.most_pages):
+    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype or not fuses(len(x), segments.most_pages):
         return None
     if len(slice_widths) > 3 or any(width % 64 for width in slice_widths[:-1]):  # a tile of rows is in one slice
         return None
@@ -53,14 +54,6 @@ def nf4_lora_matmul_cuda(
     out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
     launch_wide(plan, x, weight, bias, out, _adapters(plan, x, a_pages, b_pages, segments, slice_widths))
     return out
-
-
-def _is_faster(num_tokens: int, most_pages: int) -> bool:
-    """Than products of their own for the adapters; measured on one H200, at rank 16 and Llama-3.1-8B's shapes.
-
-    At 16 rows and fewer there is no time to hide a shrink in, and every page is columns for all rows.
-    """
-    return num_tokens > 16 and most_pages <= (FEW_PAGES if num_tokens <= SHORT_STEP else FEW_PAGES // 2)
 
 
 def _adapters(

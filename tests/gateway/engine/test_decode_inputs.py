@@ -47,9 +47,11 @@ class Mirror:
             slots = [sequence.slot for sequence, _, _ in output.scheduled]
             adapted = max(slots) >= 0
             if adapted:
-                assert self.inputs.route(torch.tensor(slots, dtype=torch.int32).numpy(), SIZE)
+                assert wanted.segments is not None
+                num_pages = self.inputs.route(torch.tensor(slots, dtype=torch.int32).numpy(), SIZE)
+                assert num_pages == wanted.segments.most_pages
             self.inputs.fill(output.scheduled, pending)
-            self.compare(self.inputs.batch(SIZE, has_adapters=adapted), wanted)
+            self.compare(self.inputs.batch(SIZE, 2 * SIZE if adapted else 0), wanted)
             self.seen.update(steps=1, adapted=adapted, pending=pending is not None)
             self.seen["joined"] += pending is not None and not pending.is_pending.all()
         return wanted
@@ -139,14 +141,14 @@ def test_the_blocks_of_a_sequence_that_was_preempted_are_sent_anew(make_engine: 
     engine.blocks.grow(sequence, 9)
     assert sequence.block_table != before
     inputs.fill([Chunk(sequence, 8, 1)], None)
-    batch = inputs.batch(SIZE, has_adapters=False)
+    batch = inputs.batch(SIZE, most_pages=0)
     assert batch.attention.block_table[0, :3].tolist() == sequence.block_table
 
 
 def test_without_rows_all_is_padding(make_engine: MakeEngine) -> None:
     mirror = Mirror(make_engine())
     mirror.inputs.fill([], None)
-    batch = mirror.inputs.batch(SIZE, has_adapters=False)
+    batch = mirror.inputs.batch(SIZE, most_pages=0)
     assert batch.attention.context_len.tolist() == [0] * SIZE
     assert batch.slot_mapping.tolist() == [mirror.engine.runner.cache.scratch_slot] * SIZE
 
@@ -162,4 +164,4 @@ def test_an_adapter_of_too_many_pages_does_not_fit(world: TinyWorld, build_engin
         size=SIZE, max_blocks=64, max_pages=1, max_pending=SIZE,
     )  # fmt: skip
     slots = torch.tensor([engine.scheduler.running[0].slot], dtype=torch.int32).numpy()
-    assert not inputs.route(slots, SIZE)
+    assert inputs.route(slots, SIZE) is None
