@@ -14,18 +14,18 @@ from gateway.engine.pending import PendingTokens
 from gateway.engine.scheduler import Chunk
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
-from lora_kernels.nf4_lora import fuses
-from lora_kernels.segments import FEW_PAGES
+from lora_kernels.nf4_lora import most_column_pages
 
 _MAX_ROWS = 512
+_SOME_PAGES = 64
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
 
 
 class DecodeGraphs:
-    """Graphs of each batch size: without adapters, with few pages of them, and with many; a batch is padded to a size.
+    """Graphs of each batch size, for steps of no, few, some and many pages of adapters; a batch is padded to a size.
 
-    Few pages are multiplied with the base (`lora_kernels.nf4_lora`), which is fast and takes the longer the more pages
-    there may be; many have kernels of their own.
+    What is done beside the base's product and what behind it (`lora_kernels.nf4_lora`) depends on how many pages there
+    may be.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DecodeGraphs:
     def _page_limits(self, size: int) -> list[int]:
         """How many pages of adapters each of a size's graphs takes, ascending."""
         most = size * self._max_pages
-        return [0, FEW_PAGES, most] if fuses(size, FEW_PAGES) and most > FEW_PAGES else [0, most]
+        return sorted({0, *(min(limit, most) for limit in (most_column_pages(size), _SOME_PAGES, most))})
 
     def _forward(self, size: int, most_pages: int) -> None:
         batch = self._inputs.batch(size, most_pages)

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from lora_kernels.cuda_nf4 import fused_plan, launch_wide, num_processors, readable
 from lora_kernels.nf4 import NF4Tiles
-from lora_kernels.nf4_lora import fuses
+from lora_kernels.nf4_lora import hides_shrink, most_column_pages
 from lora_kernels.nf4_plans import WidePlan
 from lora_kernels.nvrtc import tensor_map
 from lora_kernels.segments import PAGE_RANK, TILE_TOKENS, LoRASegments
+from lora_kernels.triton_expand import sgmv_expand_triton
 from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 
+_FEW_ROWS = 16  # whose product is too short to hide A x in
+_NOWHERE = 1 << 30
 _SHRINKERS = 3  # warps of a thread block that compute h
 _MOST_PARTS = 16  # of the inputs, that warps share
 _MOST_PIECES = 16384  # whose sums warps leave for each other
@@ -27,9 +30,11 @@ class _Adapters(ctypes.Structure):
     _fields_ = (
         ("h_map", ctypes.c_uint64 * 16),
         ("pages_map", ctypes.c_uint64 * 16),
-        *((name, ctypes.c_void_p) for name in ("x", "a", "h", "order", "table", "page_ids", "sums", "progress")),
+        *((name, ctypes.c_void_p) for name in ("x", "a", "h", "order", "table", "page_ids")),
+        *((name, ctypes.c_void_p) for name in ("sums", "progress", "planes")),
         *((name, ctypes.c_int) for name in ("stride_x", "slice_columns", "slices", "second", "third", "parts")),
-        ("padding", ctypes.c_int * 10),
+        *((name, ctypes.c_int) for name in ("plane_stride", "ranks")),
+        ("padding", ctypes.c_int * 6),
     )
 
 
@@ -42,55 +47,74 @@ def nf4_lora_matmul_cuda(
     segments: LoRASegments,
     slice_widths: tuple[int, ...],
 ) -> Tensor | None:
-    """`lora_kernels.nf4_lora.nf4_lora_matmul` in one launch; None where that does not fit."""
+    """`lora_kernels.nf4_lora.nf4_lora_matmul` with A x beside the base's product; None where that does not fit."""
     plan = fused_plan(x, weight)
-    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype or not fuses(len(x), segments.most_pages):
-        return None
-    if len(slice_widths) > 3 or any(width % 64 for width in slice_widths[:-1]):  # a tile of rows is in one slice
+    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype or len(x) <= _FEW_ROWS:
         return None
     x = readable(x)
-    if segments.routing.chunk_tokens > TILE_TOKENS:
-        sgmv_shrink_to_columns(x, a_pages, segments, segments.columns(len(slice_widths), x.dtype))
     out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
-    launch_wide(plan, x, weight, bias, out, _adapters(plan, x, a_pages, b_pages, segments, slice_widths))
+    is_whole = len(slice_widths) <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
+    adapters = _inputs(x, a_pages, segments)
+    if is_whole and segments.most_pages <= most_column_pages(len(x)):
+        _set_columns(adapters, plan, x, a_pages, b_pages, segments, slice_widths)
+        launch_wide(plan, x, weight, bias, out, adapters)
+        return out
+    if not hides_shrink(len(x), segments.most_pages, weight.shape[0], len(slice_widths)):
+        return None
+    h = _set_planes(adapters, a_pages, segments)
+    launch_wide(plan, x, weight, bias, out, adapters)
+    sgmv_expand_triton(h, b_pages, segments, out, slice_widths, y_first=False)
     return out
 
 
-def _adapters(
+def _inputs(x: Tensor, a_pages: Tensor, segments: LoRASegments) -> _Adapters:
+    routing = segments.routing
+    adapters = _Adapters(stride_x=x.stride(0), slices=a_pages.shape[1])
+    adapters.x, adapters.a = x.data_ptr(), a_pages.data_ptr()
+    adapters.order, adapters.table = routing.token_order.data_ptr(), routing.table.data_ptr()
+    adapters.page_ids = routing.page_ids.data_ptr()
+    sums, progress = _scratch(x.device)
+    adapters.sums, adapters.progress = sums.data_ptr(), progress.data_ptr()
+    return adapters
+
+
+def _set_columns(
+    adapters: _Adapters,
     plan: WidePlan,
     x: Tensor,
     a_pages: Tensor,
     b_pages: Tensor,
     segments: LoRASegments,
     slice_widths: tuple[int, ...],
-) -> _Adapters:
-    routing, num_slices = segments.routing, len(slice_widths)
-    h = segments.columns(num_slices, x.dtype)
-    second, third = (sum(slice_widths[: n + 1]) if n + 1 < num_slices else 1 << 30 for n in range(2))
-    sums, progress = _scratch(x.device)
-    return _Adapters(
-        tensor_map(h.flatten(1), plan.tokens, PAGE_RANK),
-        tensor_map(b_pages.flatten(0, 1), PAGE_RANK, 64),
-        *(
-            tensor.data_ptr()
-            for tensor in (x, a_pages, h, routing.token_order, routing.table, routing.page_ids, sums, progress)
-        ),
-        x.stride(0),
-        h.shape[2],
-        num_slices,
-        second,
-        third,
-        _num_parts(segments, num_slices, num_processors(x.device)),
-    )
+) -> None:
+    """h and B as columns beside those of x and W."""
+    h = segments.columns(len(slice_widths), x.dtype)
+    if segments.routing.chunk_tokens > TILE_TOKENS:
+        sgmv_shrink_to_columns(x, a_pages, segments, h)
+    else:
+        adapters.parts = _num_parts(segments, len(slice_widths), num_processors(x.device))
+    adapters.h_map = tensor_map(h.flatten(1), plan.tokens, PAGE_RANK)
+    adapters.pages_map = tensor_map(b_pages.flatten(0, 1), PAGE_RANK, 64)
+    adapters.h, adapters.slice_columns = h.data_ptr(), h.shape[2]
+    adapters.second = slice_widths[0] if len(slice_widths) > 1 else _NOWHERE
+    adapters.third = sum(slice_widths[:2]) if len(slice_widths) > 2 else _NOWHERE
+
+
+def _set_planes(adapters: _Adapters, a_pages: Tensor, segments: LoRASegments) -> Tensor:
+    """h as `sgmv_shrink` returns it."""
+    rows = min(segments.routing.most_rows, segments.num_tokens) * a_pages.shape[1]
+    warps = num_processors(a_pages.device) * _SHRINKERS
+    parts = min(range(1, 9), key=lambda parts: (-(-rows * parts // warps) / parts, parts))
+    shape = (parts, segments.num_tokens, a_pages.shape[1], segments.max_pages * PAGE_RANK)
+    h = torch.empty(shape, device=a_pages.device)
+    adapters.planes, adapters.parts, adapters.plane_stride, adapters.ranks = h.data_ptr(), parts, h.stride(0), shape[3]
+    return h
 
 
 def _num_parts(segments: LoRASegments, num_slices: int, processors: int) -> int:
     """Into how many parts the inputs of a piece are cut, to occupy all warps."""
-    routing = segments.routing
-    if routing.chunk_tokens > TILE_TOKENS:
-        return 0  # a launch before has computed them
-    chunks = -(-segments.num_tokens // routing.chunk_tokens)
-    most_rows = min(routing.most_rows, (chunks + segments.most_pages) * segments.max_pages)
+    chunks = -(-segments.num_tokens // TILE_TOKENS)
+    most_rows = min(segments.routing.most_rows, (chunks + segments.most_pages) * segments.max_pages)
     wanted = min(processors * _SHRINKERS // (chunks * num_slices), _MOST_PARTS)
     return max(min(wanted, _MOST_PIECES // (most_rows * num_slices)), 1)
 

@@ -6,12 +6,15 @@
 // are in memory, 16 bytes a lane: the order of inputs does not matter to a sum over them as long as it is the same in
 // both. Who has the last part adds the others' in a fixed order; it waits for pieces of lower number only, told by a
 // bit pattern that no sum has. Then it writes its tokens' columns of h and counts up; who reads h waits for the count.
+//
+// Where there are many pages, h is for a kernel behind (sgmv_expand) instead: each part is a plane of it, and nobody
+// waits.
 #pragma once
 
 constexpr int FIELDS = 8, NUM_ROWS = 1, NUM_PAGES = 4;   // of the routing table
 constexpr int PAGE_BYTES = 2048, H_BYTES = TOKENS * 32;  // of B for 64 rows of W, and of h
 constexpr int TILE = 16;                                 // tokens and ranks of the matrix unit
-constexpr int STEPS = FEW_REGISTERS > 64 ? 4 : 2;        // times 32 inputs on their way
+constexpr int STEPS = FEW_REGISTERS > 64 ? 4 : 2;        // times 32 inputs on their way, a half more of few tokens
 constexpr int PARTS_AT_ONCE = FEW_REGISTERS > 64 ? 5 : 3;
 constexpr int SHRINKERS = 3;  // warps of a thread block
 
@@ -21,6 +24,7 @@ constexpr int SHRINKERS = 3;  // warps of a thread block
 // page_ids: Routing's, of chunks of up to 16 tokens. sums: float4 [pieces, 2, 32], ABSENT before and after. progress:
 // the rows and slices of h that are there, and the blocks that will not ask any more; zeros before and after. second,
 // third: where these slices of W begin, multiples of 64. parts: 0 where h is there already.
+// planes: fp32 [parts, num_tokens, slices, ranks], as sgmv_shrink's, or null; plane_stride: numbers of a plane.
 struct Adapters {
     TensorMap h_map, pages_map;
     const u16 *x, *a;
@@ -28,7 +32,8 @@ struct Adapters {
     const int *order, *table, *page_ids;
     float4* sums;
     int* progress;
-    int stride_x, slice_columns, slices, second, third, parts;
+    float* planes;
+    int stride_x, slice_columns, slices, second, third, parts, plane_stride, ranks;
 
     __device__ __forceinline__ int slice(int row_tile) const {
         return (row_tile * 64 >= second) + (row_tile * 64 >= third);
@@ -61,8 +66,10 @@ __device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 page, int strip
                  : "memory");
 }
 
-// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of 32. from_x: of tokens
-// lane / 4 and that + 8, null for none; from_a: of these ranks; each at the lane's inputs.
+// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of 32, of which STEPS times
+// 32 are on their way at once. from_x: of the first HALVES times 8 tokens, lane / 4 and that + 8, null for none;
+// from_a: of these ranks; each at the lane's inputs.
+template <int HALVES, int STEPS>
 __device__ __forceinline__ void multiply_inputs(float (&sum)[2][4], const u16* const (&from_x)[2],
                                                 const u16* const (&from_a)[2], int begin, int end) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
@@ -74,7 +81,9 @@ __device__ __forceinline__ void multiply_inputs(float (&sum)[2][4], const u16* c
             for (int n = 0; n < 2; ++n) {
                 const int input = at + s * 32;
                 a[s][n] = from_a[n] && input < end ? load_once(from_a[n] + input) : zero;
-                x[s][n] = from_x[n] && input < end ? __ldcg(reinterpret_cast<const uint4*>(from_x[n] + input)) : zero;
+                x[s][n] = n < HALVES && from_x[n] && input < end
+                              ? __ldcg(reinterpret_cast<const uint4*>(from_x[n] + input))
+                              : zero;
             }
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
@@ -144,7 +153,21 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, int num_blocks,
         }
         wait_for_kernel_before();  // x is its result
         float sum[2][4] = {};
-        multiply_inputs(sum, from_x, from_a, begin, end);
+        if (length > 8)
+            multiply_inputs<2, STEPS>(sum, from_x, from_a, begin, end);
+        else
+            multiply_inputs<1, STEPS * 3 / 2>(sum, from_x, from_a, begin, end);
+        if (adapters.planes) {
+            float* plane = adapters.planes + part * adapters.plane_stride + slice * adapters.ranks + tail.y * TILE;
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int m = 0; m < 2; ++m)
+                    if (token[m] >= 0)
+                        *reinterpret_cast<float2*>(plane + token[m] * slices * adapters.ranks + n * 8 + lane % 4 * 2) =
+                            make_float2(sum[n][m * 2], sum[n][m * 2 + 1]);
+            continue;
+        }
         float4* mine = adapters.sums + (long long)piece * 64 + lane;
         if (part != parts - 1) {
 #pragma unroll

@@ -34,8 +34,9 @@ def nf4_lora_matmul(
     """y = x W^T + b + B (A x) in x's dtype [num_tokens, out].
 
     x, weight, bias: `nf4_matmul`'s. a_pages, b_pages, segments, slice_widths: `sgmv_shrink`'s and `sgmv_expand`'s, in
-    x's dtype; every number of b_pages is finite. On Hopper a step of few pages is one product, [x | A x] [W | B]^T,
-    which rounds once; elsewhere the base's product, a shrink and an expand.
+    x's dtype; every number of b_pages is finite. On Hopper A x is computed beside the base's product; few pages are
+    columns of that, [x | A x] [W | B]^T, rounded once, others an expand behind it. Elsewhere: the base's product, a
+    shrink and an expand.
     """
     if x.is_cuda:
         from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
@@ -48,10 +49,18 @@ def nf4_lora_matmul(
     return y
 
 
-def fuses(num_tokens: int, most_pages: int) -> bool:
-    """Whether one product for the base and so many pages is faster than two, where it can be had.
+def most_column_pages(num_tokens: int) -> int:
+    """Up to how many pages are multiplied as columns beside the base's; measured on one H200, at Llama-3.1-8B's shapes.
 
-    Measured on one H200, at rank 16 and Llama-3.1-8B's shapes: every page is columns for all rows, and at 16 rows and
-    fewer there is no time in which to hide A x.
+    Every page is columns for all rows, so that more pages have a kernel of their own.
     """
-    return num_tokens > 16 and most_pages <= (FEW_PAGES if num_tokens <= SHORT_STEP else FEW_PAGES // 2)
+    return FEW_PAGES if num_tokens <= SHORT_STEP else FEW_PAGES // 2
+
+
+def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices: int) -> bool:
+    """Whether A x of so many pages takes no longer than the base's product beside which it is computed.
+
+    Measured likewise: the warps that compute it read about 0.9 TB/s, and the product takes 0.14 + 0.0024 us a row for
+    a million weights, 3 us at least.
+    """
+    return num_tokens <= SHORT_STEP // 2 and num_slices * most_pages * 11_000 <= out_features * (num_tokens + 110)

@@ -225,7 +225,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         return;
     }
     fill_table(codes, thread, CONSUMERS + 32);
-    const int num_pages = adapters.table[NUM_PAGES], page_stages = (num_pages + STAGE_BLOCKS - 1) / STAGE_BLOCKS;
+    const int num_pages = adapters.planes ? 0 : adapters.table[NUM_PAGES];
+    const int page_stages = (num_pages + STAGE_BLOCKS - 1) / STAGE_BLOCKS;
     int* page_ids = reinterpret_cast<int*>(shared + PAGES);
     if (thread < page_stages * STAGE_BLOCKS) page_ids[thread] = adapters.page_ids[min(thread, num_pages - 1)];
 #else

@@ -52,6 +52,7 @@ def _expand_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    Y_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y[tokens of the chunk, columns] += sum over its pages of f(h[tokens, slice, page]) B[page, :, columns].
@@ -70,6 +71,8 @@ def _expand_kernel(
         + (WIDTH_2 + TILES_OUT - 1) // TILES_OUT
     )
     pass_on(PDL)
+    if not Y_FIRST:  # y is the result of the kernel in front
+        wait(PDL)
     num_vectors = tl.load(table_ptr + NUM_VECTORS)
     vector_items = num_vectors * VECTOR_TILES
     items = vector_items + (tl.load(table_ptr + NUM_CHUNKS) - num_vectors) * (TILES * (CHUNK // ROWS))
@@ -362,8 +365,10 @@ def sgmv_expand_triton(
     b_scales: Tensor | None = None,
     bias_pages: Tensor | None = None,
     activation: str = "none",
+    *,
+    y_first: bool = True,
 ) -> None:
-    """`lora_kernels.sgmv.sgmv_expand`."""
+    """`lora_kernels.sgmv.sgmv_expand`. y_first: y was there before the kernel in front began."""
     assert len(slice_widths) <= 3, "at most three linears are fused"
     routing = segments.routing
     config = _expand_config(y, routing.chunk_tokens)
@@ -396,6 +401,7 @@ def sgmv_expand_triton(
         ACTIVATION=activation,
         HAS_BIAS=bias_pages is not None,
         HAS_SCALES=b_scales is not None,
+        Y_FIRST=y_first,
         PDL=pdl,
         num_warps=NUM_WARPS,
         maxnreg=config.registers,

@@ -35,7 +35,7 @@ build(triton_nf4._unpack_kernel, nf4, {"BLOCKS": 32}, 4)
 sgmv = {"order_ptr": "*i32", "table_ptr": "*i32", "h_ptr": "*fp32"}
 sgmv |= {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
 flags = {"PDL": CAPABILITY >= 90, "HAS_SCALES": False, "HAS_BIAS": False, "ACTIVATION": "none"}
-flags |= {"scale_ptr": None, "bias_ptr": None}
+flags |= {"scale_ptr": None, "bias_ptr": None, "Y_FIRST": True}
 for chunk, shrink, expand in (
     (16, triton_shrink._SHRINK_FEW, triton_expand._EXPAND_SHORT),
     (16, triton_shrink._SHRINK_MANY, triton_expand._EXPAND_SHORT),
@@ -48,6 +48,8 @@ for chunk, shrink, expand in (
     sizes = flags | {"WIDTH_0": 4096, "WIDTH_1": 1024, "WIDTH_2": 1024, "CHUNK": chunk, "ROWS": min(chunk, 32)}
     sizes |= {"VECTOR_OUT": expand.vector_out, "TILE_OUT": expand.tile_out, "TILES_OUT": expand.tiles_out, "PLANES": 8}
     build(triton_expand._expand_kernel, sgmv, sizes, 4)
+sizes = flags | {"NUM_SLICES": 3, "PLANES": 2, "CHUNK": 64}
+build(triton_shrink._columns_kernel, sgmv | {"out_ptr": "*bf16"}, sizes, 4)
 
 from lora_kernels import triton_activation, triton_norm, triton_rotary, triton_vectors
 norm, gate = triton_norm._rms_norm_kernel, triton_activation._silu_mul_kernel

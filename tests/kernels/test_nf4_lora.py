@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
-from lora_kernels.nf4_lora import nf4_lora_matmul, nf4_lora_matmul_ref
+from lora_kernels.nf4_lora import hides_shrink, most_column_pages, nf4_lora_matmul, nf4_lora_matmul_ref
 from lora_kernels.segments import FEW_PAGES, FIELDS, PAGE_RANK, AdapterPages, LoRASegments, Routing, order_capacity
 from tests.kernels.error_rule import assert_as_exact
 
@@ -80,6 +81,14 @@ def test_a_routing_names_every_page_once_and_where_it_is(slots: list[int]) -> No
     assert (packed[order_capacity(len(slots)) + FEW_PAGES :].reshape(-1, FIELDS) == routing.table).all()
 
 
+def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
+    assert most_column_pages(64) > most_column_pages(2048) > 0
+    assert hides_shrink(64, 64, 28672, 2)
+    assert not hides_shrink(64, 64, 6144, 3)
+    assert hides_shrink(256, 64, 6144, 3)
+    assert not hides_shrink(1024, 1, 28672, 2)
+
+
 def test_the_columns_of_a_step_are_zeros_once_and_shared_by_all_layers() -> None:
     segments = _segments([0, 1, -1], "cpu")
     columns = segments.columns(2, torch.float32)
@@ -102,29 +111,34 @@ LAYOUTS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("num_tokens", [17, 64, 130, 512, 600])
+@pytest.mark.parametrize(
+    ("way", "num_tokens"),
+    [*(("columns", rows) for rows in (17, 64, 130, 512, 600)), *(("planes", rows) for rows in (17, 64, 300))],
+)
 @pytest.mark.parametrize(
     ("widths", "in_features"), [((256, 64, 64), 4096), ((320,), 512), ((1000,), 1024), ((128, 192), 896)], ids=str
 )
-def test_one_launch_is_as_exact_as_the_plain_path_and_gives_equal_bits(
-    widths: tuple[int, ...], in_features: int, num_tokens: int, layout, dtype: torch.dtype
-) -> None:
-    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+def test_a_shrink_beside_the_base_is_as_exact_as_the_plain_path_and_gives_equal_bits(
+    widths: tuple[int, ...], in_features: int, way: str, num_tokens: int, layout: Callable[[int], list[int]],
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from lora_kernels import cuda_nf4_lora
 
+    monkeypatch.setattr(cuda_nf4_lora, "most_column_pages", lambda _: 16 if way == "columns" else 0)
+    monkeypatch.setattr(cuda_nf4_lora, "hides_shrink", lambda *_: way == "planes")
     torch.manual_seed(0)
     slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
     a, b = (pool.cuda() for pool in _pools(in_features, widths, dtype))
     x, bias = torch.randn(num_tokens, in_features).to(dtype).cuda(), torch.randn(sum(widths)).to(dtype).cuda()
-    segments = _segments(slots, "cuda")
-    y = nf4_lora_matmul_cuda(x, weight, bias, a, b, segments, widths)
-    if y is None:
-        assert segments.most_pages > (FEW_PAGES if num_tokens <= 512 else FEW_PAGES // 2)
-        return
+    results = [
+        cuda_nf4_lora.nf4_lora_matmul_cuda(x, weight, bias, a, b, _segments(slots, "cuda"), widths) for _ in range(4)
+    ]
+    y = results[0]
+    assert y is not None
     plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), bias.cpu(), a.cpu(), b.cpu(),
                                 _segments(slots, "cpu"), widths)  # fmt: skip
     assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths) + bias.double().cpu())
-    for _ in range(4):
-        assert torch.equal(nf4_lora_matmul_cuda(x, weight, bias, a, b, segments, widths), y)
+    assert all(torch.equal(result, y) for result in results if result is not None)
 
 
 @pytest.mark.gpu
