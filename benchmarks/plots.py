@@ -69,7 +69,8 @@ def main() -> None:
 
 
 def _rows(rows: str, system: str) -> str | None:
-    return f"{rows} rows" if system == "patchbay" and rows in ("64", "256") else None
+    how = {"patchbay": "added to the base's products", "sgmv": "shrinks and expands by themselves"}.get(system)
+    return f"{rows} rows, {how}" if how and rows in ("64", "256") else None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import lora_kernels
-from benchmarks.kernels.nf4 import SHAPES
+from benchmarks.kernels.nf4 import SHAPES, random_tiles
 from benchmarks.kernels.timing import copies, measure
 from lora_kernels.cuda_nf4 import nf4_matmul_by, unpack_nf4_tiles
 from lora_kernels.nf4 import NF4Tiles
@@ -82,15 +82,10 @@ def main() -> None:
     capability = torch.cuda.get_device_capability()
     lines = [line for line in json.loads(TABLE.read_text()) if tuple(line["capability"]) != capability]
     for shape in SHAPES.values():
-        weights = [_random_tiles(shape) for _ in range(copies(shape[0] * shape[1] // 2))]
+        weights = [random_tiles(shape) for _ in range(copies(shape[0] * shape[1] // 2))]
         lines += [entry(best(n, weights, capability), n, shape, capability) for n in NUM_TOKENS]
     lines.sort(key=lambda line: (line["capability"], line["tokens_up_to"]))
     TABLE.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n")
-
-
-def _random_tiles(shape: tuple[int, int]) -> NF4Tiles:
-    packed = torch.randint(0, 256, (shape[0], shape[1] // 64, 32), dtype=torch.uint8, device="cuda")
-    return NF4Tiles.of(packed, torch.rand(shape[0], shape[1] // 64, device="cuda") * 0.05)
 
 
 if __name__ == "__main__":

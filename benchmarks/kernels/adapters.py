@@ -1,4 +1,8 @@
-"""The adapters' shrinks and expands of one layer: four of each, the seven linears of Llama-3.1-8B."""
+"""The adapters of one layer: the seven linears of Llama-3.1-8B, four of which share an input or stand alone.
+
+`us_per_layer` is what they add to the four NF4 products, as the engine runs them; of system "sgmv", what four shrinks
+and four expands take by themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.nf4 import random_tiles
 from benchmarks.kernels.timing import (
     SUBJECT,
     Launch,
@@ -24,6 +29,8 @@ from benchmarks.kernels.timing import (
     report_ratio,
 )
 from benchmarks.record import record
+from lora_kernels.nf4 import NF4Tiles, nf4_matmul
+from lora_kernels.nf4_lora import nf4_lora_matmul
 from lora_kernels.segments import PAGE_RANK, AdapterPages, LoRASegments
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
@@ -35,6 +42,7 @@ GROUPS = {
 }
 """Linears that share an input: its width, and theirs."""
 ITEMSIZE = 2  # bf16
+NF4_BYTES = sum(width * sum(widths) for width, widths in GROUPS.values()) * 9 // 16  # of a layer's base
 RANK = 16
 DISTINCT = (1, 4, 16, 64, 256)
 US_TARGETS = {"adapters 64x1 r16": 12.0, "adapters 256x1 r16": 16.0}
@@ -141,9 +149,29 @@ def adapter_loop(layer: Layer, step: Step) -> Launch:
 
 
 def time_step(step: Step) -> Timing:
-    """Microseconds a layer."""
+    """Microseconds of a layer's shrinks and expands."""
     segments = step.segments()
     return measure([kernels(layer, segments) for layer in layers(step)])
+
+
+def time_added(step: Step) -> Timing:
+    """Microseconds that the adapters add to a layer's NF4 products; both measured in turn, each the median of three."""
+    segments, held = step.segments(), layers(step)
+    held = [held[at % len(held)] for at in range(max(len(held), copies(NF4_BYTES)))]
+    bases = [{name: random_tiles((sum(widths), width)) for name, (width, widths) in GROUPS.items()} for _ in held]
+
+    def base(layer: Layer, weights: dict[str, NF4Tiles]) -> None:
+        for name, (x, *_) in layer.groups.items():
+            nf4_matmul(x, weights[name])
+
+    def both(layer: Layer, weights: dict[str, NF4Tiles]) -> None:
+        for name, (x, _, a, b) in layer.groups.items():
+            nf4_lora_matmul(x, weights[name], None, a, b, segments, GROUPS[name][1])
+
+    pairs = list(zip(held, bases, strict=True))
+    rounds = [[measure([partial(launch, *pair) for pair in pairs]).us for launch in (base, both)] for _ in range(3)]
+    added = sorted(with_adapters - alone for alone, with_adapters in rounds)
+    return Timing(added[1], (added[2] - added[0]) / max(added[1], 1e-9))
 
 
 def one_rank(step: Step) -> Step:
@@ -151,28 +179,40 @@ def one_rank(step: Step) -> Step:
     return Step(step.slots, (round(sum(step.ranks) / len(step.ranks)),) * len(step.ranks))
 
 
-def prefill_us() -> tuple[float, float]:
-    """Four segments of 1,024 tokens: microseconds of a layer's linears in bf16 cuBLAS, alone and with adapters.
+def prefill() -> None:
+    """Four segments of 1,024 tokens: what adapters add to a layer's linears, NF4 as in the engine, and bf16 by cuBLAS.
 
     Measured in turn, since the card's clock falls under such a load; each the median of five.
     """
     step = spread(4096, [RANK] * 4)
     segments, held = step.segments(), layers(step)[:2]
-    weights = {
+    packed = {name: random_tiles((sum(widths), width)) for name, (width, widths) in GROUPS.items()}
+    dense = {
         name: torch.randn(sum(widths), width_in, device="cuda", dtype=torch.bfloat16) / width_in**0.5
         for name, (width_in, widths) in GROUPS.items()
     }
 
-    def launch(layer: Layer, *, adapted: bool) -> None:
+    def nf4(layer: Layer, *, adapted: bool) -> None:
+        for name, (x, _, a, b) in layer.groups.items():
+            if adapted:
+                nf4_lora_matmul(x, packed[name], None, a, b, segments, GROUPS[name][1])
+            else:
+                nf4_matmul(x, packed[name])
+
+    def bf16(layer: Layer, *, adapted: bool) -> None:
         for name, (x, y, a, b) in layer.groups.items():
-            torch.mm(x, weights[name].T, out=y)
+            torch.mm(x, dense[name].T, out=y)
             if adapted:
                 sgmv_expand(sgmv_shrink(x, a, segments), b, segments, y, GROUPS[name][1])
 
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for adapted in (False, True) * 5:
-        times[adapted].append(measure([partial(launch, layer, adapted=adapted) for layer in held]).us)
-    return statistics.median(times[False]), statistics.median(times[True])
+    for system, launch in (("patchbay", nf4), ("sgmv on cuBLAS bf16", bf16)):
+        times: dict[bool, list[float]] = {False: [], True: []}
+        for adapted in (False, True) * 5:
+            times[adapted].append(measure([partial(launch, layer, adapted=adapted) for layer in held]).us)
+        alone, both = statistics.median(times[False]), statistics.median(times[True])
+        note = f"layer {both:.0f} us, its linears alone {alone:.0f} us, in turn"
+        case = f"prefill 4x1024 r{RANK}"
+        record(SUBJECT, case, "share_added", both / alone - 1, "share", target=0.08, system=system, note=note)
 
 
 def run() -> None:
@@ -187,16 +227,15 @@ def run() -> None:
     even = _record("adapters 256x256 one rank", one_rank(mixed))
     report_ratio("adapters 256x256 mixed", "times_one_rank", ours.us / even.us, 1.1)
     _record_alternatives()
-    alone, both = prefill_us()
-    note = f"layer {both:.0f} us, its linears alone {alone:.0f} us, in turn"
-    record(SUBJECT, f"prefill 4x1024 r{RANK}", "share_added", both / alone - 1, "share", target=0.08, note=note)
+    prefill()
 
 
 def _record(case: str, step: Step) -> Timing:
-    timing = time_step(step)
-    report(case, timing, nbytes=step.nbytes, target=US_TARGETS.get(case), metric="us_per_layer")
-    report_ratio(case, "times_floor", timing.us / floor_us(step.nbytes), FLOOR_TARGETS.get(case))
-    return timing
+    added, alone = time_added(step), time_step(step)
+    report(case, added, nbytes=step.nbytes, target=US_TARGETS.get(case), metric="us_per_layer")
+    report(case, alone, nbytes=step.nbytes, system="sgmv", metric="us_per_layer")
+    report_ratio(case, "times_floor", min(added.us, alone.us) / floor_us(step.nbytes), FLOOR_TARGETS.get(case))
+    return alone
 
 
 def _record_alternatives() -> None:

@@ -31,6 +31,12 @@ def run() -> None:
         _report(f"nf4_matmul M={num_tokens}", num_tokens, times)
 
 
+def random_tiles(shape: tuple[int, int]) -> NF4Tiles:
+    """A weight [out, in]."""
+    packed = torch.randint(0, 256, (shape[0], shape[1] // 64, 32), dtype=torch.uint8, device="cuda")
+    return NF4Tiles.of(packed, torch.rand(shape[0], shape[1] // 64, device="cuda") * 0.05)
+
+
 def _products(out_features: int, in_features: int) -> dict[str, list[Product]]:
     """What is compared, each with as many weights as pass the L2 together."""
     numel = out_features * in_features
