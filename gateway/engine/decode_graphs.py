@@ -65,7 +65,7 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._inputs.fill([], None)
         for size in reversed(self._sizes):
-            for most_pages in self._page_limits(size):
+            for most_pages in page_limits(size, self._max_pages):
                 for _ in range(_WARM_UPS):
                     self._forward(size, most_pages)
                 graph = torch.cuda.CUDAGraph()
@@ -87,18 +87,19 @@ class DecodeGraphs:
         if num_pages is None:
             return None
         self._inputs.fill(chunks, pending)
-        most_pages = next(limit for limit in self._page_limits(size) if limit >= num_pages)
+        most_pages = next(limit for limit in page_limits(size, self._max_pages) if limit >= num_pages)
         self._graphs[size, most_pages].replay()
         return self._logits[:rows]
-
-    def _page_limits(self, size: int) -> list[int]:
-        """How many pages of adapters each of a size's graphs takes, ascending."""
-        most = size * self._max_pages
-        return sorted({0, *(min(limit, most) for limit in (most_column_pages(size), _SOME_PAGES, most))})
 
     def _forward(self, size: int, most_pages: int) -> None:
         batch = self._inputs.batch(size, most_pages)
         self._logits[:size].copy_(self._decoder(batch, self._cache.layers))
+
+
+def page_limits(size: int, max_pages: int) -> list[int]:
+    """How many pages each of a size's graphs takes, ascending, when an adapter has no more than `max_pages`."""
+    most = size * max_pages
+    return sorted({0, *(min(limit, most) for limit in (most_column_pages(size), _SOME_PAGES, most))})
 
 
 def _sizes(most: int) -> list[int]:

@@ -6,6 +6,7 @@
 // are in memory, 16 bytes a lane: the order of inputs does not matter to a sum over them as long as it is the same in
 // both. Who has the last part adds the others' in a fixed order; it waits for pieces of lower number only, told by a
 // bit pattern that no sum has. Then it writes its tokens' columns of h and counts up; who reads h waits for the count.
+// That takes all thread blocks running at once: there are no more than multiprocessors.
 //
 // Where there are many pages, h is for a kernel behind (sgmv_expand) instead: each part is a plane of it, and nobody
 // waits.

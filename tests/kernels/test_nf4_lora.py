@@ -9,19 +9,9 @@ from hypothesis import strategies as st
 
 from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
 from lora_kernels.nf4_lora import hides_shrink, most_column_pages, nf4_lora_matmul, nf4_lora_matmul_ref
-from lora_kernels.segments import FEW_PAGES, FIELDS, PAGE_RANK, AdapterPages, LoRASegments, Routing, order_capacity
+from lora_kernels.segments import FEW_PAGES, FIELDS, PAGE_RANK, LoRASegments, Routing, order_capacity
 from tests.kernels.error_rule import assert_as_exact
-
-PAGES = {
-    0: AdapterPages(16, (3,)),
-    1: AdapterPages(20, (4, 9)),
-    2: AdapterPages(64, (1, 2, 7, 11)),
-    3: AdapterPages(1, (12,)),
-    4: AdapterPages(16, (5,)),
-    5: AdapterPages(8, (6,)),
-    6: AdapterPages(256, tuple(range(13, 29))),
-}
-NUM_PAGES = 30
+from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 
 
 def _weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Tiles:
@@ -33,11 +23,7 @@ def _weight(out_features: int, in_features: int, device: str = "cpu") -> NF4Tile
 def _pools(in_features: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     a = torch.randn(NUM_PAGES, len(widths), PAGE_RANK, in_features) / in_features**0.5
     b = torch.randn(NUM_PAGES, PAGE_RANK, sum(widths)) * 0.5
-    for pages in PAGES.values():
-        if rest := -pages.rank % PAGE_RANK:
-            a[pages.ids[-1], :, PAGE_RANK - rest :] = 0
-            b[pages.ids[-1], PAGE_RANK - rest :] = 0
-    return a.to(dtype), b.to(dtype)
+    return zero_beyond_rank(a, 1).to(dtype), zero_beyond_rank(b, 0).to(dtype)
 
 
 def _segments(slots: list[int], device: str) -> LoRASegments:

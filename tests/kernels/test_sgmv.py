@@ -7,20 +7,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.segments import PAGE_RANK, AdapterPages, LoRASegments, Routing, fixed_size, order_capacity
+from lora_kernels.segments import PAGE_RANK, LoRASegments, Routing, fixed_size, order_capacity
 from lora_kernels.sgmv import Activation, sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 from tests.kernels.error_rule import assert_as_exact
+from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 
-NUM_PAGES = 30
-PAGES = {
-    0: AdapterPages(16, (3,)),
-    1: AdapterPages(20, (4, 9)),
-    2: AdapterPages(64, (1, 2, 7, 11)),
-    3: AdapterPages(1, (12,)),
-    4: AdapterPages(16, (5,)),
-    5: AdapterPages(8, (6,)),
-    6: AdapterPages(256, tuple(range(13, 29))),
-}
 WIDTHS = [(24,), (40, 16), (33, 8, 8)]
 SLOTS = st.lists(st.integers(-1, 5), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0)
 
@@ -35,18 +26,10 @@ LAYOUTS = {
 }
 
 
-def _zero_beyond_rank(pool: torch.Tensor, dim: int) -> torch.Tensor:
-    """What `AdapterSlots` leaves beyond an adapter's rank."""
-    for pages in PAGES.values():
-        if rest := -pages.rank % PAGE_RANK:
-            pool[pages.ids[-1]].narrow(dim, PAGE_RANK - rest, rest).zero_()
-    return pool
-
-
 def _pools(in_features: int, widths: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     a = torch.randn(NUM_PAGES, len(widths), PAGE_RANK, in_features) / in_features**0.5
     b = torch.randn(NUM_PAGES, PAGE_RANK, sum(widths))
-    return _zero_beyond_rank(a, 1).to(dtype), _zero_beyond_rank(b, 0).to(dtype)
+    return zero_beyond_rank(a, 1).to(dtype), zero_beyond_rank(b, 0).to(dtype)
 
 
 def _segments(slots: list[int], device: str = "cpu") -> LoRASegments:
@@ -167,7 +150,7 @@ def test_bottlenecks_and_pages_in_8_bits_are_as_exact_as_the_plain_path(
     scales = [torch.rand(NUM_PAGES, 2, PAGE_RANK) / 500 for _ in range(2)]
     bias = torch.randn(NUM_PAGES, 2, PAGE_RANK)
     for tensor, dim in ((a, 1), (b, 0), (scales[0], 1), (scales[1], 1), (bias, 1)):
-        _zero_beyond_rank(tensor, dim)
+        zero_beyond_rank(tensor, dim)
     x, before = torch.randn(len(slots), 64).to(dtype), torch.randn(len(slots), sum(widths)).to(dtype)
     plain, y = before.clone(), before.to(device, copy=True)
     h = sgmv_shrink_ref(x, a, _segments(slots), scales[0])
