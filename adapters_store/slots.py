@@ -17,6 +17,7 @@ import torch
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK, AdapterPages
 
+_LARGEST_FP16: Final = 65504.0
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
@@ -177,7 +178,7 @@ class AdapterSlots:
     def load(self, slot: int, weights: AdapterWeights) -> None:
         """Copy an adapter into a free slot and fresh pages. The caller has made room.
 
-        Raises ValueError, having changed nothing, when a matrix does not fit the layout.
+        Raises ValueError, having changed nothing, when a matrix does not fit the layout or B does not fit float16.
         """
         self._check_weights(weights)
         num_pages = num_pages_for(weights.rank)
@@ -220,6 +221,9 @@ class AdapterSlots:
                     f"{linear} of layer {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}; the base needs"
                     f" [r, {in_features}] and [{out_features}, r] with r <= {weights.rank}"
                 )
+            # Kernels multiply B by the zeros of other rows too. A stored adapter fits bfloat16 (validator.py).
+            if self._dtype == torch.float16 and b.abs().max() > _LARGEST_FP16:
+                raise ValueError(f"B of {linear} in layer {layer} is infinite in float16, the engine's dtype")
 
     def _copy(self, layer: int, group: LoRAGroup, pages: tuple[int, ...], weights: AdapterWeights) -> None:
         rows = len(pages) * PAGE_RANK

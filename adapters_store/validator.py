@@ -23,7 +23,8 @@ from adapters_store.safetensors_header import SafetensorsHeader, TensorInfo, rea
 from adapters_store.strict_json import parse_object, shown
 
 _CHUNK: Final = 1 << 20  # a multiple of every item size
-_LARGEST: Final = {"F32": float(np.finfo(np.float32).max), "BF16": 3.3895e38, "F16": 65504.0}
+# What F32 holds may be served in bfloat16, and what overflows there is infinite in products that other tenants share.
+_LARGEST: Final = {"F32": 3.3895e38, "BF16": 3.3895e38, "F16": 65504.0}
 
 Targets = Mapping[tuple[int, str], LoRATarget]
 
@@ -172,7 +173,7 @@ def _check_values(name: str, values: npt.NDArray[np.float32], limit: float) -> N
     if not np.isfinite(values).all():
         raise AdapterInvalid("holds NaN or infinite values", file=WEIGHTS_FILE, field=name)
     if np.abs(values).max() > limit:
-        reason = "overflows its dtype when multiplied by the LoRA scale; save it in bfloat16 or float32"
+        reason = "overflows bfloat16, or float16 where it is saved so, when multiplied by the LoRA scale"
         raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
 
 

@@ -123,6 +123,15 @@ def test_weights_that_do_not_fit_change_nothing(
     slots.check_integrity()
 
 
+def test_a_b_that_is_infinite_in_float16_is_refused_there() -> None:
+    weights = AdapterWeights(4, {(0, "q_proj"): (torch.zeros(4, 12), torch.full((10, 4), 7e4))})
+    slots = make_slots(dtype=torch.float16)
+    with pytest.raises(ValueError, match="q_proj in layer 0 is infinite in float16"):
+        slots.load(0, weights)
+    assert slots.num_free_pages == 6
+    make_slots(dtype=torch.bfloat16).load(0, weights)
+
+
 def test_integrity_check_sees_a_lost_and_a_shared_page() -> None:
     slots = make_slots()
     load(slots, random_weights(20, seed=1))

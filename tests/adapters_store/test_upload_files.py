@@ -157,9 +157,12 @@ def test_nan_and_infinity_are_refused_by_tensor(
     assert "NaN" in error.reason
 
 
-def test_values_that_overflow_once_scaled_are_refused(staging: Staging, adapter: Path, base: BaseSpec) -> None:
-    tensors = {name: tensor.half() for name, tensor in load_file(adapter / WEIGHTS).items()}
-    tensors[Q0_B][0, 0] = 40000.0
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 4e4), (torch.bfloat16, 1.7e38), (torch.float32, 1.7e38)])
+def test_values_that_overflow_once_scaled_are_refused(
+    staging: Staging, adapter: Path, base: BaseSpec, dtype: torch.dtype, value: float
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(adapter / WEIGHTS).items()}
+    tensors[Q0_B][0, 0] = value
     save_file(tensors, adapter / WEIGHTS)
     error = refused(staging, adapter, base)
     assert error.field == Q0_B
