@@ -106,15 +106,35 @@ def write_adapter(blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, see
     return AdapterRef(f"bench/adapter{seed}:1", digest, rank)
 
 
-def run(engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, output: int) -> float:
-    """Serve one case to its end. Returns seconds."""
+def bench_config(base: Path) -> EngineConfig:
+    """The engine of every case."""
+    return EngineConfig(
+        base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=8192, enable_prefix_caching=False,
+        num_adapter_slots=64, max_lora_rank=16, host_cache_bytes=16 << 30,
+    )  # fmt: skip
+
+
+def make_requests(
+    refs: list[AdapterRef | None], num_requests: int, output: int
+) -> list[tuple[GenerateRequest, list[int]]]:
+    """The requests of one case, and their prompts."""
     params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(10, 100_000, (PROMPT,), generator=generator).tolist() for _ in range(num_requests)]
+    run_id = time.monotonic()
+    return [
+        (GenerateRequest(f"{run_id}-{i}", params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def run(engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, output: int) -> float:
+    """Serve one case to its end. Returns seconds."""
+    requests = make_requests(refs, num_requests, output)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        engine.add(GenerateRequest(f"{start}-{i}", params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
+    for request, prompt in requests:
+        engine.add(request, prompt)
     while engine.has_work:
         engine.step()
     torch.cuda.synchronize()
@@ -132,11 +152,7 @@ def main() -> None:
         base = write_base(folder / "base", args.layers)
         blobs = BlobStore(f"file://{folder / 'blobs'}")
         start = time.perf_counter()
-        config = EngineConfig(
-            base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=8192, enable_prefix_caching=False,
-            num_adapter_slots=64, max_lora_rank=16, host_cache_bytes=16 << 30,
-        )  # fmt: skip
-        engine = LLMEngine(config, blobs, lambda: None)
+        engine = LLMEngine(bench_config(base), blobs, lambda: None)
         record("engine", f"{args.layers} layers", "load_seconds", time.perf_counter() - start, "s")
         cases = [tuple(map(int, case.split("x"))) for case in args.cases.split(",")]
         refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(max(k for _, k in cases))]
