@@ -1,10 +1,11 @@
 """The engine at Llama-3.1-8B's shape on one GPU: random weights, NF4 base, rank-16 adapters on all seven linears.
 
-    python -m benchmarks.engine [--layers 32] [--cases 64x0,64x64]
+    python -m benchmarks.engine [--layers 32] [--cases 64x0,64x64] [--peer-results FILE]
 
 A case RxK is R greedy requests of 128 prompt tokens, 256 generated each, end-of-sequence ignored, all at once, over K
 distinct adapters. tokens/s is R x 256 over the wall time of the whole call, prefill included, best of 2; the decode
-step is (T(256) - T(16)) / 240. The base is written to disk as bf16 safetensors and loaded as any other folder.
+step is (T(256) - T(16)) / 240. The base is written to disk as bf16 safetensors and loaded as any other folder. A file
+of a peer's results, JSON lines as ours, is printed beside: for each case the peer's best, whatever its base is kept in.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name, module_path
 from adapters_store.blobs import BlobStore
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
-from benchmarks.record import record
+from benchmarks.record import record, recorded
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
 from gateway.engine.llm_engine import LLMEngine
@@ -145,7 +149,8 @@ def main() -> None:
     """Build the base and the adapters, run the cases, record them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--cases", default="64x0,64x64")
+    parser.add_argument("--cases", default="64x0,64x1,64x64,128x64,256x0,256x64,1x1")
+    parser.add_argument("--peer-results", type=Path, help="JSON lines of another system's")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -159,6 +164,24 @@ def main() -> None:
         for num_requests, num_adapters in cases:
             measure(engine, list(refs[:num_adapters]) or [None], num_requests, num_adapters)
         engine.close()
+    if args.peer_results:
+        peers = [json.loads(line) for line in args.peer_results.read_text().splitlines()]
+        Console(width=100).print(side_by_side(recorded(), peers))
+
+
+def side_by_side(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Table:
+    """tokens/s of every case of ours beside the best of the peers' for as many requests and adapters."""
+    table = Table("requests x adapters", "tokens/s", "peer", "its tokens/s", "times")
+    for line in (line for line in ours if line["metric"] == "tokens_per_s"):
+        load = line["case"].split()[0]
+        same = [peer for peer in peers if peer["metric"] == "tokens_per_s" and peer["case"].split()[0] == load]
+        best = max(same, key=lambda peer: float(peer["value"]), default=None)
+        theirs = ("", "", "")
+        if best is not None:
+            name = f"{best['system']}, {best['case'].split()[1]}"
+            theirs = (name, f"{best['value']:,.0f}", f"{line['value'] / best['value']:.2f}")
+        table.add_row(load, f"{line['value']:,.0f}", *theirs)
+    return table
 
 
 def measure(engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, num_adapters: int) -> None:
