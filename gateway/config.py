@@ -30,6 +30,8 @@ class EngineConfig:
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
+    num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
+        a third of the memory beside the base at most (CUDA).
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.

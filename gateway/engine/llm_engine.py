@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import Final
@@ -11,12 +12,13 @@ import torch
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import HostCache
 from adapters_store.residency import AdapterResidency
-from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
+from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache, num_cache_blocks
+from gateway.engine.kv_cache import KVCache
+from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
@@ -27,6 +29,8 @@ from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
 from gateway.errors import ConfigInvalid, InternalError
 from gateway.models.loader import load_model
+
+logger = logging.getLogger(__name__)
 
 # On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
 _STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
@@ -41,21 +45,21 @@ class LLMEngine:
     def __init__(self, config: EngineConfig, blobs: BlobStore, on_adapter_ready: Callable[[], None]) -> None:
         self.model = load_model(config)
         decoder, spec = self.model.decoder, self.model.spec
-        num_blocks = num_cache_blocks(config, decoder.config, decoder.device, decoder.dtype)
+        layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
+        plan = MemoryPlan.measure(
+            config, decoder.config, layout.page_bytes(decoder.dtype), decoder.device, decoder.dtype
+        )
+        logger.info("beside the base on %s: %s", decoder.device, plan)
         self.max_model_len = _max_model_len(
-            config, decoder.config.max_position_embeddings, num_blocks * config.block_size
+            config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
         )
-        cache = KVCache(decoder.config, num_blocks, config.block_size, decoder.device, decoder.dtype)
-        slots = AdapterSlots(
-            LoRALayout.from_linears(spec.linears, spec.num_layers),
-            config.num_adapter_slots,
-            config.num_adapter_pages or config.num_adapter_slots * num_pages_for(config.max_lora_rank),
-            decoder.dtype,
-            decoder.device,
-        )
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, decoder.dtype, decoder.device)
         self.host_cache = HostCache(blobs, config.host_cache_bytes)
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
-        self.blocks = BlockManager(num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching)
+        self.blocks = BlockManager(
+            plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,

@@ -1,0 +1,91 @@
+"""How an engine shares out its device's memory between adapters and the KV cache, once the base is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+import torch
+
+from adapters_store.slots import num_pages_for
+from gateway.config import EngineConfig
+from gateway.errors import ConfigInvalid
+from gateway.models.config import DecoderConfig
+
+_CPU_TOKENS: Final = 65_536
+# For activations, the logits of a full batch, recorded graphs and the allocator's own waste.
+_RESERVED_BYTES: Final = 4 << 30
+_ADAPTERS_SHARE: Final = 3  # adapters take a third of what is free, unless a number of pages is asked for
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Pages of adapters, blocks of the KV cache, and the bytes of one of each.
+
+    free_bytes: what they share; None where it is not measured (on the CPU).
+    """
+
+    num_adapter_pages: int
+    page_bytes: int
+    num_blocks: int
+    block_bytes: int
+    block_size: int
+    free_bytes: int | None
+
+    @classmethod
+    def measure(
+        cls, engine: EngineConfig, config: DecoderConfig, page_bytes: int, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
+        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        if device.type != "cuda":
+            return cls.of(engine, page_bytes, token_bytes * engine.block_size, None)
+        free, total = torch.cuda.mem_get_info(device)
+        usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
+        return cls.of(engine, page_bytes, token_bytes * engine.block_size, usable)
+
+    @classmethod
+    def of(cls, engine: EngineConfig, page_bytes: int, block_bytes: int, free_bytes: int | None) -> Self:
+        """What is configured as it is; of the rest, adapters what all slots may need, a third at most; the cache all.
+
+        Raises `ConfigInvalid` when that is more than `free_bytes`, or leaves no room for an adapter or a block.
+        """
+        largest = num_pages_for(engine.max_lora_rank)
+        pages = engine.num_adapter_pages or engine.num_adapter_slots * largest
+        if engine.num_adapter_pages is None and free_bytes is not None:
+            pages = min(pages, max(free_bytes // _ADAPTERS_SHARE // page_bytes, largest))
+        if engine.kv_cache_tokens is not None:
+            blocks = max(1, engine.kv_cache_tokens // engine.block_size)
+        elif free_bytes is None:
+            blocks = _CPU_TOKENS // engine.block_size
+        else:
+            blocks = max(1, (free_bytes - pages * page_bytes) // block_bytes)
+        plan = cls(pages, page_bytes, blocks, block_bytes, engine.block_size, free_bytes)
+        if free_bytes is not None and plan.adapter_bytes + plan.cache_bytes > free_bytes:
+            raise ConfigInvalid(
+                f"The device has {_gib(free_bytes)} left beside the base; {plan} need more. Lower num_adapter_pages, "
+                "num_adapter_slots, max_lora_rank or kv_cache_tokens, or raise gpu_memory_utilization.",
+                param="engine",
+            )
+        return plan
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Of all pages."""
+        return self.num_adapter_pages * self.page_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all blocks."""
+        return self.num_blocks * self.block_bytes
+
+    def __str__(self) -> str:
+        """One line for an operator."""
+        return (
+            f"{self.num_adapter_pages} adapter pages of 16 ranks ({_gib(self.adapter_bytes)}) and a KV cache of "
+            f"{self.num_blocks * self.block_size:,} tokens ({_gib(self.cache_bytes)})"
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"

@@ -1,0 +1,63 @@
+from typing import Any
+
+import pytest
+
+from gateway.config import EngineConfig
+from gateway.engine.memory_plan import MemoryPlan
+from gateway.errors import ConfigInvalid
+
+GIB = 1 << 30
+PAGE, BLOCK = 84 << 20, 2 << 20  # Llama-3.1-8B in bf16: 16 ranks, 16 tokens
+
+
+def plan(free: int | None, **settings: Any) -> MemoryPlan:
+    return MemoryPlan.of(EngineConfig(**settings), PAGE, BLOCK, free)
+
+
+def test_adapters_take_what_all_slots_may_need_and_the_cache_the_rest() -> None:
+    made = plan(100 * GIB, num_adapter_slots=64, max_lora_rank=16)
+    assert made.num_adapter_pages == 64
+    assert made.num_blocks == (100 * GIB - 64 * PAGE) // BLOCK
+    assert 0 <= 100 * GIB - made.adapter_bytes - made.cache_bytes < BLOCK
+
+
+def test_adapters_take_a_third_at_most_unless_a_number_is_asked_for() -> None:
+    made = plan(12 * GIB, num_adapter_slots=64, max_lora_rank=64)
+    assert made.num_adapter_pages == 4 * GIB // PAGE
+    assert made.cache_bytes > 7.9 * GIB
+    assert plan(12 * GIB, num_adapter_pages=100).num_adapter_pages == 100
+
+
+def test_one_adapter_of_the_highest_rank_always_fits() -> None:
+    assert plan(2 * GIB, max_lora_rank=256).num_adapter_pages == 16
+
+
+def test_a_cache_of_a_configured_size_is_made_as_it_is() -> None:
+    assert plan(100 * GIB, kv_cache_tokens=4096).num_blocks == 256
+    assert plan(None, kv_cache_tokens=4096).num_blocks == 256
+
+
+def test_without_a_measure_of_memory_there_are_defaults() -> None:
+    made = plan(None, num_adapter_slots=4, max_lora_rank=20)
+    assert (made.num_adapter_pages, made.num_blocks) == (8, 4096)
+
+
+@pytest.mark.parametrize(
+    ("free", "settings"),
+    [
+        (10 * GIB, {"kv_cache_tokens": 100_000}),
+        (10 * GIB, {"num_adapter_pages": 200}),
+        (GIB, {"max_lora_rank": 256}),
+        (-GIB, {}),
+    ],
+    ids=["cache", "pages", "one adapter", "nothing left"],
+)
+def test_what_does_not_fit_is_refused_with_what_to_lower(free: int, settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigInvalid, match=r"GiB left beside the base; .* need more. Lower num_adapter_pages"):
+        plan(free, **settings)
+
+
+def test_a_plan_says_in_a_line_what_it_is() -> None:
+    assert str(plan(None, num_adapter_pages=3, kv_cache_tokens=1600)) == (
+        "3 adapter pages of 16 ranks (0.25 GiB) and a KV cache of 1,600 tokens (0.20 GiB)"
+    )
