@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
 from lora_kernels.nf4_lora import hides_shrink, most_column_pages, nf4_lora_matmul, nf4_lora_matmul_ref
-from lora_kernels.segments import FEW_PAGES, FIELDS, PAGE_RANK, LoRASegments, Routing, order_capacity
+from lora_kernels.segments import FEW_PAGES, PAGE_RANK, LoRASegments, Routing, order_capacity
 from tests.kernels.error_rule import assert_as_exact
 from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 
@@ -55,34 +54,12 @@ def test_the_plain_path_equals_a_product_a_row(slots: list[int]) -> None:
     torch.testing.assert_close(y.double(), _truth(x, weight, a, b, slots, widths), atol=1e-4, rtol=1e-5)
 
 
-@given(st.lists(st.integers(-1, 6), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0))
-def test_a_routing_names_every_page_once_and_where_it_is(slots: list[int]) -> None:
-    routing = Routing.of(np.array(slots, np.int32), len(slots), PAGES)
-    assert sorted(routing.page_ids) == sorted(chain(*(PAGES[slot].ids for slot in set(slots) if slot >= 0)))
-    assert routing.table[0, 4] == routing.num_pages
-    assert (routing.page_ids[routing.table[1:, 7]] == routing.table[1:, 4]).all()
-    packed = routing.packed(order_capacity(len(slots)))
-    sent = packed[order_capacity(len(slots)) :][:FEW_PAGES]
-    assert sent[: routing.num_pages].tolist() == routing.page_ids[:FEW_PAGES].tolist()
-    assert (packed[order_capacity(len(slots)) + FEW_PAGES :].reshape(-1, FIELDS) == routing.table).all()
-
-
 def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
     assert most_column_pages(64) > most_column_pages(2048) > 0
     assert hides_shrink(64, 64, 28672, 2)
     assert not hides_shrink(64, 64, 6144, 3)
     assert hides_shrink(256, 64, 6144, 3)
     assert not hides_shrink(1024, 1, 28672, 2)
-
-
-def test_the_columns_of_a_step_are_zeros_once_and_shared_by_all_layers() -> None:
-    segments = _segments([0, 1, -1], "cpu")
-    columns = segments.columns(2, torch.float32)
-    assert columns.shape == (3, 2, 8 * PAGE_RANK)
-    assert not columns.any()
-    columns += 1
-    assert segments.columns(2, torch.float32) is columns
-    assert segments.columns(1, torch.float32).shape == (3, 1, 8 * PAGE_RANK)
 
 
 LAYOUTS = {

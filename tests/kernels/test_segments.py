@@ -1,11 +1,23 @@
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.segments import FIELDS, PAGE_RANK, AdapterPages, LoRASegments, Routing, fixed_size, order_capacity
+from lora_kernels.segments import (
+    FEW_PAGES,
+    FIELDS,
+    PAGE_RANK,
+    AdapterPages,
+    DeviceRouting,
+    LoRASegments,
+    Routing,
+    fixed_size,
+    order_capacity,
+)
 
 PAGES = {
     0: AdapterPages(16, (3,)),
@@ -62,8 +74,33 @@ def test_a_routing_that_is_packed_and_unpacked_is_the_same_routing() -> None:
     buffer = np.full(fixed_size(9, 4), -1, np.int32)
     packed = routing.packed(order_capacity(9))
     buffer[: len(packed)] = packed
-    table = buffer[order_capacity(9) :].reshape(-1, FIELDS)[: 1 + len(routing.table) - 1]
-    assert _routed(table.tolist(), buffer.tolist()) == _expected(slots, PAGES)
+    there = DeviceRouting.of(torch.from_numpy(buffer), 5, order_capacity(9), most_chunks=5, most_rows=20)
+    table = there.table[: len(routing.table)].tolist()
+    assert _routed(table, there.token_order.tolist()) == _expected(slots, PAGES)
+    assert there.page_ids[: routing.num_pages].tolist() == routing.page_ids.tolist()
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=60).filter(lambda slots: max(slots) >= 0))
+def test_a_routing_names_every_page_once_and_where_it_is(slots: list[int]) -> None:
+    routing = Routing.of(np.array(slots, np.int32), len(slots), PAGES)
+    assert sorted(routing.page_ids) == sorted(chain(*(PAGES[slot].ids for slot in set(slots) if slot >= 0)))
+    assert routing.table[0, 4] == routing.num_pages
+    assert (routing.page_ids[routing.table[1:, 7]] == routing.table[1:, 4]).all()
+    packed = routing.packed(order_capacity(len(slots)))
+    sent = packed[order_capacity(len(slots)) :][:FEW_PAGES]
+    assert sent[: routing.num_pages].tolist() == routing.page_ids[:FEW_PAGES].tolist()
+    assert (packed[order_capacity(len(slots)) + FEW_PAGES :].reshape(-1, FIELDS) == routing.table).all()
+
+
+def test_the_columns_of_a_step_are_zeros_once_and_shared_by_all_layers() -> None:
+    segments = LoRASegments.build(np.array([0, 1, -1], np.int32), PAGES, "cpu")
+    assert segments is not None
+    columns = segments.columns(2, torch.float32)
+    assert columns.shape == (3, 2, 8 * PAGE_RANK)
+    assert not columns.any()
+    columns += 1
+    assert segments.columns(2, torch.float32) is columns
+    assert segments.columns(1, torch.float32).shape == (3, 1, 8 * PAGE_RANK)
 
 
 def test_a_step_without_adapters_has_no_segments() -> None:
