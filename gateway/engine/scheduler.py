@@ -199,8 +199,9 @@ class Scheduler:
         self._num_scheduled = output.number
         output.num_tokens = sum(step.values())
         chunks = list(step.items())
-        if output.num_tokens > len(chunks):
-            chunks.sort(key=lambda chunk: chunk[1] > 1)
+        if output.num_tokens > len(chunks) or len({sequence.slot for sequence, _ in chunks}) > 1:
+            # Rows of one adapter lie together: kernels gather what is in a row already.
+            chunks.sort(key=lambda chunk: (chunk[1] > 1, chunk[0].slot))
         for sequence, num_tokens in chunks:
             output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
             sequence.num_computed += num_tokens

@@ -50,6 +50,7 @@ class BatchedSegments:
     pages: int64 [num_segments * max_pages] (padding repeats a page of the segment).
     page_run: (first, past the last) when `pages` counts up by one, so that a view of the pool does instead of a copy.
     rank_mask: fp32 [n, 1, max_pages * PAGE_RANK], 0 beyond a token's own pages; None when no segment is padded.
+    in_order: `rows` are all the tokens of the step in their order, and so need not be gathered.
     """
 
     num_segments: int
@@ -59,6 +60,7 @@ class BatchedSegments:
     pages: Tensor
     page_run: tuple[int, int] | None
     rank_mask: Tensor | None
+    in_order: bool
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,7 @@ def _batch(segments: list[Segment], num_tokens: int, max_pages: int, device: tor
         pages=torch.from_numpy(pages).to(device),
         page_run=(first, last + 1) if is_run else None,
         rank_mask=_rank_mask(segments, lengths, by_token, max_pages, device),
+        in_order=rows.size == num_tokens and (rows.reshape(-1) == np.arange(num_tokens)).all().item(),
     )
 
 

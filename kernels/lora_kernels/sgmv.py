@@ -139,10 +139,12 @@ def _between(
 def _shrink_batched(x: Tensor, a_pages: Tensor, batched: BatchedSegments) -> Tensor:
     """h fp32 [n, num_slices, max_pages * PAGE_RANK] of the batched tokens, ascending."""
     num_slices, in_features = a_pages.shape[1], x.shape[1]
-    rows = x.index_select(0, batched.rows).float().view(batched.num_segments, -1, in_features)
+    rows = (x if batched.in_order else x.index_select(0, batched.rows)).float()
+    rows = rows.reshape(batched.num_segments, -1, in_features)
     a = _take_pages(a_pages, batched).float().view(batched.num_segments, -1, in_features)
     h = torch.bmm(rows, a.transpose(1, 2)).view(len(batched.rows), -1, num_slices, PAGE_RANK)
-    h = h.transpose(1, 2).reshape(len(batched.rows), num_slices, -1).index_select(0, batched.positions)
+    h = h.transpose(1, 2).reshape(len(batched.rows), num_slices, -1)
+    h = h if batched.in_order else h.index_select(0, batched.positions)
     return h if batched.rank_mask is None else h * batched.rank_mask
 
 
@@ -154,12 +156,18 @@ def _expand_batched(h: Tensor, b_pages: Tensor, batched: BatchedSegments, slice_
     """
     num_slices, out_total = h.shape[1], b_pages.shape[2]
     b = _take_pages(b_pages, batched).float().view(batched.num_segments, -1, out_total)
-    own = h.index_select(0, batched.rows).to(b_pages.dtype).float().view(batched.num_segments, -1, b.shape[1])
+    own = (
+        (h if batched.in_order else h.index_select(0, batched.rows))
+        .to(b_pages.dtype)
+        .float()
+        .reshape(batched.num_segments, -1, b.shape[1])
+    )
     delta = torch.bmm(own, b).view(len(batched.rows), num_slices, out_total)
     if num_slices > 1:
         parts = zip(delta.unbind(1), slice_widths, _starts(slice_widths), strict=True)
         delta = torch.cat([part[:, start : start + width] for part, width, start in parts], 1)
-    return delta.view(-1, out_total).index_select(0, batched.positions)
+    delta = delta.view(-1, out_total)
+    return delta if batched.in_order else delta.index_select(0, batched.positions)
 
 
 def _starts(widths: tuple[int, ...]) -> list[int]:

@@ -19,6 +19,7 @@ LAYOUTS = {
     "one row": [0],
     "mixed ranks and base rows": [2, -1, 0, 0, 1, -1, 2, 3],
     "run of pages": [4, 5, 4, 5],
+    "in order": [4, 4, 5, 5],
     "rank 256": [6, 3, 6],
     "long segment": [-1, 1, 0, *[2] * 37],
     "two long segments": [*[0] * 40, *[1] * 33],
@@ -101,7 +102,9 @@ def test_shrink_kernel_is_as_exact_as_the_plain_path(
 
 
 @pytest.mark.parametrize(
-    ("slots", "widths"), list(zip(LAYOUTS.values(), WIDTHS * 2 + [(1024, 256)], strict=True)), ids=LAYOUTS.keys()
+    ("slots", "widths"),
+    list(zip(LAYOUTS.values(), WIDTHS * 2 + [(1024, 256), (40, 16)], strict=True)),
+    ids=LAYOUTS.keys(),
 )
 def test_expand_kernel_is_as_exact_as_the_plain_path(
     slots: list[int], widths: tuple[int, ...], dtype: torch.dtype, device: str

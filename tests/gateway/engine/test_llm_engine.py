@@ -11,6 +11,7 @@ import torch
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest, TokenDelta
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.scheduler import SchedulerOutput
 from gateway.engine.stats import StepOutput
 from tests.gateway.engine.conftest import TinyWorld
 from tests.tiny import load_oracle
@@ -184,6 +185,25 @@ def test_a_stop_string_cuts_the_text(world: TinyWorld, make_engine: MakeEngine) 
     cut = run(engine, request(world, "c", stop=(stop,)))["c"]
     assert "".join(d.text for d in cut) == whole[: whole.index(stop)]
     assert cut[-1].finish_reason == "stop"
+
+
+def test_rows_of_one_adapter_lie_together(
+    world: TinyWorld, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    execute, steps = engine.runner.execute, []
+
+    def watched(output: SchedulerOutput, *rest: Any) -> torch.Tensor:
+        if output.is_decode:
+            steps.append([chunk.sequence.slot for chunk in output.scheduled])
+        return execute(output, *rest)
+
+    monkeypatch.setattr(engine.runner, "execute", watched)
+    names = [None, "a4", "c8", "a4", None, "c8", "a4"]
+    run(engine, *(request(world, str(i), adapter=name) for i, name in enumerate(names)))
+    whole = [slots for slots in steps if len(slots) == len(names)]
+    assert whole
+    assert all(slots == sorted(slots) and len(set(slots)) == 3 for slots in whole)
 
 
 def test_a_missing_adapter_ends_only_its_own_request(world: TinyWorld, make_engine: MakeEngine) -> None:
