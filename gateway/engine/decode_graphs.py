@@ -14,10 +14,9 @@ from gateway.engine.pending import PendingTokens
 from gateway.engine.scheduler import Chunk
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
-from lora_kernels.nf4_lora import most_column_pages
+from lora_kernels.nf4_lora import page_limits
 
 _MAX_ROWS = 512
-_SOME_PAGES = 64
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
 
 
@@ -65,7 +64,7 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._inputs.fill([], None)
         for size in reversed(self._sizes):
-            for most_pages in page_limits(size, self._max_pages):
+            for most_pages in self._page_limits(size):
                 for _ in range(_WARM_UPS):
                     self._forward(size, most_pages)
                 graph = torch.cuda.CUDAGraph()
@@ -87,19 +86,17 @@ class DecodeGraphs:
         if num_pages is None:
             return None
         self._inputs.fill(chunks, pending)
-        most_pages = next(limit for limit in page_limits(size, self._max_pages) if limit >= num_pages)
+        most_pages = next(limit for limit in self._page_limits(size) if limit >= num_pages)
         self._graphs[size, most_pages].replay()
         return self._logits[:rows]
+
+    def _page_limits(self, size: int) -> list[int]:
+        """How many pages of adapters each of a size's graphs takes, ascending."""
+        return [0, *page_limits(size, size * self._max_pages)]
 
     def _forward(self, size: int, most_pages: int) -> None:
         batch = self._inputs.batch(size, most_pages)
         self._logits[:size].copy_(self._decoder(batch, self._cache.layers))
-
-
-def page_limits(size: int, max_pages: int) -> list[int]:
-    """How many pages each of a size's graphs takes, ascending, when an adapter has no more than `max_pages`."""
-    most = size * max_pages
-    return sorted({0, *(min(limit, most) for limit in (most_column_pages(size), _SOME_PAGES, most))})
 
 
 def _sizes(most: int) -> list[int]:

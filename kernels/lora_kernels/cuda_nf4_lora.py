@@ -17,7 +17,6 @@ from lora_kernels.segments import PAGE_RANK, TILE_TOKENS, LoRASegments
 from lora_kernels.triton_expand import sgmv_expand_triton
 from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 
-_FEW_ROWS = 16  # whose product is too short to hide A x in
 _NOWHERE = 1 << 30
 _SHRINKERS = 3  # warps of a thread block that compute h
 _MOST_PARTS = 16  # of the inputs, that warps share
@@ -48,34 +47,39 @@ def nf4_lora_matmul_cuda(
     slice_widths: tuple[int, ...],
 ) -> Tensor | None:
     """`lora_kernels.nf4_lora.nf4_lora_matmul` with A x beside the base's product; None where that does not fit."""
-    plan = fused_plan(x, weight)
-    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype or len(x) <= _FEW_ROWS:
+    plan, num_slices = fused_plan(x, weight), len(slice_widths)
+    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype:
+        return None
+    is_whole = num_slices <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
+    in_columns = is_whole and segments.most_pages <= most_column_pages(len(x))
+    if not in_columns and not hides_shrink(len(x), segments.most_pages, weight.shape[0], num_slices):
         return None
     x = readable(x)
     out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
-    is_whole = len(slice_widths) <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
     adapters = _inputs(x, a_pages, segments)
-    if is_whole and segments.most_pages <= most_column_pages(len(x)):
+    if in_columns:
         _set_columns(adapters, plan, x, a_pages, b_pages, segments, slice_widths)
         launch_wide(plan, x, weight, bias, out, adapters)
-        return out
-    if not hides_shrink(len(x), segments.most_pages, weight.shape[0], len(slice_widths)):
-        return None
-    h = _set_planes(adapters, a_pages, segments)
-    launch_wide(plan, x, weight, bias, out, adapters)
-    sgmv_expand_triton(h, b_pages, segments, out, slice_widths, y_first=False)
+    else:
+        h = _set_planes(adapters, a_pages, segments)
+        launch_wide(plan, x, weight, bias, out, adapters)
+        sgmv_expand_triton(h, b_pages, segments, out, slice_widths, y_first=False)
     return out
 
 
 def _inputs(x: Tensor, a_pages: Tensor, segments: LoRASegments) -> _Adapters:
-    routing = segments.routing
-    adapters = _Adapters(stride_x=x.stride(0), slices=a_pages.shape[1])
-    adapters.x, adapters.a = x.data_ptr(), a_pages.data_ptr()
-    adapters.order, adapters.table = routing.token_order.data_ptr(), routing.table.data_ptr()
-    adapters.page_ids = routing.page_ids.data_ptr()
-    sums, progress = _scratch(x.device)
-    adapters.sums, adapters.progress = sums.data_ptr(), progress.data_ptr()
-    return adapters
+    routing, (sums, progress) = segments.routing, _scratch(x.device)
+    return _Adapters(
+        x=x.data_ptr(),
+        a=a_pages.data_ptr(),
+        order=routing.token_order.data_ptr(),
+        table=routing.table.data_ptr(),
+        page_ids=routing.page_ids.data_ptr(),
+        sums=sums.data_ptr(),
+        progress=progress.data_ptr(),
+        stride_x=x.stride(0),
+        slices=a_pages.shape[1],
+    )
 
 
 def _set_columns(

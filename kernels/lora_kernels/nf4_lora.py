@@ -6,6 +6,9 @@ from lora_kernels.nf4 import NF4Tiles, nf4_matmul, nf4_matmul_ref
 from lora_kernels.segments import FEW_PAGES, SHORT_STEP, LoRASegments
 from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 
+_FEW_ROWS = 16
+_SOME_PAGES = 64
+
 
 def nf4_lora_matmul_ref(
     x: Tensor,
@@ -52,9 +55,20 @@ def nf4_lora_matmul(
 def most_column_pages(num_tokens: int) -> int:
     """Up to how many pages are multiplied as columns beside the base's; measured on one H200, at Llama-3.1-8B's shapes.
 
-    Every page is columns for all rows, so that more pages have a kernel of their own.
+    Every page is columns for all rows, so that more pages have a kernel of their own. The product of a few rows is too
+    short to hide A x in.
     """
+    if num_tokens <= _FEW_ROWS:
+        return 0
     return FEW_PAGES if num_tokens <= SHORT_STEP else FEW_PAGES // 2
+
+
+def most_hidden_pages(num_tokens: int) -> int:
+    """Up to how many pages A x may be computed beside the base's product; measured likewise.
+
+    At 64 it gained from 64 to 256 rows, and nothing at 512; at 256 pages it lost 57 us a layer of 256 rows.
+    """
+    return _SOME_PAGES if _FEW_ROWS < num_tokens <= SHORT_STEP // 2 else 0
 
 
 def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices: int) -> bool:
@@ -63,4 +77,11 @@ def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices
     Measured likewise: the warps that compute it read about 0.9 TB/s, and the product takes 0.14 + 0.0024 us a row for
     a million weights, 3 us at least.
     """
-    return num_tokens <= SHORT_STEP // 2 and num_slices * most_pages * 11_000 <= out_features * (num_tokens + 110)
+    fits = num_slices * most_pages * 11_000 <= out_features * (num_tokens + 110)
+    return fits and most_pages <= most_hidden_pages(num_tokens)
+
+
+def page_limits(num_tokens: int, most_pages: int) -> list[int]:
+    """The numbers of pages, ascending up to `most_pages`, up to which steps of so many rows run alike."""
+    limits = (most_column_pages(num_tokens), most_hidden_pages(num_tokens), most_pages)
+    return sorted({min(limit, most_pages) for limit in limits} - {0})

@@ -7,7 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
-from lora_kernels.nf4_lora import hides_shrink, most_column_pages, nf4_lora_matmul, nf4_lora_matmul_ref
+from lora_kernels.nf4_lora import (
+    hides_shrink,
+    most_column_pages,
+    nf4_lora_matmul,
+    nf4_lora_matmul_ref,
+    page_limits,
+)
 from lora_kernels.segments import FEW_PAGES, PAGE_RANK, LoRASegments, Routing, order_capacity
 from tests.kernels.error_rule import assert_as_exact
 from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
@@ -59,7 +65,25 @@ def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
     assert hides_shrink(64, 64, 28672, 2)
     assert not hides_shrink(64, 64, 6144, 3)
     assert hides_shrink(256, 64, 6144, 3)
+    assert not hides_shrink(256, 65, 28672, 2)
     assert not hides_shrink(1024, 1, 28672, 2)
+    assert not hides_shrink(16, 1, 28672, 2)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "most_pages", "limits"),
+    [
+        (1, 1, [1]),
+        (8, 128, [128]),
+        (24, 24, [16, 24]),
+        (64, 64, [16, 64]),
+        (256, 256, [16, 64, 256]),
+        (384, 384, [16, 384]),
+        (2048, 99, [8, 99]),
+    ],
+)
+def test_steps_run_alike_up_to_few_some_and_all_pages(num_tokens: int, most_pages: int, limits: list[int]) -> None:
+    assert page_limits(num_tokens, most_pages) == limits
 
 
 LAYOUTS = {
