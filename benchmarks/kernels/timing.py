@@ -80,9 +80,10 @@ def report(
     system: str = "patchbay",
     target: float | None = None,
     metric: str = "us",
+    note: str | None = None,
 ) -> None:
-    """Record a time beside the byte floor of the case."""
-    note = f"median of {2 * REPLAYS} graph replays, buffers rotated; two runs differ by {timing.spread:.1%}"
+    """Record a time beside the byte floor of the case. note: how it was taken, where not by `measure` alone."""
+    by_measure = f"median of {2 * REPLAYS} graph replays, buffers rotated; two runs differ by {timing.spread:.1%}"
     record(
         SUBJECT,
         case,
@@ -92,7 +93,7 @@ def report(
         floor=round(floor_us(nbytes), 2),
         target=target,
         system=system,
-        note=note,
+        note=note or by_measure,
     )
 
 
