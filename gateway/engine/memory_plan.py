@@ -20,17 +20,13 @@ _ADAPTERS_SHARE: Final = 3  # adapters take a third of what is free, unless a nu
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Pages of adapters, blocks of the KV cache, and the bytes of one of each.
-
-    free_bytes: what they share; None where it is not measured (on the CPU).
-    """
+    """Pages of adapters, blocks of the KV cache, the bytes of one of each, and a block's tokens."""
 
     num_adapter_pages: int
     page_bytes: int
     num_blocks: int
     block_bytes: int
     block_size: int
-    free_bytes: int | None
 
     @classmethod
     def measure(
@@ -48,7 +44,8 @@ class MemoryPlan:
     def of(cls, engine: EngineConfig, page_bytes: int, block_bytes: int, free_bytes: int | None) -> Self:
         """What is configured as it is; of the rest, adapters what all slots may need, a third at most; the cache all.
 
-        Raises `ConfigInvalid` when that is more than `free_bytes`, or leaves no room for an adapter or a block.
+        free_bytes: what they share; None where it is not measured (on the CPU). Raises `ConfigInvalid` when they are
+        more than that, or leave no room for an adapter of the highest rank or for a block.
         """
         largest = num_pages_for(engine.max_lora_rank)
         pages = engine.num_adapter_pages or engine.num_adapter_slots * largest
@@ -60,7 +57,7 @@ class MemoryPlan:
             blocks = _CPU_TOKENS // engine.block_size
         else:
             blocks = max(1, (free_bytes - pages * page_bytes) // block_bytes)
-        plan = cls(pages, page_bytes, blocks, block_bytes, engine.block_size, free_bytes)
+        plan = cls(pages, page_bytes, blocks, block_bytes, engine.block_size)
         if free_bytes is not None and plan.adapter_bytes + plan.cache_bytes > free_bytes:
             raise ConfigInvalid(
                 f"The device has {_gib(free_bytes)} left beside the base; {plan} need more. Lower num_adapter_pages, "
