@@ -27,6 +27,7 @@ _Reader = IO[bytes] | gzip.GzipFile
 codecs.lookup("cp437")  # zip's encoding of names: load it while modules may still be loaded
 
 ARCHIVE_FILE: Final = "upload.archive"
+_UNREADABLE: Final = "the archive is encrypted or uses an unusual compression"
 
 
 def unpack(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -48,8 +49,8 @@ def unpack(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         RecursionError,
     ) as error:
         raise AdapterInvalid(f"the archive is truncated or damaged ({shown(str(error))})", file=name) from None
-    except (NotImplementedError, RuntimeError):
-        raise AdapterInvalid("the archive is encrypted or uses an unusual compression", file=name) from None
+    except RuntimeError:  # what zipfile says to a password and to compressions that it lacks
+        raise AdapterInvalid(_UNREADABLE, file=name) from None
     except (OSError, ValueError, OverflowError) as error:  # gzip's checksum errors, tar's malformed numbers
         raise AdapterInvalid(f"the archive is damaged ({shown(str(error))})", file=name) from None
     return {"folder": sink.source or "", "files": sorted(sink.files)}
@@ -152,7 +153,7 @@ def _unpack_zip(path: Path, sink: _Unpacked) -> None:
             if member.is_dir() or kind == stat.S_IFDIR:
                 continue
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise NotImplementedError
+                raise AdapterInvalid(_UNREADABLE, file=shown(member.filename))
             if kind not in (0, stat.S_IFREG):
                 raise AdapterInvalid("is not a regular file (a link, a device or alike)", file=shown(member.filename))
             with archive.open(member) as reader:

@@ -193,6 +193,16 @@ def test_an_encrypted_zip_is_refused(staging: Staging, adapter: Path) -> None:
     assert "encrypted" in refused(staging, bytes(data)).reason
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_of_an_unusual_compression_is_refused_by_member(staging: Staging, compression: int) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("adapter_config.json", b"{}")
+    error = refused(staging, buffer.getvalue())
+    assert error.file == "adapter_config.json"
+    assert "unusual compression" in error.reason
+
+
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04]", b"BZh91AY&SY", b"PK\x05\x06", b"\x1f\x8b\x08"])
 def test_what_is_no_archive_is_refused(staging: Staging, data: bytes) -> None:
     assert refused(staging, data).file == "upload.tar"
