@@ -142,7 +142,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapters: AdapterRef | Sequence[AdapterRef | None] | None,
     ) -> list[RequestOutput]:
-        params = _for_each(sampling_params or SamplingParams(), SamplingParams, len(inputs), "sampling_params")
+        given_params = SamplingParams() if sampling_params is None else sampling_params
+        params = _for_each(given_params, SamplingParams, len(inputs), "sampling_params")
         refs = _for_each(adapters, (AdapterRef, type(None)), len(inputs), "adapters")
         requests = [
             GenerateRequest(str(next(self._numbers)), sampling, adapter=ref, **given)

@@ -94,6 +94,8 @@ def test_what_fails_in_a_step_leaves_an_engine_that_can_go_on(llm: LLM, monkeypa
 def test_counts_that_differ_settings_and_adapters_that_are_unknown_are_refused(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
         llm.generate(["one"], [GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="0 sampling_params for 1 prompts"):
+        llm.generate(["one"], [])
     with pytest.raises(AdapterInvalid, match=r"adapter_config\.json"):
         llm.load_adapter(tmp_path)
     with pytest.raises(ConfigInvalid, match=r"unknown key engine\.speed"):
