@@ -79,9 +79,8 @@ class DecodeInputs:
     def route(self, token_slots: npt.NDArray[np.int32], size: int) -> int | None:
         """Send the routing of a step of `size` rows, the first of which have these slots.
 
-        Returns the pages of all their adapters; None when an adapter has too many.
-
-        token_slots: int32 [num_rows], -1 for the bare base, not all of them.
+        token_slots: int32 [num_rows], -1 for the bare base, not all of them. Returns the number of pages of all their
+        adapters; None when an adapter has too many.
         """
         used = sorted(set(token_slots.tolist()) - {-1})
         routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used)

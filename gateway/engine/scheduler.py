@@ -24,8 +24,8 @@ class Chunk(NamedTuple):
 class SchedulerOutput:
     """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
 
-    number: of the step, counted from 1. Chunks of one token (decode rows) come first. sampled: the sequences whose
-    last token is in this step, in row order.
+    number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
+    sequences whose last token is in this step, in row order.
     """
 
     number: int
@@ -198,11 +198,8 @@ class Scheduler:
         """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
         self._num_scheduled = output.number
         output.num_tokens = sum(step.values())
-        chunks = list(step.items())
-        if output.num_tokens > len(chunks) or len({sequence.slot for sequence, _ in chunks}) > 1:
-            # Rows of one adapter lie together: kernels gather what is in a row already.
-            chunks.sort(key=lambda chunk: (chunk[1] > 1, chunk[0].slot))
-        for sequence, num_tokens in chunks:
+        # Rows of one adapter lie together: kernels need not gather what is in a row already.
+        for sequence, num_tokens in sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].slot)):
             output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
             sequence.num_computed += num_tokens
             sequence.last_step = output.number
