@@ -123,6 +123,26 @@ def test_expand_kernel_is_as_exact_as_the_plain_path(
     assert torch.equal(y.cpu()[base], before[base])
 
 
+@pytest.mark.parametrize("slots", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_columns_are_the_rounded_shrink_at_the_places_of_a_row_s_own_pages(
+    slots: list[int], dtype: torch.dtype, device: str
+) -> None:
+    from lora_kernels.triton_shrink import sgmv_shrink_to_columns, sgmv_shrink_triton
+
+    a = _pools(1024, (8, 8), dtype)[0].to(device)
+    x, segments = torch.randn(len(slots), 1024).to(dtype).to(device), _segments(slots, device)
+    columns = segments.columns(2, dtype)
+    sgmv_shrink_to_columns(x, a, segments, columns)
+    h = _whole(sgmv_shrink_triton(x, a, segments), slots).to(dtype)
+    wanted = torch.zeros_like(columns, device="cpu")
+    page_ids = Routing.of(np.array(slots, np.int32), len(slots), PAGES).page_ids.tolist()
+    for row, slot in enumerate(slots):
+        for nth, page in enumerate(PAGES[slot].ids if slot >= 0 else []):
+            place = page_ids.index(page) * PAGE_RANK
+            wanted[row, :, place : place + PAGE_RANK] = h[row, :, nth * PAGE_RANK : (nth + 1) * PAGE_RANK]
+    assert torch.equal(columns.cpu(), wanted)
+
+
 @settings(max_examples=8, deadline=None)
 @given(slots=SLOTS)
 def test_kernels_equal_a_product_a_row_on_any_layout(slots: list[int], device: str) -> None:
