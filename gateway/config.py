@@ -28,6 +28,8 @@ class EngineConfig:
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
     block_size: tokens of a page of the KV cache.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
+    kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
+        takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
@@ -43,6 +45,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
     kv_cache_tokens: int | None = None
+    kv_host_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None

@@ -16,6 +16,8 @@ from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.host_blocks import HostBlocks
+from gateway.engine.host_tier import HostTier
 from gateway.engine.in_flight import StepInFlight
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.memory_plan import MemoryPlan
@@ -58,7 +60,10 @@ class LLMEngine:
         self.host_cache = HostCache(blobs, config.host_cache_bytes)
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(
-            plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            plan.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            host=HostBlocks(plan.num_host_blocks, plan.least_fetch),
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -66,7 +71,8 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
         )
-        self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
+        host_tier = HostTier(cache.layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        self.runner = ModelRunner(decoder, cache, slots, self.max_model_len, host_tier)
         if decoder.device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
         self.prompts = PromptEncoder(
@@ -166,13 +172,17 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics."""
-        residency = self.residency.stats
+        residency, host = self.residency.stats, self.blocks.host
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             kv_cache_usage=self.blocks.usage,
             prefix_queries=self.blocks.prefix_queries,
             prefix_hits=self.blocks.prefix_hits,
+            kv_host_usage=host.usage,
+            kv_host_hits=host.num_loaded * self.blocks.block_size,
+            kv_host_saved=host.num_saved,
+            kv_host_loaded=host.num_loaded,
             num_preemptions=self.scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,

@@ -9,6 +9,7 @@ import torch
 
 from adapters_store.slots import AdapterSlots
 from gateway.engine.decode_graphs import DecodeGraphs
+from gateway.engine.host_tier import HostTier
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.scheduler import Chunk, SchedulerOutput
@@ -23,9 +24,17 @@ from lora_kernels.segments import LoRASegments
 class ModelRunner:
     """Turns sequences into a `ForwardBatch` and runs the decoder over it."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: AdapterSlots, max_model_len: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        slots: AdapterSlots,
+        max_model_len: int,
+        host_tier: HostTier | None = None,
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.host_tier = host_tier
         self.slots = slots
         self.max_model_len = max_model_len
         config = decoder.config
@@ -54,6 +63,8 @@ class ModelRunner:
 
         pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
         """
+        if self.host_tier is not None and (output.saves or output.loads):
+            self.host_tier.move(output.saves, output.loads)
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:

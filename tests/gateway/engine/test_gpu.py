@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter, write_base
 from gateway.config import EngineConfig
+from gateway.engine.host_blocks import BlockCopy
+from gateway.engine.host_tier import HostTier
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
@@ -42,6 +45,23 @@ def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str,
 def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
     config = EngineConfig(base=base, kv_cache_tokens=16_384, max_num_seqs=24, max_lora_rank=16, **settings)
     return LLMEngine(config, blobs, lambda: None)
+
+
+def serve(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> dict[str, list[int]]:
+    """Greedy tokens of the bare base."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        engine.add(GenerateRequest(str(i), params, prompt=prompt), prompt)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    engine.check_integrity()
+    return tokens
+
+
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(3, 300, (count, length)).tolist()
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,3 +153,74 @@ def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, mon
     print(f"bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
     assert ours[0] <= 2 * allowed[0]
     assert ours[1] >= allowed[1] / 2
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    return str(write_base(tmp_path_factory.mktemp("base"), layers=4))
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_for_no_copy(
+    tmp_path: Path, four_layers: str, monkeypatch: pytest.MonkeyPatch, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    def engine_of(tokens: int, host_bytes: int) -> LLMEngine:
+        config = EngineConfig(
+            base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=host_bytes,
+            max_num_seqs=16, max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        return LLMEngine(config, BlobStore(f"file://{tmp_path / 'blobs'}"), lambda: None)
+
+    prompts = random_prompts(12, 250)
+    ample, tight = engine_of(16_384, 0), engine_of(2560, 1 << 30)
+    # Its buffers hold 8 blocks of 512 KiB, so that steps move theirs in parts.
+    num_host_blocks = tight.blocks.host.num_blocks
+    tier = tight.runner.host_tier = HostTier(tight.runner.cache.layers, num_host_blocks, staging_bytes=8 << 19)
+    move = tier.move
+
+    def move_without_waiting(saves: Seq[BlockCopy], loads: Seq[BlockCopy]) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            move(saves, loads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(tier, "move", move_without_waiting)
+    wanted, got = serve(ample, prompts, 80), serve(tight, prompts, 80)
+    again = serve(tight, prompts, 80)
+    stats = tight.stats()
+    assert stats.num_preemptions > 0
+    assert stats.kv_host_saved > 0
+    assert stats.kv_host_loaded > 0
+    assert got == again == wanted
+    for engine in (ample, tight):
+        engine.close()
+
+
+def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
+    tmp_path: Path, four_layers: str
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    config = EngineConfig(
+        base=four_layers, device="cuda", kv_cache_tokens=2048, kv_host_bytes=1 << 30, max_num_seqs=16, max_lora_rank=16
+    )
+    engine = LLMEngine(config, blobs, lambda: None)
+    serve(engine, random_prompts(16, 200), 2)  # from here on each block that is taken holds a prefix
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    for i, prompt in enumerate(random_prompts(8, 100)):
+        engine.add(GenerateRequest(str(i), params, prompt=prompt), prompt)
+    while engine.step().num_tokens != 8:
+        pass
+    engine.step()
+    saved = engine.stats().kv_host_saved
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.stats().kv_host_saved > saved
+    engine.check_integrity()
+    engine.close()

@@ -1,10 +1,14 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from gateway.config import EngineConfig
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.errors import ConfigInvalid
+from gateway.models.config import DecoderConfig
+from tests.tiny import make_base
 
 GIB = 1 << 30
 PAGE, BLOCK = 84 << 20, 2 << 20  # Llama-3.1-8B in bf16: 16 ranks, 16 tokens
@@ -61,3 +65,34 @@ def test_a_plan_says_in_a_line_what_it_is() -> None:
     assert str(plan(None, num_adapter_pages=3, kv_cache_tokens=1600)) == (
         "3 adapter pages of 16 ranks (0.25 GiB) and a KV cache of 1,600 tokens (0.20 GiB)"
     )
+
+
+def measured(base: DecoderConfig, **settings: Any) -> MemoryPlan:
+    """On the CPU in fp32."""
+    return MemoryPlan.measure(EngineConfig(**settings), base, PAGE, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> DecoderConfig:
+    return DecoderConfig.from_folder(make_base(tmp_path_factory.mktemp("base")))
+
+
+def test_the_second_tier_takes_whole_blocks_of_what_it_is_given(config: DecoderConfig) -> None:
+    made = measured(config, kv_host_bytes=100_000, block_size=16)
+    assert (made.block_bytes, made.num_host_blocks) == (8192, 12)
+    assert str(made).endswith(", with 192 more in host memory (0.00 GiB)")
+
+
+@pytest.mark.parametrize("off", [{}, {"kv_host_bytes": 0}, {"kv_host_bytes": GIB, "enable_prefix_caching": False}])
+def test_there_is_no_second_tier_where_none_is_wanted_or_nothing_would_be_found(
+    config: DecoderConfig, off: dict[str, Any]
+) -> None:
+    made = measured(config, **off)
+    assert made.num_host_blocks == 0
+    assert "host" not in str(made)
+
+
+def test_there_is_no_second_tier_where_computing_is_always_cheaper(config: DecoderConfig) -> None:
+    # So narrow a base with so many heads computes a token sooner than the link carries its keys and values.
+    made = measured(replace(config, hidden_size=16, num_kv_heads=4096), kv_host_bytes=GIB)
+    assert made.num_host_blocks == 0
