@@ -32,6 +32,8 @@ class EngineConfig:
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         a third of the memory beside the base at most (CUDA).
+    host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
+        at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.

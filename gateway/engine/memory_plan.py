@@ -37,7 +37,8 @@ class MemoryPlan:
         if device.type != "cuda":
             return cls.of(engine, page_bytes, token_bytes * engine.block_size, None)
         free, total = torch.cuda.mem_get_info(device)
-        usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
+        # Adapters come in through a page of their own.
+        usable = free - _RESERVED_BYTES - page_bytes - int(total * (1 - engine.gpu_memory_utilization))
         return cls.of(engine, page_bytes, token_bytes * engine.block_size, usable)
 
     @classmethod
