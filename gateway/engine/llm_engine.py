@@ -49,7 +49,7 @@ class LLMEngine:
         self.model = load_model(config)
         decoder, spec = self.model.decoder, self.model.spec
         layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
-        adapter_dtype = decoder.dtype
+        adapter_dtype = torch.int8 if config.adapter_dtype == "int8" else decoder.dtype
         plan = MemoryPlan.measure(
             config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, decoder.dtype
         )

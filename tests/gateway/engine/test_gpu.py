@@ -145,6 +145,21 @@ def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Pat
     engine.close()
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_adapters_in_8_bits_give_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu", adapter_dtype="int8")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    # Fewer slots than adapters: they take turns, and come in while others run.
+    on_gpu = engine_with(blobs, "embedded", device="cuda", adapter_dtype="int8", num_adapter_slots=6, **settings)
+    assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
+
+
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = str(write_base(tmp_path / "base", layers=4))
