@@ -34,6 +34,10 @@ class EngineConfig:
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         a third of the memory beside the base at most (CUDA).
+    adapter_dtype: how adapters' weights are kept; "auto" is dtype, "int8" has one scale a rank and matrix: twice the
+        adapters in as much memory.
+    host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
+        at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
@@ -57,6 +61,7 @@ class EngineConfig:
     num_adapter_slots: int = 64
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
+    adapter_dtype: Literal["auto", "int8"] = "auto"
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
     enforce_eager: bool = False

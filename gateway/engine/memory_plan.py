@@ -50,7 +50,8 @@ class MemoryPlan:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
-            usable -= 2 * STAGING_BYTES if num_host_blocks else 0
+            # Adapters come in through a page of their own, and blocks through staging.
+            usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
         plan = cls.of(engine, page_bytes, block_bytes, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.residency import AdapterResidency
 from gateway.engine.block_manager import BlockManager
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.sequence import Sequence, SequenceStatus
+
+_LOOKAHEAD: Final = 32  # waiting sequences whose adapters are brought in before their turn
 
 
 class Chunk(NamedTuple):
@@ -95,6 +98,9 @@ class Scheduler:
         output = SchedulerOutput(self._num_scheduled + 1)
         if self._schedule_running(step):
             self._admit(step, output)
+        if self.waiting:
+            upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD) if not sequence.pinned)
+            self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
         if step:
             self._advance(step, output)
         return output

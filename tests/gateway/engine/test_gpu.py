@@ -135,6 +135,51 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path:
     engine.close()
 
 
+def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", num_adapter_slots=6, host_cache_bytes=64 << 20)
+    refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    running, coming = refs[:4], refs[4:]
+    for ref in coming[::2]:  # the others come from the disk
+        engine.host_cache.get(ref.digest).result()
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    for i in range(8):
+        prompt = list(range(20 + i, 52 + 3 * i))
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=running[i // 2]), prompt)
+    while engine.step().num_tokens != 8:
+        pass
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            if coming:
+                engine.residency.prefetch(coming[:1])
+            engine.step()
+            if coming and coming[0].name in engine.residency.stats.resident:
+                coming.pop(0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not coming
+    assert engine.stats().adapter_evictions == NUM_ADAPTERS - 6
+    engine.check_integrity()
+    engine.close()
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_adapters_in_8_bits_give_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu", adapter_dtype="int8")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    # Fewer slots than adapters: they take turns, and come in while others run.
+    on_gpu = engine_with(blobs, "embedded", device="cuda", adapter_dtype="int8", num_adapter_slots=6, **settings)
+    assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
+
+
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = str(write_base(tmp_path / "base", layers=4))
