@@ -344,7 +344,7 @@ class _Expand:
     registers: int
 
 
-# Found on one H200; no other card has been tuned, so that all run these. In 8 bits a thread loads 16 columns: with 1,024
+# Found on one H200; no other card has been tuned, so that all run these. In 8 bits a thread loads 16 columns: by 1,024
 # half of the threads would begin another rank, and the sum over ranks would go through shared memory.
 _EXPAND_INT8 = _Expand(2048, 128, 512, 8, 128)
 _EXPAND_SHORT = _Expand(1024, 128, 512, 8, 128)
