@@ -27,6 +27,8 @@ class EngineConfig:
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
     block_size: tokens of a page of the KV cache.
+    kv_cache_dtype: keys and values in the cache; "fp8" (e4m3, a scale for each token and head) takes half the bytes of
+        bfloat16, on CUDA with Ada, Hopper or later cards. "auto" is the dtype of activations.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
@@ -42,6 +44,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
+from gateway.config import EngineConfig
+from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
-from lora_kernels.layer_cache import LayerCache
+from lora_kernels.layer_cache import FP8, LayerCache
+
+_FP8_CAPABILITY: Final = (8, 9)  # of the first cards that convert e4m3
 
 
 class KVCache:
@@ -30,3 +36,22 @@ class KVCache:
             )
             for _ in range(config.num_layers)
         )
+
+
+def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values. Raises `ConfigInvalid` where the card has no fp8."""
+    if config.kv_cache_dtype == "auto":
+        return compute
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise ConfigInvalid(
+            f"{torch.cuda.get_device_name(device)} has no fp8 (Ada, Hopper and later cards have it); "
+            'set engine.kv_cache_dtype to "auto".',
+            param="engine.kv_cache_dtype",
+        )
+    return FP8
+
+
+def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers."""
+    block = LayerCache.zeros(1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device="meta")
+    return config.num_layers * sum(tensor.nbytes for tensor in block.tensors)

@@ -17,7 +17,7 @@ from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache
+from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
@@ -46,14 +46,13 @@ class LLMEngine:
         self.model = load_model(config)
         decoder, spec = self.model.decoder, self.model.spec
         layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
-        plan = MemoryPlan.measure(
-            config, decoder.config, layout.page_bytes(decoder.dtype), decoder.device, decoder.dtype
-        )
+        kv_dtype = cache_dtype(config, decoder.dtype, decoder.device)
+        plan = MemoryPlan.measure(config, decoder.config, layout.page_bytes(decoder.dtype), decoder.device, kv_dtype)
         logger.info("beside the base on %s: %s", decoder.device, plan)
         self.max_model_len = _max_model_len(
             config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
         )
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, kv_dtype)
         slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, decoder.dtype, decoder.device)
         self.host_cache = HostCache(blobs, config.host_cache_bytes)
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)

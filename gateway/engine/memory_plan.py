@@ -9,6 +9,7 @@ import torch
 
 from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
+from gateway.engine.kv_cache import block_bytes
 from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
 
@@ -32,13 +33,16 @@ class MemoryPlan:
     def measure(
         cls, engine: EngineConfig, config: DecoderConfig, page_bytes: int, device: torch.device, dtype: torch.dtype
     ) -> Self:
-        """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
-        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        """The plan for what is free on the device now. dtype: that of keys and values.
+
+        Raises `ConfigInvalid` when what is asked for does not fit.
+        """
+        per_block = block_bytes(config, engine.block_size, dtype)
         if device.type != "cuda":
-            return cls.of(engine, page_bytes, token_bytes * engine.block_size, None)
+            return cls.of(engine, page_bytes, per_block, None)
         free, total = torch.cuda.mem_get_info(device)
         usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
-        return cls.of(engine, page_bytes, token_bytes * engine.block_size, usable)
+        return cls.of(engine, page_bytes, per_block, usable)
 
     @classmethod
     def of(cls, engine: EngineConfig, page_bytes: int, block_bytes: int, free_bytes: int | None) -> Self:
