@@ -15,18 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
-@pytest.fixture(
-    scope="session", params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    """The device of the kernel's arguments."""
-    device = str(request.param)
-    if device == "cpu" and torch.cuda.is_available():
-        pytest.skip("with a GPU the kernels are compiled, not interpreted")
-    return device
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def exact_fp8() -> Iterator[None]:
     """PyTorch's rounding to fp8 in the interpreter, whose own loses the carry (1.98 becomes 1, not 2)."""
     if torch.cuda.is_available():
@@ -45,6 +34,17 @@ def exact_fp8() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
         yield
+
+
+@pytest.fixture(
+    scope="session", params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def device(request: pytest.FixtureRequest, exact_fp8: None) -> str:
+    """The device of the kernel's arguments."""
+    device = str(request.param)
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("with a GPU the kernels are compiled, not interpreted")
+    return device
 
 
 @pytest.fixture(scope="session", params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
