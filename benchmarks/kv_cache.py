@@ -32,7 +32,7 @@ from gateway.models.loader import LoadedModel, load_model
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.layer_cache import FP8
 
-BLOCK_SIZE, NUM_DIALOGUES, MAX_TOKENS = 16, 128, 64
+BLOCK_SIZE, NUM_DIALOGUES, MAX_TOKENS = 16, 100, 64
 Dialogue = tuple[list[int], list[int]]  # the token ids of a prompt and of its answer
 
 
