@@ -27,6 +27,8 @@ class EngineConfig:
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
     block_size: tokens of a page of the KV cache.
+    kv_cache_dtype: keys and values in the cache; "fp8" (e4m3, a scale for each token and head) takes half the bytes of
+        bfloat16, on CUDA with Ada, Hopper or later cards. "auto" is the dtype of activations.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
         takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
@@ -48,6 +50,7 @@ class EngineConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_tokens: int | None = None
     kv_host_bytes: int | None = None
     gpu_memory_utilization: float = 0.9

@@ -19,7 +19,7 @@ from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.host_tier import HostTier
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache
+from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
@@ -52,14 +52,13 @@ class LLMEngine:
         decoder, spec = self.model.decoder, self.model.spec
         layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
         adapter_dtype = torch.int8 if config.adapter_dtype == "int8" else decoder.dtype
-        plan = MemoryPlan.measure(
-            config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, decoder.dtype
-        )
+        kv_dtype = cache_dtype(config, decoder.dtype, decoder.device)
+        plan = MemoryPlan.measure(config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, kv_dtype)
         logger.info("beside the base on %s: %s", decoder.device, plan)
         self.max_model_len = _max_model_len(
             config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
         )
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, kv_dtype)
         slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, adapter_dtype, decoder.device)
         self.host_cache = HostCache(
             blobs, layout, adapter_dtype, config.host_cache_bytes, pinned=decoder.device.type == "cuda"

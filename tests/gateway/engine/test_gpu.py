@@ -11,6 +11,7 @@ import torch
 
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter, write_base
+from benchmarks.kv_cache import fp8_error
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.host_tier import HostTier
@@ -21,6 +22,7 @@ from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
 from gateway.layers import norm as norm_layer
+from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
@@ -107,9 +109,25 @@ def test_the_embedded_base_gives_the_cpu_path_s_tokens(
     assert ids(got) == ids(wanted)
 
 
-def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, enforce_eager: bool) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    engine = engine_with(blobs, "embedded", device="cuda")
+    on_cpu = engine_with(blobs, "embedded", device="cpu", kv_cache_dtype="fp8")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    settings = {"dtype": "float32", "kv_cache_dtype": "fp8", "enforce_eager": enforce_eager}
+    got = generate(engine_with(blobs, "embedded", device="cuda", **settings), refs, 48)
+    # Sums in another order turn some number of fp8 into its neighbour: not the same bits, and near-ties may break.
+    worst, positions = drift(got, wanted)
+    print(f"fp8: log-probabilities within {worst:.4f} over {positions} positions")
+    assert worst < 0.1
+    assert positions > 48 * len(wanted) / 2
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path: Path, kv_cache_dtype: str) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", kv_cache_dtype=kv_cache_dtype)
     refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(4)]
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -269,3 +287,34 @@ def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
     assert engine.stats().kv_host_saved > saved
     engine.check_integrity()
     engine.close()
+
+
+def test_an_8b_shaped_base_over_fp8_pages_is_as_exact_as_the_reference_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = str(write_base(tmp_path / "base", layers=4))
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
+    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    settings = {"device": "cuda", "kv_cache_dtype": "fp8"}
+    bf16 = generate(engine_with(blobs, base, dtype="bfloat16", **settings), refs, 32)
+    use_references(monkeypatch)
+    truth, plain = (
+        generate(engine_with(blobs, base, dtype=dtype, enforce_eager=True, **settings), refs, 32)
+        for dtype in ("float32", "bfloat16")
+    )
+    ours, allowed = drift(bf16, truth), drift(plain, truth)
+    print(f"fp8 pages, bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
+    assert ours[0] <= 2 * allowed[0]
+    assert ours[1] >= allowed[1] / 2
+
+
+def test_fp8_pages_of_an_8b_shaped_base_stay_near_bf16(tmp_path: Path) -> None:
+    """The row of docs/engine.md: run it with -s."""
+    torch.manual_seed(0)
+    model = load_model(EngineConfig(base=str(write_base(tmp_path / "base", layers=32)), device="cuda"))
+    ids = torch.randint(10, 100_000, (8, 2048)).tolist()
+    error = fp8_error(model, [(row[:1], row[1:]) for row in ids])
+    print(f"8B shape, random weights, 8 x 2,048 random tokens: {error}")
+    assert error.attention < 0.05

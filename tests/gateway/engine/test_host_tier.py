@@ -91,7 +91,7 @@ class Witness:
 
     def _content(self, block: int) -> bytes:
         layers = self._engine.runner.cache.layers
-        return b"".join(tensor[block].numpy().tobytes() for layer in layers for tensor in layer)
+        return b"".join(tensor[block].numpy().tobytes() for layer in layers for tensor in layer.tensors)
 
 
 def tight(build_engine: MakeEngine, num_host_blocks: int, **chosen: Any) -> LLMEngine:
