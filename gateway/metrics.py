@@ -54,6 +54,8 @@ _COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "prefix_queries": ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_hits": ("vllm:prefix_cache_hits", "Tokens found in the prefix cache."),
     "num_preemptions": ("vllm:num_preemptions", "Sequences pushed back for want of cache blocks."),
+    "num_drafts": ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead."),
+    "num_accepted": ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed ahead that came."),
     "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("vllm:generation_tokens", "Tokens generated."),
     "adapter_loads": ("patchbay_adapter_loads", "Adapters copied into a slot."),

@@ -17,6 +17,8 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     running_adapters: tuple[str, ...] = ()
