@@ -43,6 +43,7 @@ class EngineConfig:
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
+    max_speculative_tokens: the most tokens that a request may ask to be guessed ahead in a step; 0 refuses it.
     """
 
     base: str = "embedded"
@@ -69,6 +70,7 @@ class EngineConfig:
     torch_threads: int | None = None
     enforce_eager: bool = False
     overlap_steps: bool | None = None
+    max_speculative_tokens: int = 8
 
 
 @dataclass(frozen=True)

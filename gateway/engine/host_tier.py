@@ -13,7 +13,6 @@ from torch import Tensor
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.transfers import send
 from lora_kernels.blocks import BlockTensors, gather_blocks, scatter_blocks
-from lora_kernels.layer_cache import LayerCache
 
 # On the device, for each way: 64 blocks of 16 tokens of Llama-3.1-8B. Where a step moves more, its parts take turns.
 STAGING_BYTES: Final = 128 << 20
@@ -24,7 +23,7 @@ _PIECE_BYTES: Final = 256 << 20
 class HostTier:
     """Blocks in host memory, each one row of bytes: its part of every tensor of every layer of the cache.
 
-    layers: the cache's, whose tensors are contiguous, of any dtype.
+    layers: the cache's tensors, each [num_blocks, ...], contiguous, of any dtype.
 
     On the device a step gathers the blocks that leave into one buffer, from which a side stream takes them to pinned
     memory; another side stream brings what is fetched into a second buffer, beside the step before, and the step
@@ -32,9 +31,9 @@ class HostTier:
     each copy is done when it is called.
     """
 
-    def __init__(self, layers: Seq[LayerCache], num_blocks: int, staging_bytes: int = STAGING_BYTES) -> None:
-        self._tensors = BlockTensors([tensor for layer in layers for tensor in layer.tensors])
-        self._device = layers[0].k.device
+    def __init__(self, layers: Seq[Seq[Tensor]], num_blocks: int, staging_bytes: int = STAGING_BYTES) -> None:
+        self._tensors = BlockTensors([tensor for layer in layers for tensor in layer])
+        self._device = layers[0][0].device
         words, word = self._tensors.block_words, self._tensors.word
         self.blocks = _host_blocks(num_blocks, words, word, pinned=self._device.type == "cuda")
         size = min(max(1, staging_bytes // (words * word.itemsize)), num_blocks)

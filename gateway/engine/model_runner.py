@@ -102,8 +102,7 @@ class ModelRunner:
         ids: list[int] = []
         marks: list[int] = [] if pending is None else pending.marks.tolist()
         for row, (sequence, start, num_tokens) in enumerate(chunks):
-            known = sequence.token_ids[start : start + num_tokens]
-            ids += known or [marks[row]]
+            ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
         on_device = send(np.array(ids, np.int64), self.decoder.device)
         return on_device if pending is None else resolve(on_device, pending.token_ids)
 

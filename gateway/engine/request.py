@@ -51,11 +51,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one finished request (all of its `n` sequences together)."""
+    """Token counts of one finished request (all of its `n` sequences together).
+
+    accepted_tokens, rejected_tokens: of those that were guessed ahead; the rejected are in no other count.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -29,13 +29,15 @@ class SchedulerOutput:
     """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
 
     number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
-    sequences whose last token is in this step, in row order. saves, loads: the cache blocks that go to the host and
-    come from it, in this order, before anything is computed.
+    sequences whose last token is in this step, in row order. A sequence's drafts follow its last token, each a chunk of
+    its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's. saves, loads:
+    the cache blocks that go to the host and come from it, in this order, before anything is computed.
     """
 
     number: int
     scheduled: list[Chunk] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
+    drafted: dict[int, int] = field(default_factory=dict)
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
     num_tokens: int = 0
     saves: list[BlockCopy] = field(default_factory=list)
@@ -58,6 +60,9 @@ class Scheduler:
     A step may be scheduled while the one before is in flight, that is before its `update`. What a step in flight uses
     stays as it is: nothing is preempted, and a sequence that ends gives its blocks and its pin back only when the last
     step that it is in is done.
+
+    Sequences that speculate get drafts from what a step has left of tokens, rows (`max_rows`) and blocks; when anything
+    is short, drafts are what is dropped.
     """
 
     def __init__(
@@ -67,14 +72,20 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_rows: int,
     ) -> None:
         self.blocks = blocks
         self.residency = residency
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_rows = max_rows
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_drafts = 0
+        self.num_accepted = 0
+        self._num_speculating = 0
+        self._room_for_drafts = max_rows
         self._num_scheduled = 0  # steps
         self._num_done = 0
         self._ended_in_flight: list[Sequence] = []
@@ -87,6 +98,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
         self.waiting.append(sequence)
+        self._num_speculating += sequence.lookup is not None
 
     def schedule(self) -> SchedulerOutput:
         """Take blocks and slots for the next step, which the caller runs, and account for its tokens as computed.
@@ -101,6 +113,8 @@ class Scheduler:
         if self.waiting:
             upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD) if not sequence.pinned)
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
+        if self._num_speculating:
+            self._draft(step)
         if step:
             self._advance(step, output)
         return output
@@ -114,9 +128,26 @@ class Scheduler:
         size = self.blocks.block_size
         for sequence, start, num_tokens in output.scheduled:
             end = start + num_tokens
-            if end // size > sequence.num_sealed and not sequence.finished:
+            # What lies beyond the known tokens is a draft: its block waits for `accept`.
+            is_known = end <= len(sequence.token_ids)
+            if is_known and end // size > sequence.num_sealed and not sequence.finished:
                 self.blocks.seal(sequence, end)
         self._release_ended()
+
+    def accept(self, sequence: Sequence) -> bool:
+        """Whether the next draft of a step that is done is what the sequence's last token turned out to be.
+
+        It is a token as any other then, computed already; if not, nothing is left of it and of those behind it.
+        """
+        if not sequence.drafts or sequence.drafts.pop(0) != sequence.token_ids[-1]:
+            sequence.drafts.clear()
+            return False
+        sequence.num_computed += 1
+        sequence.num_tokens += 1
+        self.blocks.seal(sequence, sequence.num_computed)
+        self.num_accepted += 1
+        sequence.request.num_accepted += 1
+        return True
 
     def abandon(self) -> None:
         """Account for steps in flight that nobody will `update`, after every sequence has been ended."""
@@ -133,6 +164,7 @@ class Scheduler:
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self._num_speculating -= sequence.lookup is not None
         self._ended_in_flight.append(sequence)
         self._release_ended()
 
@@ -167,8 +199,11 @@ class Scheduler:
         return enough
 
     def _runnable(self) -> list[Sequence]:
-        """The running sequences, decode first, without those whose last token is already in flight."""
+        """The running sequences, decode first, without those whose last token is in flight or had better be known."""
         runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
+        if self._num_speculating:
+            # To wait is worth it where a guess will find room; the step before tells.
+            runnable = [s for s in runnable if not s.awaits_tokens(self._room_for_drafts > 0)]
         if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
             runnable.sort(key=lambda s: s.num_uncomputed > 1)
         return runnable
@@ -206,19 +241,53 @@ class Scheduler:
             budget -= num_tokens
         self.waiting.extendleft(reversed(passed_over))
 
+    def _draft(self, step: dict[Sequence, int]) -> None:
+        """Have the step's speculating sequences guess, each as far as its share of what is left goes."""
+        asking = [
+            s for s in step if s.lookup is not None and s.num_uncomputed == 1 and s.num_tokens == len(s.token_ids)
+        ]
+        room = max(0, min(self.max_num_batched_tokens - sum(step.values()), self.max_rows - len(step)))
+        self._room_for_drafts = room
+        for place, sequence in enumerate(asking):
+            share = room // (len(asking) - place)
+            self._take_drafts(sequence, min(share, sequence.max_tokens - sequence.num_tokens - 1))
+            room -= len(sequence.drafts)
+
+    def _take_drafts(self, sequence: Sequence, most: int) -> None:
+        assert sequence.lookup is not None
+        drafts = sequence.lookup.guess()[:most]
+        if not self.blocks.grow(sequence, sequence.num_tokens + len(drafts), leave=self._reserve):
+            del drafts[len(sequence.block_table) * self.blocks.block_size - sequence.num_tokens :]
+        sequence.drafts[:] = drafts
+        sequence.request.num_drafts += len(drafts)
+        self.num_drafts += len(drafts)
+
     def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
         """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
         self._num_scheduled = output.number
         output.num_tokens = sum(step.values())
         output.saves = self.blocks.saves(output.loads)
-        # Rows of one adapter lie together: kernels need not gather what is in a row already.
-        for sequence, num_tokens in sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].slot)):
+        # Rows of one adapter lie together: kernels need not gather what is in a row already. Those whose number changes
+        # from step to step lie behind, so that the others stay where they are.
+        for sequence, num_tokens in sorted(
+            step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].lookup is not None, chunk[0].slot)
+        ):
             output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
             sequence.num_computed += num_tokens
             sequence.last_step = output.number
             if sequence.num_computed == sequence.num_tokens:
                 sequence.num_tokens += 1
                 output.sampled.append(sequence)
+                if sequence.drafts:
+                    self._add_drafts(sequence, output)
+
+    @staticmethod
+    def _add_drafts(sequence: Sequence, output: SchedulerOutput) -> None:
+        output.num_tokens += len(sequence.drafts)
+        for number in range(1, len(sequence.drafts) + 1):
+            output.drafted[len(output.sampled)] = number
+            output.sampled.append(sequence)
+            output.scheduled.append(Chunk(sequence, sequence.num_computed + number - 1, 1))
 
     @property
     def _reserve(self) -> int:

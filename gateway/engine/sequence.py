@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gateway.engine.detokenizer import IncrementalDetokenizer
+from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
@@ -30,7 +31,8 @@ class Sequence:
     number of the last step that it is in.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
-    (-1: the bare base).
+    (-1: the bare base). lookup: guesses its next tokens, where the request asked for it. drafts: guesses that a step in
+    flight verifies, each in a row of its own; they count neither as tokens nor as computed.
     """
 
     request: RunningRequest
@@ -40,9 +42,11 @@ class Sequence:
     sampling: SamplingRow
     detokenizer: IncrementalDetokenizer
     end_ids: frozenset[int] = frozenset()
+    lookup: PromptLookup | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     num_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
+    drafts: list[int] = field(init=False)
     num_computed: int = 0
     last_step: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -54,6 +58,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.num_tokens = len(self.token_ids)
         self.max_tokens = self.num_tokens + self.request.max_tokens
+        self.drafts = self.sampling.drafts
 
     @property
     def params(self) -> SamplingParams:
@@ -75,6 +80,17 @@ class Sequence:
         """Tokens that the next steps must run through the model; 1 for a decoding sequence."""
         return self.num_tokens - self.num_computed
 
+    def awaits_tokens(self, may_guess: bool) -> bool:
+        """Whether to run it once its tokens in flight are known: drafts are among them, or a guess goes on there."""
+        in_flight = self.num_tokens > len(self.token_ids)
+        goes_on = may_guess and in_flight and self.lookup is not None and self.lookup.guess()
+        return bool(self.drafts or goes_on)
+
+    def known_tokens(self, start: int, num_tokens: int) -> list[int]:
+        """Its tokens from `start` on, or its drafts where those begin; empty for a token that is in flight."""
+        known = self.token_ids[start : start + num_tokens]
+        return known or self.drafts[start - len(self.token_ids) :][:num_tokens]
+
     @property
     def finished(self) -> bool:
         """Whether its last delta has been made."""
@@ -83,13 +99,18 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class RunningRequest:
-    """One accepted request: its sequences, its deadline of tokens and its clock (seconds, monotonic)."""
+    """One accepted request: its sequences, its deadline of tokens and its clock (seconds, monotonic).
+
+    num_drafts, num_accepted: tokens guessed for its sequences, and those of them that came.
+    """
 
     request: GenerateRequest
     num_prompt: int
     max_tokens: int
     sequences: list[Sequence] = field(default_factory=list)
     num_cached: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     scheduled_at: float | None = None
     first_token_at: float | None = None

@@ -24,6 +24,7 @@ _FINISH: Final = {
 _SCALARS: Final = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "n", "max_tokens", "min_tokens", "ignore_eos", "logprobs", "skip_special_tokens"),
+    "num_speculative_tokens",
 )
 
 
@@ -128,6 +129,8 @@ def _usage(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        accepted_prediction_tokens=usage.accepted_tokens,
+        rejected_prediction_tokens=usage.rejected_tokens,
     )
 
 

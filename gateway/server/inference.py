@@ -207,4 +207,6 @@ def _sum(a: Usage, b: Usage) -> Usage:
         a.prompt_tokens + b.prompt_tokens,
         a.completion_tokens + b.completion_tokens,
         a.cached_tokens + b.cached_tokens,
+        a.accepted_tokens + b.accepted_tokens,
+        a.rejected_tokens + b.rejected_tokens,
     )

@@ -148,7 +148,8 @@ class AttentionMetadata:
         """Whether the next step is this one with a token more in each row, and its pages were gathered.
 
         Equal tables then mean equal sequences: a block that changed hands in between would hold only this step's token
-        of its new owner, as its first, and the table would be one block longer.
+        of its new owner, as its first, and the table would be one block longer. Rows of one sequence lie one behind the
+        other; each has written what the next one's pages hold.
         """
         return (
             bool(self.gathered)
@@ -157,6 +158,7 @@ class AttentionMetadata:
             and context_lens == [length + 1 for length in self.context_lens]
             and all(length % self.block_size for length in self.context_lens)  # a table's 0 may be padding or a block
             and np.array_equal(self.block_table.numpy(force=True), table)
+            and not (table[1:] == table[:-1]).all(axis=1).any()
         )
 
     @cached_property

@@ -155,6 +155,22 @@ def test_decodes_step_by_step_see_what_a_fresh_step_sees(pages: torch.dtype | No
     assert [step for step, same in enumerate(kept) if same] == [1, 4, 5, 9]  # no block was added, no row changed
 
 
+def test_rows_of_one_sequence_see_what_each_other_wrote() -> None:
+    case = Case([(1, 5), (1, 6), (1, 7)])  # a token and two drafts of it, which fail
+    _, k_cache, v_cache, _ = _inputs(case, torch.float32)
+    tables, previous = [[5, 6]] * 3, None
+    for first in (5, 6):
+        lens = [first, first + 1, first + 2]
+        slots = torch.tensor([6 * 4 + (n - 1) % 4 for n in lens])
+        for cache in (k_cache, v_cache):
+            cache.flatten(0, 1).index_copy_(0, slots, torch.randn(3, 2, 16))
+        previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
+        fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
+        q = torch.randn(3, 4, 16)
+        out, expected = (paged_attention_ref(q, k_cache, v_cache, meta, 0.3, None) for meta in (previous, fresh))
+        assert torch.equal(out, expected)
+
+
 def test_metadata_takes_block_tables_longer_than_the_context() -> None:
     case = Case([(1, 5), (3, 6)])
     q, cache, tables = _inputs(case, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,17 @@ from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgm
 
 pytestmark = pytest.mark.gpu
 NUM_ADAPTERS = 16
+# Three tokens, each penalized more with every time that it comes: many guesses come true, and many do not.
+TAKING_TURNS: dict[str, Any] = {"logit_bias": {60: 90.0, 61: 90.0, 62: 90.0}, "frequency_penalty": 2.0}
 
 
-def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str, list[TokenLogprob]]:
-    """Greedy tokens of 16 adapters and a base row in one batch, each with the 20 likeliest."""
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=20)
+def generate(
+    engine: LLMEngine, refs: list[AdapterRef], count: int, guessed: int = 0, **sampling: Any
+) -> dict[str, list[TokenLogprob]]:
+    """Greedy tokens of adapters and a base row in one batch, each with the 20 likeliest; every other row guesses."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": count, "ignore_eos": True, "logprobs": 20} | sampling)
     for i, ref in enumerate([*refs, None]):
+        params = replace(params, num_speculative_tokens=guessed if i % 2 == 0 else 0)
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
     tokens: dict[str, list[TokenLogprob]] = {}
@@ -109,6 +115,22 @@ def test_the_embedded_base_gives_the_cpu_path_s_tokens(
     assert ids(got) == ids(wanted)
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("sampling", [TAKING_TURNS, TAKING_TURNS | {"temperature": 0.7, "seed": 5}])
+def test_guessing_ahead_gives_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool, sampling: dict[str, Any]
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(6)]
+    wanted = generate(on_cpu, refs, 48, **sampling)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    engine = engine_with(blobs, "embedded", device="cuda", **settings)
+    assert ids(generate(engine, refs, 48, guessed=4, **sampling)) == ids(wanted)
+    assert 20 < engine.stats().num_accepted < engine.stats().num_drafts
+
+
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, enforce_eager: bool) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
@@ -124,8 +146,10 @@ def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, e
     assert positions > 48 * len(wanted) / 2
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path: Path, kv_cache_dtype: str) -> None:
+@pytest.mark.parametrize(("kv_cache_dtype", "guessed"), [("auto", 0), ("fp8", 0), ("auto", 3)])
+def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
+    tmp_path: Path, kv_cache_dtype: str, guessed: int
+) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     engine = engine_with(blobs, "embedded", device="cuda", kv_cache_dtype=kv_cache_dtype)
     refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(4)]
@@ -135,13 +159,14 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path:
         {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
         {"repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 90, "logit_bias": {7: 1.0}},
     ]
+    guesses = TAKING_TURNS | {"num_speculative_tokens": guessed} if guessed else {}
     for i in range(16):
         # Rows end one by one, so that batches change on the way.
-        params = SamplingParams(**kinds[i % 4], max_tokens=100 + i, ignore_eos=True)
+        params = SamplingParams(**kinds[i % 4] | guesses, max_tokens=100 + i, ignore_eos=True)
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i // 4]), prompt)
-    while engine.step().num_tokens != 16:
-        pass
+    while engine.scheduler.waiting or any(sequence.num_uncomputed > 1 for sequence in engine.scheduler.running):
+        engine.step()
     engine.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -149,6 +174,7 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path:
             engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert (engine.stats().num_accepted > 100) == bool(guessed)
     engine.check_integrity()
     engine.close()
 
@@ -240,7 +266,8 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
     ample, tight = engine_of(16_384, 0), engine_of(2560, 1 << 30)
     # Its buffers hold 8 blocks of 512 KiB, so that steps move theirs in parts.
     num_host_blocks = tight.blocks.host.num_blocks
-    tier = tight.runner.host_tier = HostTier(tight.runner.cache.layers, num_host_blocks, staging_bytes=8 << 19)
+    layers = [layer.tensors for layer in tight.runner.cache.layers]
+    tier = tight.runner.host_tier = HostTier(layers, num_host_blocks, staging_bytes=8 << 19)
     move = tier.move
 
     def move_without_waiting(saves: Seq[BlockCopy], loads: Seq[BlockCopy]) -> None:

@@ -77,6 +77,14 @@ def test_generate_equals_http(doors: Doors, tenant: TenantClient, inference: Any
     assert same.choices[0].token_ids == answer.choices[0].token_ids
 
 
+def test_guessing_ahead_is_asked_for_and_accounted(doors: Doors, tenant: TenantClient, inference: Any) -> None:
+    sampling = pb.SamplingParams(max_tokens=12, logit_bias={70: 100}, num_speculative_tokens=4)
+    request = pb.GenerateRequest(model=doors.model, text="the", sampling=sampling)
+    answer = inference.Generate(request, metadata=bearer(tenant.key))
+    assert answer.choices[0].token_ids == [70] * 12
+    assert answer.usage.accepted_prediction_tokens > 0
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_streams_add_up_to_the_whole(doors: Doors, tenant: TenantClient, inference: Any, n: int) -> None:
     sampling = pb.SamplingParams(seed=3, max_tokens=6, n=n, logprobs=1, ignore_eos=True)

@@ -165,6 +165,22 @@ def test_sampling_fields_reach_the_engine(doors: Doors, tenant: TenantClient) ->
     assert (by_text.choices[0].text, by_text.choices[0].finish_reason) == ("", "stop")
 
 
+def test_guessing_ahead_is_asked_for_and_accounted(doors: Doors, tenant: TenantClient) -> None:
+    settings: dict[str, Any] = {"model": doors.model, "prompt": "the", "logit_bias": {"70": 100}, "max_tokens": 12}
+    plain = tenant.openai.completions.create(**settings)
+    guessed = tenant.openai.completions.create(**settings, extra_body={"num_speculative_tokens": 4})
+    assert guessed.choices[0].text == plain.choices[0].text
+    for answer, accepted in ((plain, False), (guessed, True)):
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 12
+        details = answer.usage.completion_tokens_details
+        assert details is not None
+        assert bool(details.accepted_prediction_tokens) == accepted
+    with pytest.raises(openai.BadRequestError, match="at most 8 here, not 9") as refused:
+        tenant.openai.completions.create(**settings, extra_body={"num_speculative_tokens": 9})
+    assert refused.value.param == "num_speculative_tokens"
+
+
 def test_max_tokens_has_a_default(doors: Doors, tenant: TenantClient) -> None:
     answer = tenant.openai.completions.create(
         model=doors.model, prompt="the", temperature=0, extra_body={"ignore_eos": True}
