@@ -80,7 +80,8 @@ class LLMEngine:
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
             max_rows=min(max_rows, MAX_ROWS),
         )
-        host_tier = HostTier([layer.tensors for layer in cache.layers], plan.num_host_blocks) if plan.num_host_blocks else None
+        layers = [layer.tensors for layer in cache.layers]
+        host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len, host_tier)
         if decoder.device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_graphs(max_rows, config.max_lora_rank)

@@ -30,8 +30,8 @@ class SchedulerOutput:
 
     number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
     sequences whose last token is in this step, in row order. A sequence's drafts follow its last token, each a chunk of
-    its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's. saves, loads:
-    the cache blocks that go to the host and come from it, in this order, before anything is computed.
+    its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's.
+    saves, loads: the cache blocks that go to the host and come from it, in this order, before anything is computed.
     """
 
     number: int
