@@ -29,3 +29,12 @@ class KVCache:
             (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             for _ in range(config.num_layers)
         )
+
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy blocks into others, in every layer: one gather and one scatter for each tensor, in stream order.
+
+        sources, targets: int64 [num_copies], on the cache's device; no target is twice in `targets`.
+        """
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[targets] = tensor[sources]

@@ -65,6 +65,7 @@ class LLMEngine:
             self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
+            max_adapter_pages=config.max_adapter_pages_per_step,
         )
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
         if decoder.device.type == "cuda" and not config.enforce_eager:
@@ -125,8 +126,9 @@ class LLMEngine:
                 )
             )
         self._requests[request.request_id] = running
-        for sequence in running.sequences:
-            self.scheduler.add(sequence)
+        first = running.sequences[0]
+        first.followers = running.sequences[1:]
+        self.scheduler.add(first)
 
     def cancel(self, request_id: str, output: StepOutput) -> None:
         """End a request as cancelled, its last deltas into `output`; nothing when it has ended already."""

@@ -54,6 +54,9 @@ class ModelRunner:
 
         pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
         """
+        if output.copies:
+            pairs = send(np.array(output.copies, np.int64), self.decoder.device)
+            self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
