@@ -121,12 +121,14 @@ def siblings(engine: LLMEngine, length: int, *, may_wait: bool = True) -> list[l
     prompt = list(range(30, 30 + length))
     engine.add(GenerateRequest(str(length), params, prompt=prompt), prompt)
     tokens: list[list[int]] = [[] for _ in range(4)]
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            tokens[delta.index] += delta.token_ids
-        if not may_wait:
-            torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                tokens[delta.index] += delta.token_ids
+            if not may_wait:
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     engine.check_integrity()
     return tokens
 
