@@ -65,6 +65,9 @@ class Scheduler:
     adapter of more pages runs with no other adapter): at the limit those whose adapter runs already go first
     (`BatchAdapters`).
 
+    A prompt that would take all that is left of a step leaves half of it where one that is more urgent waits, or one of
+    a tenant that was served less.
+
     The first of a request's sequences computes the prompt; the others wait for it outside the queue, then share its
     blocks.
 
@@ -170,6 +173,8 @@ class Scheduler:
             num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
             if num_tokens == 0:
                 break
+            if num_tokens == budget and self._leaves_some(sequence):
+                num_tokens = -(-budget // 2)
             while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
                 sequence, sequence.num_computed + num_tokens
             ):
@@ -189,6 +194,14 @@ class Scheduler:
         if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
             runnable.sort(key=lambda s: s.num_uncomputed > 1)
         return runnable
+
+    def _leaves_some(self, sequence: Sequence) -> bool:
+        """Whether the next that waits should not have to wait for all of this one's prompt."""
+        if len(self.running) >= self.max_num_seqs or (other := self.waiting.next()) is None:
+            return False
+        if other.priority != sequence.priority:
+            return other.priority < sequence.priority
+        return other.tenant is not sequence.tenant and other.tenant.served <= sequence.tenant.served
 
     def _preempt_last(self, step: dict[Sequence, int]) -> int:
         """Preempt the last admitted of the lowest priority. Returns the tokens it had in this step."""

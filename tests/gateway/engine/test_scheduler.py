@@ -258,6 +258,25 @@ def test_one_tenants_queue_does_not_delay_the_other(world: TinyWorld, make_engin
     assert steps <= 3  # a place is free when one of two tokens has ended
 
 
+@pytest.mark.parametrize(
+    ("who", "gets_in"),
+    [
+        ({"tenant": "other"}, True),
+        ({"tenant": "many", "priority": -1}, True),
+        ({"tenant": "many"}, False),
+        ({"tenant": "other", "priority": 1}, False),
+    ],
+)
+def test_a_long_prompt_leaves_half_of_the_step_to_who_comes_first(
+    world: TinyWorld, make_engine: MakeEngine, who: dict[str, Any], gets_in: bool
+) -> None:
+    engine = make_engine(max_num_batched_tokens=16, enable_prefix_caching=False)
+    add(engine, world, "long", 90, tenant="many")
+    engine.step()
+    add(engine, world, "short", 6, **who)
+    assert plan(engine) == ({"long": 8, "short": 6} if gets_in else {"long": 16})
+
+
 def serve_backlog(engine: LLMEngine, world: TinyWorld, weights: dict[str, float]) -> dict[str, float]:
     """Two tenants whose queues never empty, "long" with longer requests: what each was served, by the paper's costs.
 
