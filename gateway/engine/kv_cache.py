@@ -37,6 +37,15 @@ class KVCache:
             for _ in range(config.num_layers)
         )
 
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy blocks into others, in every layer: one gather and one scatter for each tensor, in stream order.
+
+        sources, targets: int64 [num_copies], on the cache's device; no target is twice in `targets`.
+        """
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
 
 def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of keys and values. Raises `ConfigInvalid` where the card has no fp8."""

@@ -79,6 +79,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
             max_rows=min(max_rows, MAX_ROWS),
+            max_adapter_pages=config.max_adapter_pages_per_step,
         )
         layers = [layer.tensors for layer in cache.layers]
         host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
@@ -152,8 +153,9 @@ class LLMEngine:
                 )
             )
         self._requests[request.request_id] = running
-        for sequence in running.sequences:
-            self.scheduler.add(sequence)
+        first = running.sequences[0]
+        first.followers = running.sequences[1:]
+        self.scheduler.add(first)
 
     def cancel(self, request_id: str, output: StepOutput) -> None:
         """End a request as cancelled, its last deltas into `output`; nothing when it has ended already."""

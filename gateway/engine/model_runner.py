@@ -65,6 +65,9 @@ class ModelRunner:
         """
         if self.host_tier is not None and (output.saves or output.loads):
             self.host_tier.move(output.saves, output.loads)
+        if output.copies:
+            pairs = send(np.array(output.copies, np.int64), self.decoder.device)
+            self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:

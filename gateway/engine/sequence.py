@@ -11,6 +11,7 @@ from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.tenant import Tenant
 
 
 class SequenceStatus(Enum):
@@ -27,12 +28,14 @@ class Sequence:
 
     token_ids: prompt, then output as far as the host knows it; end_ids: the tokens that end it. num_tokens: the length
     of token_ids, and one for each step in flight that samples the sequence; max_tokens: the most that it may become.
+    followers: the request's other sequences, while they wait for it to compute the prompt. tenant: set by the queue.
     num_computed: tokens whose keys and values are in the cache, or will be after the steps in flight. last_step: the
     number of the last step that it is in.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
     (-1: the bare base). lookup: guesses its next tokens, where the request asked for it. drafts: guesses that a step in
-    flight verifies, each in a row of its own; they count neither as tokens nor as computed.
+    flight verifies, each in a row of its own; they count neither as tokens nor as computed. num_overtaken:
+    how many were admitted before it for want of pages of adapters in a step.
     """
 
     request: RunningRequest
@@ -44,6 +47,9 @@ class Sequence:
     end_ids: frozenset[int] = frozenset()
     lookup: PromptLookup | None = None
     status: SequenceStatus = SequenceStatus.WAITING
+    followers: list[Sequence] = field(default_factory=list)
+    priority: int = field(init=False)
+    tenant: Tenant = field(default_factory=Tenant)
     num_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
     drafts: list[int] = field(init=False)
@@ -54,8 +60,10 @@ class Sequence:
     num_sealed: int = 0
     slot: int = -1
     pinned: bool = False
+    num_overtaken: int = 0
 
     def __post_init__(self) -> None:
+        self.priority = self.request.request.priority
         self.num_tokens = len(self.token_ids)
         self.max_tokens = self.num_tokens + self.request.max_tokens
         self.drafts = self.sampling.drafts

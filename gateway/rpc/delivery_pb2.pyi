@@ -125,7 +125,7 @@ class DoorMessage(_message.Message):
     def __init__(self, cancelled: _Optional[_Iterable[str]] = ..., collect: _Optional[int] = ..., closing: _Optional[bool] = ..., submitted: _Optional[_Union[Request, _Mapping]] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("request_id", "sampling", "text", "token_ids", "messages", "adapter", "tenant", "cache_salt")
+    __slots__ = ("request_id", "sampling", "text", "token_ids", "messages", "adapter", "tenant", "cache_salt", "priority", "tenant_weight")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,8 @@ class Request(_message.Message):
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_WEIGHT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     sampling: Sampling
     text: str
@@ -142,7 +144,9 @@ class Request(_message.Message):
     adapter: Adapter
     tenant: str
     cache_salt: str
-    def __init__(self, request_id: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[bytes] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    priority: int
+    tenant_weight: float
+    def __init__(self, request_id: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[bytes] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., tenant: _Optional[str] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., tenant_weight: _Optional[float] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)

@@ -45,6 +45,8 @@ def encode_request(request: GenerateRequest) -> pb.Request:
             adapter=_encode_adapter(adapter) if adapter is not None else None,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
+            priority=request.priority,
+            tenant_weight=request.tenant_weight,
         )
         if request.messages is not None:
             encoded.messages = json.dumps([dict(message) for message in request.messages]).encode()
@@ -72,6 +74,8 @@ def decode_request(encoded: pb.Request) -> GenerateRequest:
         adapter=AdapterRef(adapter.name, adapter.digest, adapter.rank) if encoded.HasField("adapter") else None,
         tenant=encoded.tenant,
         cache_salt=encoded.cache_salt,
+        priority=encoded.priority,
+        tenant_weight=encoded.tenant_weight,
     )
 
 

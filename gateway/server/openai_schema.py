@@ -103,6 +103,7 @@ class _Sampling(_Closed):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     # Patchbay's: tokens guessed ahead.
     num_speculative_tokens: int | None = None
     # Inert.

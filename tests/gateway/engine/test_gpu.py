@@ -224,6 +224,41 @@ def test_adapters_in_8_bits_give_the_cpu_path_s_tokens(
     assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
 
 
+def siblings(engine: LLMEngine, length: int, *, may_wait: bool = True) -> list[list[int]]:
+    """Greedy tokens of four sequences of one prompt. may_wait: whether the host may, once the prompt is computed."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, n=4)
+    prompt = list(range(30, 30 + length))
+    engine.add(GenerateRequest(str(length), params, prompt=prompt), prompt)
+    tokens: list[list[int]] = [[] for _ in range(4)]
+    try:
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                tokens[delta.index] += delta.token_ids
+            if not may_wait:
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_siblings_share_the_prompt_and_copy_its_last_block(
+    tmp_path: Path, enforce_eager: bool, enable_prefix_caching: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu, engine = (
+        engine_with(blobs, "embedded", dtype="float32", enable_prefix_caching=enable_prefix_caching, **settings)
+        for settings in ({"device": "cpu"}, {"device": "cuda", "enforce_eager": enforce_eager})
+    )
+    siblings(engine, 40)
+    for length in (53, 64, 65):  # within a block of 16, at its end and behind it
+        assert siblings(engine, length, may_wait=enforce_eager) == siblings(on_cpu, length)
+    engine.close()
+    on_cpu.close()
+
+
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = str(write_base(tmp_path / "base", layers=4))

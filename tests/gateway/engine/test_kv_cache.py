@@ -1,9 +1,10 @@
-"""Pages in fp8: what they take, where they are refused, and that they serve as pages of the compute dtype do."""
+"""The KV cache: pages in fp8, which serve as pages of the compute dtype do, where they are refused, and copies of blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,3 +78,22 @@ def test_fp8_stays_near_the_compute_dtype_on_the_embedded_base() -> None:
     assert 0.01 < error.attention < 0.05  # a number of e4m3 is off by 2.5 %, rms
     assert 0 < error.mean_drift < 0.02
     assert error.same_likeliest > 0.98
+
+
+def make_cache(base: Path, device: str) -> KVCache:
+    cache = KVCache(DecoderConfig.from_folder(base), 8, 4, torch.device(device), torch.float32)
+    for layer in cache.layers:
+        for tensor in layer.tensors:
+            tensor.normal_()
+    return cache
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_blocks_are_copied_in_every_layer_and_no_other_changes(world: TinyWorld, device: str) -> None:
+    cache = make_cache(world.base, device)
+    before = [tensor.clone() for layer in cache.layers for tensor in layer.tensors]
+    sources, targets = torch.tensor([1, 1, 5], device=device), torch.tensor([0, 5, 7], device=device)
+    cache.copy_blocks(sources, targets)
+    for tensor, old in zip((t for layer in cache.layers for t in layer.tensors), before, strict=True):
+        # Block 5 is read before it is written.
+        assert torch.equal(tensor, old[[1, 1, 2, 3, 4, 1, 6, 5, 8]])

@@ -161,6 +161,8 @@ def test_a_defects_own_text_stays_in_the_replica() -> None:
             adapter=AdapterRef("t/a:1", "ab" * 32, 8),
             tenant="t",
             cache_salt="s",
+            priority=-3,
+            tenant_weight=2.5,
         ),
         GenerateRequest("r", SamplingParams(), messages=[{"role": "user", "content": [{"type": "text"}]}]),
     ],
