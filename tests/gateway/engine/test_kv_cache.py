@@ -1,4 +1,4 @@
-"""The KV cache: pages in fp8, which serve as pages of the compute dtype do, where they are refused, and copies of blocks."""
+"""The KV cache: pages in fp8, which serve as others do, where they are refused, and copies of blocks."""
 
 from __future__ import annotations
 

@@ -167,11 +167,11 @@ def test_a_copied_block_leaves_the_bits_of_the_one_it_was_copied_from(
     engine.step()
     (leader,) = engine.scheduler.running
     block = leader.block_table[4]
-    before = [tensor[block, :3].clone() for layer in engine.runner.cache.layers for tensor in layer]
+    before = [tensor[block, :3].clone() for layer in engine.runner.cache.layers for tensor in layer.tensors]
     engine.step()
     copies = [s.block_table[4] for s in engine.scheduler.running if s is not leader]
     assert len(copies) == 2
-    for tensor, kept in zip((t for layer in engine.runner.cache.layers for t in layer), before, strict=True):
+    for tensor, kept in zip((t for layer in engine.runner.cache.layers for t in layer.tensors), before, strict=True):
         assert torch.equal(tensor[block, :3], kept)
         assert all(torch.equal(tensor[copy, :2], kept[:2]) for copy in copies)
 
