@@ -15,21 +15,23 @@ from adapters_store.residency import AdapterResidency
 from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
+from gateway.engine.decode_graphs import MAX_ROWS
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.host_tier import HostTier
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache
+from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
+from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
-from gateway.errors import ConfigInvalid, InternalError
+from gateway.errors import ConfigInvalid, InternalError, InvalidRequest
 from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -52,14 +54,13 @@ class LLMEngine:
         decoder, spec = self.model.decoder, self.model.spec
         layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
         adapter_dtype = torch.int8 if config.adapter_dtype == "int8" else decoder.dtype
-        plan = MemoryPlan.measure(
-            config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, decoder.dtype
-        )
+        kv_dtype = cache_dtype(config, decoder.dtype, decoder.device)
+        plan = MemoryPlan.measure(config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, kv_dtype)
         logger.info("beside the base on %s: %s", decoder.device, plan)
         self.max_model_len = _max_model_len(
             config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
         )
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, decoder.dtype)
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, kv_dtype)
         slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, adapter_dtype, decoder.device)
         self.host_cache = HostCache(
             blobs, layout, adapter_dtype, config.host_cache_bytes, pinned=decoder.device.type == "cuda"
@@ -71,16 +72,20 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             host=HostBlocks(plan.num_host_blocks, plan.least_fetch),
         )
+        max_rows = max(config.max_num_seqs, 1 + config.max_speculative_tokens)
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
+            max_rows=min(max_rows, MAX_ROWS),
+            max_adapter_pages=config.max_adapter_pages_per_step,
         )
-        host_tier = HostTier(cache.layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        layers = [layer.tensors for layer in cache.layers]
+        host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len, host_tier)
         if decoder.device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
+            self.runner.capture_graphs(max_rows, config.max_lora_rank)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )
@@ -111,6 +116,11 @@ class LLMEngine:
 
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids, checked; may be called from any thread. Raises `GatewayError` subclasses."""
+        guessed, most = request.sampling.num_speculative_tokens, self._config.max_speculative_tokens
+        if guessed > most:
+            raise InvalidRequest(
+                f"num_speculative_tokens may be at most {most} here, not {guessed}", param="num_speculative_tokens"
+            )
         prompt = self.prompts.encode(request)
         self.prompts.max_tokens(request, len(prompt))
         return prompt
@@ -129,7 +139,7 @@ class LLMEngine:
         if not request.sampling.ignore_eos:
             end_ids |= frozenset(self.model.decoder.config.eos_token_ids)
         for index in range(request.sampling.n):
-            token_ids = list(prompt)
+            token_ids, guessed = list(prompt), request.sampling.num_speculative_tokens
             running.sequences.append(
                 Sequence(
                     request=running,
@@ -139,11 +149,13 @@ class LLMEngine:
                     sampling=SamplingRow(request.sampling, token_ids, len(prompt), index),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                     end_ids=end_ids,
+                    lookup=PromptLookup(token_ids, guessed) if guessed else None,
                 )
             )
         self._requests[request.request_id] = running
-        for sequence in running.sequences:
-            self.scheduler.add(sequence)
+        first = running.sequences[0]
+        first.followers = running.sequences[1:]
+        self.scheduler.add(first)
 
     def cancel(self, request_id: str, output: StepOutput) -> None:
         """End a request as cancelled, its last deltas into `output`; nothing when it has ended already."""
@@ -195,6 +207,8 @@ class LLMEngine:
             kv_host_saved=host.num_saved,
             kv_host_loaded=host.num_loaded,
             num_preemptions=self.scheduler.num_preemptions,
+            num_drafts=self.scheduler.num_drafts,
+            num_accepted=self.scheduler.num_accepted,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             running_adapters=_adapter_names(self.scheduler.running),
@@ -224,7 +238,7 @@ class LLMEngine:
         for sequence, error in scheduled.failed:
             self._end(sequence.request, "error", error, output)
         output.num_tokens = scheduled.num_tokens
-        output.num_sequences = len(scheduled.scheduled)
+        output.num_sequences = len(scheduled.scheduled) - len(scheduled.drafted)
         output.num_adapters = len({chunk.sequence.slot for chunk in scheduled.scheduled} - {-1})
         now = time.monotonic()
         for sequence, start, _ in scheduled.scheduled:
@@ -239,6 +253,8 @@ class LLMEngine:
         """Start a step on the device, behind the one in flight."""
         logits = self.runner.execute(scheduled, self._pending([chunk.sequence for chunk in scheduled.scheduled]))
         rows = [sequence.sampling for sequence in scheduled.sampled]
+        for row, number in scheduled.drafted.items():
+            rows[row] = rows[row].ahead(number)
         return StepInFlight(scheduled, self.sampler(logits, rows, self._pending(scheduled.sampled)))
 
     def _pending(self, sequences: list[Sequence]) -> PendingTokens | None:
@@ -258,21 +274,28 @@ class LLMEngine:
         ):
             if sequence.finished:
                 continue  # cancelled, or ended on an earlier row or by the step before
+            is_draft = row in scheduled.drafted
+            if is_draft and not self.scheduler.accept(sequence):
+                continue
             if row in bad:
                 self._end(sequence.request, "error", _not_finite(sequence), output)
             else:
+                if not is_draft:
+                    output.deltas.append(TokenDelta(sequence.request.request.request_id, sequence.index, "", []))
                 self._append(sequence, token, logprob, now, output)
 
     def _append(
         self, sequence: Sequence, token: int, logprob: RawLogprob | None, now: float, output: StepOutput
     ) -> None:
+        """Add a token to a sequence, and to the last delta of `output`, which is the sequence's."""
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         running, detokenizer = sequence.request, sequence.detokenizer
         _clock(running, now, output)
-        text = "" if token in sequence.end_ids else detokenizer.push(token)
-        delta = TokenDelta(running.request.request_id, sequence.index, text, [token])
-        output.deltas.append(delta)
+        delta = output.deltas[-1]
+        delta.token_ids.append(token)
+        if token not in sequence.end_ids:
+            delta.text += detokenizer.push(token)
         if logprob is not None:
             delta.logprobs.append(self._logprob(logprob))
         if token in sequence.end_ids or detokenizer.stop_string is not None:
@@ -308,7 +331,13 @@ class LLMEngine:
 
     def _close(self, running: RunningRequest, last: TokenDelta, output: StepOutput) -> None:
         del self._requests[running.request.request_id]
-        last.usage = Usage(running.num_prompt, running.num_output, running.num_cached)
+        last.usage = Usage(
+            running.num_prompt,
+            running.num_output,
+            running.num_cached,
+            running.num_accepted,
+            running.num_drafts - running.num_accepted,
+        )
         assert last.finish_reason is not None
         output.finished.append(_timings(running, last.finish_reason))
 

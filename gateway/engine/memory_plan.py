@@ -11,6 +11,7 @@ from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import least_fetch
 from gateway.engine.host_tier import STAGING_BYTES
+from gateway.engine.kv_cache import block_bytes
 from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
 
@@ -41,18 +42,20 @@ class MemoryPlan:
     def measure(
         cls, engine: EngineConfig, config: DecoderConfig, page_bytes: int, device: torch.device, dtype: torch.dtype
     ) -> Self:
-        """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
-        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-        block_bytes, operations = token_bytes * engine.block_size, _operations(config) * engine.block_size
-        least = least_fetch(block_bytes, operations, device.type)
-        num_host_blocks = _host_bytes(engine, device) // block_bytes if least is not None else 0
+        """The plan for what is free on the device now. dtype: that of keys and values.
+
+        Raises `ConfigInvalid` when what is asked for does not fit.
+        """
+        per_block = block_bytes(config, engine.block_size, dtype)
+        least = least_fetch(per_block, _operations(config) * engine.block_size, device.type)
+        num_host_blocks = _host_bytes(engine, device) // per_block if least is not None else 0
         usable = None
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
             # Adapters come in through a page of their own, and blocks through staging.
             usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
-        plan = cls.of(engine, page_bytes, block_bytes, usable)
+        plan = cls.of(engine, page_bytes, per_block, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
     @classmethod

@@ -65,6 +65,9 @@ class ModelRunner:
         """
         if self.host_tier is not None and (output.saves or output.loads):
             self.host_tier.move(output.saves, output.loads)
+        if output.copies:
+            pairs = send(np.array(output.copies, np.int64), self.decoder.device)
+            self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
@@ -102,8 +105,7 @@ class ModelRunner:
         ids: list[int] = []
         marks: list[int] = [] if pending is None else pending.marks.tolist()
         for row, (sequence, start, num_tokens) in enumerate(chunks):
-            known = sequence.token_ids[start : start + num_tokens]
-            ids += known or [marks[row]]
+            ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
         on_device = send(np.array(ids, np.int64), self.decoder.device)
         return on_device if pending is None else resolve(on_device, pending.token_ids)
 
