@@ -29,7 +29,6 @@ class KVCache:
         self.block_size = block_size
         # The last block belongs to no sequence: rows that only pad a batch write there.
         self.scratch_slot = num_blocks * block_size
-        # Zeros, not garbage: a page's unwritten tail is read by vectorised attention before it is masked.
         self.layers: tuple[LayerCache, ...] = tuple(
             LayerCache.zeros(
                 num_blocks + 1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device=device
