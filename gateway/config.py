@@ -41,6 +41,8 @@ class EngineConfig:
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
+    batch_invariant: a token's logits depend on nothing but its sequence, bit for bit: not on what else runs, nor on how
+        its prompt was cut, preempted or found in the cache. Slower; on the CPU much slower.
     """
 
     base: str = "embedded"
@@ -66,6 +68,7 @@ class EngineConfig:
     torch_threads: int | None = None
     enforce_eager: bool = False
     overlap_steps: bool | None = None
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear
 from gateway.layers.norm import RMSNorm
 from lora_kernels.attention import paged_attention
+from lora_kernels.invariant import invariant_attention
 from lora_kernels.rotary import HeadNorm, rotary_store
 
 
@@ -39,7 +40,8 @@ class Attention:
         self, x: torch.Tensor, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
+        attend = invariant_attention if batch.invariant else paged_attention
         qkv = self.qkv(x, batch)
         q = rotary_store(qkv, batch.cos, batch.sin, k_cache, v_cache, batch.slot_mapping, self.head_norm)
-        attended = paged_attention(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
+        attended = attend(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
         return self.o(attended.reshape(len(x), -1), batch)
