@@ -83,13 +83,15 @@ class LLMEngine:
         )
         layers = [layer.tensors for layer in cache.layers]
         host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
-        self.runner = ModelRunner(decoder, cache, slots, self.max_model_len, host_tier)
+        self.runner = ModelRunner(
+            decoder, cache, slots, self.max_model_len, host_tier, invariant=config.batch_invariant
+        )
         if decoder.device.type == "cuda" and not config.enforce_eager:
             self.runner.capture_graphs(max_rows, config.max_lora_rank)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )
-        self.sampler = Sampler(decoder.config.eos_token_ids)
+        self.sampler = Sampler(decoder.config.eos_token_ids, invariant=config.batch_invariant)
         self._table = TokenTable(self.model.tokenizer.backend_tokenizer)
         self._slots = slots
         self._config = config

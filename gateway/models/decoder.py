@@ -64,4 +64,4 @@ class Decoder:
             delta = layer(x, delta, batch, cache)
         if delta is not None and batch.last_rows is not None:
             x, delta = x[batch.last_rows], delta[batch.last_rows]
-        return self.lm_head(self.norm(x, delta))
+        return self.lm_head(self.norm(x, delta), batch.invariant)
