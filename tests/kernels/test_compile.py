@@ -103,7 +103,7 @@ sizes = tile | {"NUM_KV_HEADS": 8, "SEQS": 64, "HEADS": 8, "BLOCK": 64, "HAS_WIN
 build(items, cache | {"items_ptr": "*i32"}, sizes, 4)
 own = triton_invariant_matmul._CONFIG
 product = {name + "_ptr": "*bf16" for name in ("x", "weight", "bias", "y")}
-tile = {"TOKENS": own.tokens, "BLOCK_OUT": own.block_out, "BLOCK_IN": own.block_in}
+tile = {"TOKENS": own.tokens, "BLOCK_OUT": own.block_out, "BLOCK_IN": own.block_in, "SPAN": own.span}
 build(triton_invariant_matmul._matmul_kernel, product, tile, own.num_warps, own.num_stages)
 
 plan = {"TILE": 64, "WAVE": 66, "MOST": 64, "NUM_KV_HEADS": 8, "ROWS": 64, "BLOCK_PIECES": 64, "BLOCK_HEADS": 8}
