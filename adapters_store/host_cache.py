@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.weights import AdapterWeights, load_weights
+
+AdapterReader = Callable[[BlobStore, str], AdapterWeights]
+
+
+def read_adapter(blobs: BlobStore, digest: str) -> AdapterWeights:
+    """The stored adapter, whole. Raises `AdapterLoadFailed` or `StoreUnavailable`."""
+    return load_weights(blobs.local_path(digest))
 
 
 class HostCache:
@@ -16,10 +24,20 @@ class HostCache:
 
     Loads of one digest that overlap are one load. A failure is not kept: the next `get` tries again. An
     adapter larger than the whole cache is handed to its callers and not kept. Safe to call from any thread.
+
+    read: what a background thread makes of a digest.
     """
 
-    def __init__(self, blobs: BlobStore, max_bytes: int, num_threads: int = 2) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        max_bytes: int,
+        num_threads: int = 2,
+        *,
+        read: AdapterReader = read_adapter,
+    ) -> None:
         self._blobs = blobs
+        self._read = read
         self._max_bytes = max_bytes
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
@@ -60,7 +78,7 @@ class HostCache:
 
     def _load(self, digest: str, future: Future[AdapterWeights]) -> None:
         try:
-            weights = load_weights(self._blobs.local_path(digest))
+            weights = self._read(self._blobs, digest)
         except Exception as error:  # whatever it is, it belongs to those who wait
             with self._lock:
                 del self._loading[digest]

@@ -76,6 +76,23 @@ class LoRALayout:
         scales = sum(2 * len(group.linears) for group in self.groups) if dtype == torch.int8 else 0
         return self.num_layers * PAGE_RANK * (columns * dtype.itemsize + scales * torch.float32.itemsize)
 
+    def check(self, weights: AdapterWeights, dtype: torch.dtype) -> None:
+        """Raises ValueError when a matrix does not fit the layout, or B does not fit float16 where that is `dtype`."""
+        shapes = {linear: (w, g.in_features) for g in self.groups for linear, w in _linears(g)}
+        for (layer, linear), (a, b) in weights.tensors.items():
+            if not 0 <= layer < self.num_layers or linear not in shapes:
+                raise ValueError(f"the base has no {linear} in layer {layer}")
+            out_features, in_features = shapes[linear]
+            rank = a.shape[0]
+            if rank > weights.rank or a.shape != (rank, in_features) or b.shape != (out_features, rank):
+                raise ValueError(
+                    f"{linear} of layer {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}; the base needs"
+                    f" [r, {in_features}] and [{out_features}, r] with r <= {weights.rank}"
+                )
+            # Kernels multiply B by the zeros of other rows too. A stored adapter fits bfloat16 (validator.py).
+            if dtype == torch.float16 and b.abs().max() > _LARGEST_FP16:
+                raise ValueError(f"B of {linear} in layer {layer} is infinite in float16, the engine's dtype")
+
 
 @dataclass(frozen=True)
 class PagePools:
@@ -180,7 +197,7 @@ class AdapterSlots:
 
         Raises ValueError, having changed nothing, when a matrix does not fit the layout or B does not fit float16.
         """
-        self._check_weights(weights)
+        self.layout.check(weights, self._dtype)
         num_pages = num_pages_for(weights.rank)
         assert slot in self._free_slots, f"slot {slot} is taken"
         assert num_pages <= self.num_free_pages, f"{num_pages} pages asked for, {self.num_free_pages} free"
@@ -208,22 +225,6 @@ class AdapterSlots:
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"
         )
-
-    def _check_weights(self, weights: AdapterWeights) -> None:
-        shapes = {linear: (w, g.in_features) for g in self.layout.groups for linear, w in _linears(g)}
-        for (layer, linear), (a, b) in weights.tensors.items():
-            if not 0 <= layer < self.layout.num_layers or linear not in shapes:
-                raise ValueError(f"the base has no {linear} in layer {layer}")
-            out_features, in_features = shapes[linear]
-            rank = a.shape[0]
-            if rank > weights.rank or a.shape != (rank, in_features) or b.shape != (out_features, rank):
-                raise ValueError(
-                    f"{linear} of layer {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}; the base needs"
-                    f" [r, {in_features}] and [{out_features}, r] with r <= {weights.rank}"
-                )
-            # Kernels multiply B by the zeros of other rows too. A stored adapter fits bfloat16 (validator.py).
-            if self._dtype == torch.float16 and b.abs().max() > _LARGEST_FP16:
-                raise ValueError(f"B of {linear} in layer {layer} is infinite in float16, the engine's dtype")
 
     def _copy(self, layer: int, group: LoRAGroup, pages: tuple[int, ...], weights: AdapterWeights) -> None:
         rows = len(pages) * PAGE_RANK
