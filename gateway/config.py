@@ -26,6 +26,7 @@ class EngineConfig:
     base: a Hugging Face folder, or "embedded" for the model that ships with Patchbay.
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
+    tensor_parallel_size: GPUs of one host that share the base, its cache and its adapters, each run by a process.
     block_size: tokens of a page of the KV cache.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
@@ -41,6 +42,7 @@ class EngineConfig:
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel_size: int = 1
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -108,6 +110,7 @@ class LimitsConfig:
 class ServerConfig:
     """The front doors and the replicas. Port 0 asks the system for a free one.
 
+    replica_num_gpus: of each replica; `tensor_parallel_size` where that is more than one.
     front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
     """
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 
 from adapters_store.blobs import BlobStore
-from adapters_store.host_cache import HostCache
+from adapters_store.host_cache import AdapterReader, HostCache, read_adapter
 from adapters_store.residency import AdapterResidency
-from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
@@ -27,7 +26,8 @@ from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
-from gateway.errors import ConfigInvalid, InternalError
+from gateway.engine.workers import Workers
+from gateway.errors import InternalError
 from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -37,25 +37,28 @@ _STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
 
 
 class LLMEngine:
-    """One base on one device, many adapters, continuous batching. Used by one thread.
+    """One base on one device, or shared by several, many adapters, continuous batching. Used by one thread.
 
-    Raises `BaseModelUnsupported` or `ConfigInvalid` when it cannot be built.
+    Raises `BaseModelUnsupported` or `ConfigInvalid` when it cannot be built, `InternalError` when another rank fails.
     """
 
     def __init__(self, config: EngineConfig, blobs: BlobStore, on_adapter_ready: Callable[[], None]) -> None:
-        self.model = load_model(config)
-        decoder, spec = self.model.decoder, self.model.spec
-        layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
-        plan = MemoryPlan.measure(
-            config, decoder.config, layout.page_bytes(decoder.dtype), decoder.device, decoder.dtype
-        )
+        self._workers: Workers | None = None
+        if config.tensor_parallel_size != 1:
+            self._workers = Workers(config, blobs)
+            weakref.finalize(self, self._workers.close)  # where nobody calls `close`, as when what follows raises
+        self.model = load_model(config, self._workers.ranks if self._workers is not None else None)
+        decoder = self.model.decoder
+        plan = MemoryPlan.measure(config, decoder)
+        read: AdapterReader = read_adapter
+        if self._workers is not None:
+            plan = self._workers.agree(plan)
+            read = self._workers.reader(self.model)
         logger.info("beside the base on %s: %s", decoder.device, plan)
-        self.max_model_len = _max_model_len(
-            config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
-        )
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, decoder.dtype)
-        slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, decoder.dtype, decoder.device)
-        self.host_cache = HostCache(blobs, config.host_cache_bytes)
+        self.runner = ModelRunner.build(config, decoder, plan)
+        self.max_model_len = self.runner.max_model_len
+        slots = self.runner.slots
+        self.host_cache = HostCache(blobs, config.host_cache_bytes // config.tensor_parallel_size, read=read)
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(
             plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -66,9 +69,6 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
         )
-        self.runner = ModelRunner(decoder, cache, slots, self.max_model_len)
-        if decoder.device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )
@@ -86,6 +86,11 @@ class LLMEngine:
     def has_work(self) -> bool:
         """Whether any request is unfinished or any step in flight."""
         return self.scheduler.has_work
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every other rank is there."""
+        return self._workers is None or self._workers.failure is None
 
     @property
     def num_unfinished(self) -> int:
@@ -150,6 +155,12 @@ class LLMEngine:
         With overlapping steps the batch is only launched, and the tokens are those of the one before. After an
         exception the engine can only `abort_all`.
         """
+        if self._workers is None:
+            return self._step()
+        with self._workers.explained():
+            return self._step()
+
+    def _step(self) -> StepOutput:
         output = StepOutput()
         scheduled = self._schedule(output)
         if not scheduled.scheduled and self._in_flight is not None:
@@ -192,8 +203,11 @@ class LLMEngine:
         assert not self._requests
 
     def close(self) -> None:
-        """Stop the loader threads."""
+        """Stop the loader threads and the other ranks."""
         self.host_cache.close()
+        if self._workers is not None:
+            self.runner.drop_graphs()
+            self._workers.close()
 
     def _schedule(self, output: StepOutput) -> SchedulerOutput:
         scheduled = self.scheduler.schedule()
@@ -213,7 +227,10 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         """Start a step on the device, behind the one in flight."""
-        logits = self.runner.execute(scheduled, self._pending([chunk.sequence for chunk in scheduled.scheduled]))
+        pending = self._pending([chunk.sequence for chunk in scheduled.scheduled])
+        if self._workers is not None:
+            self._workers.announce(scheduled, pending, self._slots)
+        logits = self.runner.execute(scheduled, pending)
         rows = [sequence.sampling for sequence in scheduled.sampled]
         return StepInFlight(scheduled, self.sampler(logits, rows, self._pending(scheduled.sampled)))
 
@@ -226,6 +243,8 @@ class LLMEngine:
             return
         scheduled, result = self._in_flight.scheduled, self._in_flight.sampled.result()
         self._in_flight = None
+        if self._workers is not None:
+            self._workers.land()
         self.scheduler.update(scheduled)
         bad = set(result.bad_rows)
         now = time.monotonic()
@@ -287,22 +306,6 @@ class LLMEngine:
         last.usage = Usage(running.num_prompt, running.num_output, running.num_cached)
         assert last.finish_reason is not None
         output.finished.append(_timings(running, last.finish_reason))
-
-
-def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
-    wanted = config.max_model_len or min(positions, cache_tokens)
-    if wanted > positions:
-        raise ConfigInvalid(
-            f"engine.max_model_len {wanted} is more than the base's {positions} positions.",
-            param="engine.max_model_len",
-        )
-    if wanted > cache_tokens:
-        raise ConfigInvalid(
-            f"engine.max_model_len {wanted} does not fit the KV cache of {cache_tokens} tokens; raise kv_cache_tokens "
-            "or lower max_model_len.",
-            param="engine.max_model_len",
-        )
-    return wanted
 
 
 def _not_finite(sequence: Sequence) -> InternalError:

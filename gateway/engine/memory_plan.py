@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
 from gateway.errors import ConfigInvalid
-from gateway.models.config import DecoderConfig
+from gateway.models.decoder import Decoder
 
 _CPU_TOKENS: Final = 65_536
 # For activations, the logits of a full batch, recorded graphs and the allocator's own waste.
@@ -29,10 +30,10 @@ class MemoryPlan:
     block_size: int
 
     @classmethod
-    def measure(
-        cls, engine: EngineConfig, config: DecoderConfig, page_bytes: int, device: torch.device, dtype: torch.dtype
-    ) -> Self:
+    def measure(cls, engine: EngineConfig, decoder: Decoder) -> Self:
         """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
+        config, device, dtype = decoder.config, decoder.device, decoder.dtype
+        page_bytes = decoder.lora_layout.page_bytes(dtype)
         token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
         if device.type != "cuda":
             return cls.of(engine, page_bytes, token_bytes * engine.block_size, None)
@@ -65,6 +66,12 @@ class MemoryPlan:
                 param="engine",
             )
         return plan
+
+    @classmethod
+    def smallest(cls, plans: Sequence[Self]) -> Self:
+        """What fits on every rank; pages and blocks are as large on each."""
+        pages, blocks = min(p.num_adapter_pages for p in plans), min(p.num_blocks for p in plans)
+        return replace(plans[0], num_adapter_pages=pages, num_blocks=blocks)
 
     @property
     def adapter_bytes(self) -> int:

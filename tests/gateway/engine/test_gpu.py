@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
+from gateway.errors import InternalError
 from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
@@ -21,6 +25,7 @@ from gateway.layers import norm as norm_layer
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 NUM_ADAPTERS = 16
 
 
@@ -30,12 +35,17 @@ def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str,
     for i, ref in enumerate([*refs, None]):
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
+    tokens = drain(engine)
+    engine.check_integrity()
+    engine.close()
+    return tokens
+
+
+def drain(engine: LLMEngine) -> dict[str, list[TokenLogprob]]:
     tokens: dict[str, list[TokenLogprob]] = {}
     while engine.has_work:
         for delta in engine.step().deltas:
             tokens.setdefault(delta.request_id, []).extend(delta.logprobs)
-    engine.check_integrity()
-    engine.close()
     return tokens
 
 
@@ -87,9 +97,14 @@ def test_the_embedded_base_gives_the_cpu_path_s_tokens(
     assert ids(got) == ids(wanted)
 
 
-def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, pytest.param({"tensor_parallel_size": 2}, marks=two_gpus)], ids=["one", "two"]
+)
+def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    engine = engine_with(blobs, "embedded", device="cuda")
+    engine = engine_with(blobs, "embedded", device="cuda", **settings)
     refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(4)]
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -133,3 +148,50 @@ def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, mon
     print(f"bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
     assert ours[0] <= 2 * allowed[0]
     assert ours[1] >= allowed[1] / 2
+
+
+@two_gpus
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_give_one_gpu_s_tokens(tmp_path: Path, enforce_eager: bool) -> None:
+    torch.manual_seed(0)
+    base = str(write_base(tmp_path / "base", layers=4))
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
+    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    (truth, one), (fp32, two) = (
+        [
+            generate(
+                engine_with(
+                    blobs, base, device="cuda", dtype=d, tensor_parallel_size=size, enforce_eager=enforce_eager
+                ),
+                refs,
+                32,
+            )
+            for d in ("float32", "bfloat16")
+        ]
+        for size in (1, 2)
+    )
+    assert ids(fp32) == ids(truth)
+    ours, allowed = drift(two, truth), drift(one, truth)
+    print(f"bf16 on two GPUs: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; on one {allowed}")
+    assert ours[0] <= 2 * allowed[0]
+    assert ours[1] >= allowed[1] / 2
+
+
+@two_gpus
+def test_a_worker_that_is_killed_ends_the_engine_though_the_device_waits_for_it(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", quantization="none", tensor_parallel_size=2)
+    params = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+    engine.add(GenerateRequest("r", params, prompt=[5, 6, 7]), [5, 6, 7])
+    for _ in range(20):
+        engine.step()
+    assert engine._workers is not None
+    os.kill(engine._workers._processes[0].pid or 0, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(InternalError, match="Rank 1 of the engine has ended"):
+        drain(engine)
+    engine.abort_all("error", None)
+    engine.check_integrity()
+    engine.close()
+    assert time.monotonic() - started < 30
