@@ -57,6 +57,12 @@ def test_what_does_not_fit_is_refused_with_what_to_lower(free: int, settings: di
         plan(free, **settings)
 
 
+def test_the_plan_of_all_ranks_fits_on_each() -> None:
+    roomy, tight = plan(100 * GIB, num_adapter_pages=10), plan(50 * GIB, num_adapter_pages=30)
+    smallest = MemoryPlan.smallest([roomy, tight])
+    assert (smallest.num_adapter_pages, smallest.num_blocks) == (10, tight.num_blocks)
+
+
 def test_a_plan_says_in_a_line_what_it_is() -> None:
     assert str(plan(None, num_adapter_pages=3, kv_cache_tokens=1600)) == (
         "3 adapter pages of 16 ranks (0.25 GiB) and a KV cache of 1,600 tokens (0.20 GiB)"
