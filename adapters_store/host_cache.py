@@ -7,8 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
+from adapters_store.host_pages import HostPages
+from adapters_store.page_image import PageImage, check_weights, fill_pages
+from adapters_store.slots import LoRALayout, num_pages_for
 from adapters_store.weights import AdapterWeights, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]
@@ -20,65 +25,79 @@ def read_adapter(blobs: BlobStore, digest: str) -> AdapterWeights:
 
 
 class HostCache:
-    """digest -> `AdapterWeights`, least recently used out first, at most `max_bytes` of tensors kept.
+    """digest -> `PageImage` for pools of this layout and dtype, least recently used out first.
 
-    Loads of one digest that overlap are one load. A failure is not kept: the next `get` tries again. An
-    adapter larger than the whole cache is handed to its callers and not kept. Safe to call from any thread.
+    All images, those that only callers still hold too, share `max_bytes` of memory, which is `pinned` at the start
+    where a GPU reads it. An adapter that finds no room there, being larger than the whole or because callers hold
+    the rest, is handed out in memory of its own, and not kept. Loads of one digest that overlap are one load. A failure
+    is not kept: the next `get` tries again. Safe to call from any thread.
 
-    read: what a background thread makes of a digest.
+    read: what a background thread reads for a digest, to be laid out.
     """
 
     def __init__(
         self,
         blobs: BlobStore,
+        layout: LoRALayout,
+        dtype: torch.dtype,
         max_bytes: int,
-        num_threads: int = 2,
         *,
+        pinned: bool = False,
+        num_threads: int = 2,
         read: AdapterReader = read_adapter,
     ) -> None:
         self._blobs = blobs
         self._read = read
-        self._max_bytes = max_bytes
+        self._layout = layout
+        self._dtype = dtype
+        self._page_bytes = layout.page_bytes(dtype)
+        self._memory = HostPages(max_bytes, self._page_bytes, pinned=pinned)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, AdapterWeights] = OrderedDict()
-        self._loading: dict[str, Future[AdapterWeights]] = {}
-        self._num_bytes = 0
+        self._kept: OrderedDict[str, PageImage] = OrderedDict()
+        self._loading: dict[str, Future[PageImage]] = {}
+
+    @property
+    def num_pages(self) -> int:
+        """Pages that there is room for."""
+        return self._memory.num_pages
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the tensors kept."""
-        return self._num_bytes
+        """Bytes of the images kept."""
+        with self._lock:
+            return sum(image.num_bytes for image in self._kept.values())
 
-    def get(self, digest: str) -> Future[AdapterWeights]:
+    def get(self, digest: str) -> Future[PageImage]:
         """The adapter: a finished future when it is kept, else one that a background thread finishes.
 
-        All who ask share the future: do not cancel it. It fails with `AdapterLoadFailed`, `StoreUnavailable`
-        or what else reading raised. Callbacks run on the loading thread, or at once on the caller's when it
-        is done. Raises RuntimeError after `close`.
+        All who ask share the future: do not cancel it. It fails with `AdapterLoadFailed`, `StoreUnavailable`,
+        ValueError when the adapter does not fit the base, or what else reading raised. Callbacks run on the loading
+        thread, or at once on the caller's when it is done. Raises RuntimeError after `close`.
         """
         with self._lock:
-            if (weights := self._kept.get(digest)) is not None:
+            if (image := self._kept.get(digest)) is not None:
                 self._kept.move_to_end(digest)
-                return _finished(weights)
+                return _finished(image)
             if (loading := self._loading.get(digest)) is not None:
                 return loading
-            future: Future[AdapterWeights] = Future()
+            future: Future[PageImage] = Future()
             self._threads.submit(self._load, digest, future)
             self._loading[digest] = future
             return future
 
     def close(self) -> None:
-        """Stop the threads: loads that run are finished, those not yet started fail."""
+        """Stop the threads and unpin the memory: loads that run are finished, those not yet started fail."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             abandoned, self._loading = self._loading, {}
         for digest, future in abandoned.items():
             future.set_exception(AdapterLoadFailed(digest, "the adapter cache was closed"))
+        self._memory.close()
 
-    def _load(self, digest: str, future: Future[AdapterWeights]) -> None:
+    def _load(self, digest: str, future: Future[PageImage]) -> None:
         try:
-            weights = self._read(self._blobs, digest)
+            image, is_kept = self._make_image(digest)
         except Exception as error:  # whatever it is, it belongs to those who wait
             with self._lock:
                 del self._loading[digest]
@@ -86,21 +105,37 @@ class HostCache:
             return
         with self._lock:
             del self._loading[digest]
-            self._keep(digest, weights)
+            if is_kept:
+                self._kept[digest] = image
         # Outside the lock: callbacks run here and may call `get`.
-        future.set_result(weights)
+        future.set_result(image)
 
-    def _keep(self, digest: str, weights: AdapterWeights) -> None:
-        if weights.num_bytes > self._max_bytes:
-            return
-        self._kept[digest] = weights
-        self._num_bytes += weights.num_bytes
-        while self._num_bytes > self._max_bytes:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_bytes -= oldest.num_bytes
+    def _make_image(self, digest: str) -> tuple[PageImage, bool]:
+        """The image, and whether it lies in the cache's memory."""
+        weights = self._read(self._blobs, digest)
+        check_weights(weights, self._layout, self._dtype)
+        image = self._take(weights.rank)
+        is_kept = image is not None
+        image = image or self._own_memory(weights.rank)
+        fill_pages(image.pages, weights, self._layout, self._dtype)
+        return image, is_kept
+
+    def _take(self, rank: int) -> PageImage | None:
+        """Room in the cache's memory, from which others leave for it."""
+        num_pages = num_pages_for(rank)
+        if num_pages > self.num_pages:
+            return None
+        with self._lock:
+            while self._memory.num_free < num_pages and self._kept:
+                self._kept.popitem(last=False)
+            return self._memory.take(rank)
+
+    def _own_memory(self, rank: int) -> PageImage:
+        pages = torch.empty(num_pages_for(rank), self._page_bytes, dtype=torch.uint8)
+        return PageImage(rank, tuple(pages))
 
 
-def _finished(weights: AdapterWeights) -> Future[AdapterWeights]:
-    future: Future[AdapterWeights] = Future()
-    future.set_result(weights)
+def _finished(image: PageImage) -> Future[PageImage]:
+    future: Future[PageImage] = Future()
+    future.set_result(image)
     return future

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
+from adapters_store.page_copier import PageCopy
+from adapters_store.page_image import PageImage
 from adapters_store.slots import AdapterSlots, num_pages_for
-from adapters_store.weights import AdapterWeights
 
 
 class LoadableAdapter(Protocol):
@@ -32,8 +33,8 @@ class LoadableAdapter(Protocol):
 class ResidencyStats:
     """Counters since the start, and the names of the adapters on the device, least recently used first.
 
-    load_seconds: summed over loads, from the first request for the adapter to its bytes being in host memory,
-    plus the copy to its slot; waiting for a slot does not count.
+    load_seconds: summed over loads, from the first request for the adapter to its image being in host memory,
+    plus the copy to its slot until that was seen done; waiting for a slot does not count.
     """
 
     resident: tuple[str, ...]
@@ -51,27 +52,46 @@ class _Resident:
 
 
 class _Loading:
-    """A load under way, or finished and waiting for room."""
+    """A load into host memory, under way or finished and waiting for room."""
 
-    def __init__(self, future: Future[AdapterWeights]) -> None:
+    def __init__(self, future: Future[PageImage], num_pages: int) -> None:
         self.future = future
+        self.num_pages = num_pages
         self.wanted = True
         self._started = self._ended = time.monotonic()
         future.add_done_callback(self._finish)
 
-    def _finish(self, _: Future[AdapterWeights]) -> None:
+    def _finish(self, _: Future[PageImage]) -> None:
         self._ended = time.monotonic()
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.future.done() and self.future.exception() is None
 
     @property
     def seconds(self) -> float:
         return self._ended - self._started
 
 
+@dataclass(frozen=True, slots=True)
+class _Copying:
+    """A copy under way into a slot that nobody may use yet. seconds: what the load into host memory took."""
+
+    name: str
+    slot: int
+    copy: PageCopy
+    num_pages: int
+    seconds: float
+    started: float
+
+
 class AdapterResidency:
     """Brings adapters into slots on demand and evicts the least recently used that nobody holds.
 
-    An adapter is absent, loading or resident. `acquire` moves it along and pins it; each pin is given back by
-    one `release`. One thread only (the engine's); loads end on others, which call `on_ready` to wake it.
+    An adapter is absent, loading (into host memory), copying (to the device) or resident. `acquire` moves it along and
+    pins it; each pin is given back by one `release`. A copy that began always ends, and its adapter is resident then,
+    wanted or not. One thread only (the engine's); loads end on others, which call `on_ready` to wake it. Copies wake
+    nobody: while `is_copying`, `poll` soon.
     """
 
     def __init__(self, slots: AdapterSlots, host: HostCache, on_ready: Callable[[], None] | None = None) -> None:
@@ -79,8 +99,10 @@ class AdapterResidency:
         self._host = host
         self._on_ready = on_ready
         self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._copying: dict[str, _Copying] = {}
         self._loading: dict[str, _Loading] = {}
         self._failed: dict[str, AdapterLoadFailed] = {}
+        self._host_pages = 0  # that loads and copies hold
         self._loads = 0
         self._evictions = 0
         self._failures = 0
@@ -92,8 +114,13 @@ class AdapterResidency:
         names = tuple(entry.name for entry in self._resident.values())
         return ResidencyStats(names, self._loads, self._evictions, self._failures, self._load_seconds)
 
+    @property
+    def is_copying(self) -> bool:
+        """Whether a copy to the device was under way at the last `poll`, or has begun since."""
+        return bool(self._copying)
+
     def acquire(self, adapter: LoadableAdapter) -> int | None:
-        """Pin the adapter and return its slot; None while it loads or every slot it could take is pinned.
+        """Pin the adapter and return its slot; None while it is on its way or every slot it could take is pinned.
 
         Ask again on a later step: the load goes on. Raises `AdapterLoadFailed` when it cannot be read, does
         not fit the base, or has a rank that needs more pages than there are; asking again on a later step
@@ -108,6 +135,25 @@ class AdapterResidency:
         self._resident.move_to_end(adapter.digest)
         return entry.slot
 
+    def prefetch(self, adapters: Iterable[LoadableAdapter]) -> None:
+        """Once per step, after its `acquire` calls: bring in, in this order, those that will be acquired next.
+
+        It takes half of what loads may take of the host, slots that nobody holds, and one copy at a time. None of
+        `adapters` is evicted for another, or has what one before it waits for. A failure is told to who acquires.
+        """
+        upcoming = {adapter.digest: adapter for adapter in adapters}
+        may_copy = not self._copying
+        for digest, adapter in upcoming.items():
+            if digest in self._resident or digest in self._copying or digest in self._failed:
+                continue
+            loading = self._loading.get(digest) or self._start(adapter, share=2)
+            if loading is None:
+                break
+            loading.wanted = True
+            if may_copy and loading.is_loaded:
+                may_copy = False
+                self._place(adapter, loading, keep=upcoming)
+
     def release(self, digest: str) -> None:
         """Give one pin back."""
         entry = self._resident[digest]
@@ -116,18 +162,18 @@ class AdapterResidency:
         self._resident.move_to_end(digest)
 
     def poll(self) -> None:
-        """Once per step, before its `acquire` calls: collect finished loads.
+        """Once per step, before its `acquire` calls: collect finished copies and loads.
 
-        A failure is reported to all who ask until the next poll. A finished load that nobody asked for since
-        the last poll is let go (the host cache still has it), so that a cancelled request keeps no memory.
+        A finished load that nobody asked for since the last poll is let go (the host cache may still have it), so
+        that a cancelled request keeps no memory. A failure is reported to all who ask until the next poll.
         """
         self._failed.clear()
+        for digest in list(self._copying):
+            self._settle(digest)
         for digest, loading in list(self._loading.items()):
             if loading.future.done():
-                if loading.future.exception() is not None:
-                    self._fail(digest, loading)
-                elif not loading.wanted:
-                    del self._loading[digest]
+                if not loading.wanted:
+                    self._let_go(digest)
                 loading.wanted = False
 
     def is_waiting_for_room(self, digest: str) -> bool:
@@ -136,7 +182,7 @@ class AdapterResidency:
         A scheduler that goes on admitting others past such a request can starve it.
         """
         loading = self._loading.get(digest)
-        return loading is not None and loading.future.done() and loading.future.exception() is None
+        return loading is not None and loading.is_loaded
 
     def num_pins(self, digest: str) -> int:
         """Pins held on the adapter; zero when it is not resident."""
@@ -146,15 +192,21 @@ class AdapterResidency:
     def check_integrity(self) -> None:
         """Assert that slots and pages add up and that each loaded slot belongs to one resident adapter."""
         self._slots.check_integrity()
-        held = sorted(entry.slot for entry in self._resident.values())
-        assert held == sorted(self._slots.slot_pages), "slots and resident adapters differ"
-        assert not self._resident.keys() & self._loading.keys(), "an adapter is resident and loading"
+        held = [entry.slot for entry in self._resident.values()] + [entry.slot for entry in self._copying.values()]
+        assert sorted(held) == sorted(self._slots.slot_pages), "slots and their adapters differ"
+        digests = [*self._loading, *self._copying, *self._resident]
+        assert len(set(digests)) == len(digests), "an adapter is in two states"
+        num_pages = sum(entry.num_pages for entry in self._loading.values())
+        num_pages += sum(entry.num_pages for entry in self._copying.values())
+        assert self._host_pages == num_pages, "pages of host memory are miscounted"
 
     def _bring_in(self, adapter: LoadableAdapter) -> _Resident | None:
+        if adapter.digest in self._copying:
+            return None
         self._check_rank(adapter.digest, adapter.rank)
         if (error := self._failed.get(adapter.digest)) is not None:
             raise error
-        loading = self._loading.get(adapter.digest) or self._start(adapter.digest)
+        loading = self._loading.get(adapter.digest) or self._start(adapter, share=1)
         if loading is None:
             return None
         loading.wanted = True
@@ -162,41 +214,58 @@ class AdapterResidency:
             return None
         if loading.future.exception() is not None:
             raise self._fail(adapter.digest, loading)
-        return self._place(adapter, loading)
+        self._check_rank(adapter.digest, loading.future.result().rank)
+        self._place(adapter, loading, keep=())
+        return self._resident.get(adapter.digest)
 
-    def _start(self, digest: str) -> _Loading | None:
-        # A long queue of distinct adapters must not fill the host's memory with loads that wait for a slot.
-        if len(self._loading) >= self._slots.num_slots:
+    def _start(self, adapter: LoadableAdapter, share: int) -> _Loading | None:
+        """Load into host memory, unless there are loads for all slots then, or for all of that, or for their `share`.
+
+        A long queue of distinct adapters must not fill it with what waits for a slot. One always may load alone.
+        """
+        num_pages = num_pages_for(adapter.rank)
+        is_full = len(self._loading) >= self._slots.num_slots // share
+        is_full |= self._host_pages + num_pages > self._host.num_pages // share
+        if is_full and (self._host_pages or share > 1):
             return None
-        future = self._host.get(digest)
-        loading = self._loading[digest] = _Loading(future)
+        future = self._host.get(adapter.digest)
+        loading = self._loading[adapter.digest] = _Loading(future, num_pages)
+        self._host_pages += num_pages
         if self._on_ready is not None and not future.done():
             wake = self._on_ready
             future.add_done_callback(lambda _: wake())
         return loading
 
-    def _place(self, adapter: LoadableAdapter, loading: _Loading) -> _Resident | None:
-        weights = loading.future.result()
-        num_pages = num_pages_for(weights.rank)
-        self._check_rank(adapter.digest, weights.rank)
-        if not self._make_room(num_pages):
-            return None
+    def _let_go(self, digest: str) -> None:
+        self._host_pages -= self._loading.pop(digest).num_pages
+
+    def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
+        """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
+        image = loading.future.result()
+        if not self._make_room(len(image.pages), keep):
+            return
         slot = self._slots.next_free_slot
         assert slot is not None
         started = time.monotonic()
+        copy = self._slots.load(slot, image)
         del self._loading[adapter.digest]
-        try:
-            self._slots.load(slot, weights)
-        except ValueError as error:
-            raise self._record(adapter.digest, str(error)) from error
-        self._loads += 1
-        self._load_seconds += loading.seconds + time.monotonic() - started
-        entry = self._resident[adapter.digest] = _Resident(adapter.name, slot)
-        return entry
+        self._copying[adapter.digest] = _Copying(adapter.name, slot, copy, loading.num_pages, loading.seconds, started)
+        self._settle(adapter.digest)
 
-    def _make_room(self, num_pages: int) -> bool:
+    def _settle(self, digest: str) -> None:
+        """Make an adapter resident when its copy is done."""
+        copying = self._copying[digest]
+        if not copying.copy.is_done:
+            return
+        del self._copying[digest]
+        self._host_pages -= copying.num_pages
+        self._resident[digest] = _Resident(copying.name, copying.slot)
+        self._loads += 1
+        self._load_seconds += copying.seconds + time.monotonic() - copying.started
+
+    def _make_room(self, num_pages: int, keep: Collection[str]) -> bool:
         """Evict until a slot and `num_pages` pages are free; evict nothing when that cannot be reached."""
-        idle = [digest for digest, entry in self._resident.items() if entry.pins == 0]
+        idle = [digest for digest, entry in self._resident.items() if entry.pins == 0 and digest not in keep]
         evictable = sum(len(self._slots.pages_of(self._resident[digest].slot)) for digest in idle)
         if self._slots.num_free_pages + evictable < num_pages or self._slots.num_free_slots + len(idle) == 0:
             return False
@@ -213,14 +282,10 @@ class AdapterResidency:
             raise AdapterLoadFailed(digest, f"its rank {rank} needs {needed} pages and this engine has {total}")
 
     def _fail(self, digest: str, loading: _Loading) -> AdapterLoadFailed:
-        del self._loading[digest]
+        self._let_go(digest)
+        self._failures += 1
         cause = loading.future.exception()
         reason = cause.reason if isinstance(cause, AdapterLoadFailed) else str(cause)
-        failure = self._record(digest, reason)
-        failure.__cause__ = cause
-        return failure
-
-    def _record(self, digest: str, reason: str) -> AdapterLoadFailed:
-        self._failures += 1
         failure = self._failed[digest] = AdapterLoadFailed(digest, reason)
+        failure.__cause__ = cause
         return failure

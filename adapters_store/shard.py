@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import read_adapter
+from adapters_store.page_image import check_weights
 from adapters_store.slots import LoRALayout
 from adapters_store.weights import AdapterWeights
 
@@ -43,12 +44,11 @@ class Shard:
         return self.part(bias, 0)
 
     def lora(self, weights: AdapterWeights) -> AdapterWeights:
-        """Of an adapter: y_r = W_r x_r + B_r (A_r x_r), with B whole where inputs are split, and A elsewhere."""
+        """Of an adapter, views: y_r = W_r x_r + B_r (A_r x_r), with B whole where inputs are split, and A elsewhere."""
         if self.size == 1:
             return weights
-        # Copies: a view would keep the whole adapter in memory.
         tensors = {
-            (layer, linear): (self.part(a, 1).clone(), b) if linear in _INPUTS_SPLIT else (a, self.part(b, 0).clone())
+            (layer, linear): (self.part(a, 1), b) if linear in _INPUTS_SPLIT else (a, self.part(b, 0))
             for (layer, linear), (a, b) in weights.tensors.items()
         }
         return replace(weights, tensors=tensors)
@@ -57,8 +57,8 @@ class Shard:
 def read_share(blobs: BlobStore, digest: str, *, shard: Shard, whole: LoRALayout, dtype: torch.dtype) -> AdapterWeights:
     """The rank's share of a stored adapter, which is checked against the whole base's layout first.
 
-    So every rank takes it or none: raises ValueError as `LoRALayout.check`, else as `read_adapter`.
+    So every rank takes it or none: raises ValueError as `check_weights`, else as `read_adapter`. dtype: of the pages.
     """
     weights = read_adapter(blobs, digest)
-    whole.check(weights, dtype)
+    check_weights(weights, whole, dtype)
     return shard.lora(weights)

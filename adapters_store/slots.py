@@ -7,17 +7,21 @@ ceil(r / 16).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
+from torch import Tensor
 
-from adapters_store.weights import AdapterWeights
+from adapters_store.page_copier import PageCopier, PageCopy
 from lora_kernels.segments import PAGE_RANK, AdapterPages
 
-_LARGEST_FP16: Final = 65504.0
+if TYPE_CHECKING:
+    from adapters_store.page_image import PageImage
+
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),
@@ -47,10 +51,19 @@ class LoRAGroup:
         start = sum(self.widths[:index])
         return slice(start, start + self.widths[index])
 
+    def page_arrays(self, dtype: torch.dtype) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of a page's share of one layer: `PagePools`' arrays."""
+        slices = len(self.linears)
+        matrices = [((slices, PAGE_RANK, self.in_features), dtype), ((PAGE_RANK, self.out_total), dtype)]
+        return matrices + [((slices, PAGE_RANK), torch.float32)] * (2 if dtype == torch.int8 else 0)
+
 
 @dataclass(frozen=True)
 class LoRALayout:
-    """The groups of one layer (every layer has the same) and the number of layers."""
+    """The groups of one layer (every layer has the same) and the number of layers.
+
+    A page in memory is its groups one after the other, of each the arrays of `PagePools`, of each all layers.
+    """
 
     num_layers: int
     groups: tuple[LoRAGroup, ...]
@@ -72,54 +85,38 @@ class LoRALayout:
 
     def page_bytes(self, dtype: torch.dtype) -> int:
         """Bytes that one page takes over all layers and groups, with its scales where `dtype` is int8."""
-        columns = sum(len(group.linears) * group.in_features + group.out_total for group in self.groups)
-        scales = sum(2 * len(group.linears) for group in self.groups) if dtype == torch.int8 else 0
-        return self.num_layers * PAGE_RANK * (columns * dtype.itemsize + scales * torch.float32.itemsize)
+        return sum(sum(self._array_bytes(group, dtype)) for group in self.groups)
 
-    def check(self, weights: AdapterWeights, dtype: torch.dtype) -> None:
-        """Raises ValueError when a matrix does not fit the layout, or B does not fit float16 where that is `dtype`."""
-        shapes = {linear: (w, g.in_features) for g in self.groups for linear, w in _linears(g)}
-        for (layer, linear), (a, b) in weights.tensors.items():
-            if not 0 <= layer < self.num_layers or linear not in shapes:
-                raise ValueError(f"the base has no {linear} in layer {layer}")
-            out_features, in_features = shapes[linear]
-            rank = a.shape[0]
-            if rank > weights.rank or a.shape != (rank, in_features) or b.shape != (out_features, rank):
-                raise ValueError(
-                    f"{linear} of layer {layer} has A {tuple(a.shape)} and B {tuple(b.shape)}; the base needs"
-                    f" [r, {in_features}] and [{out_features}, r] with r <= {weights.rank}"
-                )
-            # Kernels multiply B by the zeros of other rows too. A stored adapter fits bfloat16 (validator.py).
-            if dtype == torch.float16 and b.abs().max() > _LARGEST_FP16:
-                raise ValueError(f"B of {linear} in layer {layer} is infinite in float16, the engine's dtype")
+    def split(self, page: Tensor, dtype: torch.dtype) -> list[PagePools]:
+        """A page, uint8 [page_bytes], as its groups' arrays: views [num_layers, ...]."""
+        parts = iter(page.split_with_sizes([size for group in self.groups for size in self._array_bytes(group, dtype)]))
+        return [
+            PagePools(*(next(parts).view(kind).view(self.num_layers, *shape) for shape, kind in arrays))
+            for arrays in (group.page_arrays(dtype) for group in self.groups)
+        ]
+
+    def _array_bytes(self, group: LoRAGroup, dtype: torch.dtype) -> list[int]:
+        return [self.num_layers * math.prod(shape) * kind.itemsize for shape, kind in group.page_arrays(dtype)]
 
 
 @dataclass(frozen=True)
 class PagePools:
-    """The pages of one layer and group.
+    """Pages of one group: of one layer, [num_pages, ...]; or one page of all layers, [num_layers, ...]; or both.
 
-    a: [num_pages, slices, PAGE_RANK, in_features]. b: [num_pages, PAGE_RANK, out_total]. a_scales, b_scales: fp32
-    [num_pages, slices, PAGE_RANK] where the pages are int8, else None; the largest entry of a rank's row of A, and of a
+    a: [..., slices, PAGE_RANK, in_features]. b: [..., PAGE_RANK, out_total]. a_scales, b_scales: fp32
+    [..., slices, PAGE_RANK] where the pages are int8, else None; the largest entry of a rank's row of A, and of a
     rank of B in one linear, is 127 of its scales.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    a_scales: torch.Tensor | None
-    b_scales: torch.Tensor | None
+    a: Tensor
+    b: Tensor
+    a_scales: Tensor | None = None
+    b_scales: Tensor | None = None
 
-    @classmethod
-    def zeros(cls, group: LoRAGroup, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> PagePools:
-        """Pools of empty pages."""
-        slices = len(group.linears)
-        scales = [
-            torch.zeros(num_pages, slices, PAGE_RANK, device=device) if dtype == torch.int8 else None for _ in range(2)
-        ]
-        return cls(
-            torch.zeros(num_pages, slices, PAGE_RANK, group.in_features, dtype=dtype, device=device),
-            torch.zeros(num_pages, PAGE_RANK, group.out_total, dtype=dtype, device=device),
-            *scales,
-        )
+    @property
+    def arrays(self) -> tuple[Tensor, ...]:
+        """The tensors that there are."""
+        return tuple(array for array in (self.a, self.b, self.a_scales, self.b_scales) if array is not None)
 
 
 def num_pages_for(rank: int) -> int:
@@ -131,7 +128,8 @@ class AdapterSlots:
     """Who holds which pages, and the pools themselves. One thread only.
 
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
-    scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero.
+    scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
+    device computes (`PageCopier`).
     """
 
     def __init__(
@@ -145,12 +143,23 @@ class AdapterSlots:
         self.layout = layout
         self.num_slots = num_slots
         self.num_pages = num_pages
-        self._pools = {
-            (layer, group.name): PagePools.zeros(group, num_pages, dtype, device)
-            for layer in range(layout.num_layers)
+        self.dtype = dtype
+        # A page of all layers is one strided piece of each tensor, and so a few copies bring it.
+        self._all_layers = [
+            PagePools(
+                *(
+                    torch.zeros(layout.num_layers, num_pages, *shape, dtype=kind, device=device)
+                    for shape, kind in group.page_arrays(dtype)
+                )
+            )
             for group in layout.groups
+        ]
+        self._pools = {
+            (layer, group.name): PagePools(*(array[layer] for array in pools.arrays))
+            for group, pools in zip(layout.groups, self._all_layers, strict=True)
+            for layer in range(layout.num_layers)
         }
-        self._dtype = dtype
+        self._copier = PageCopier(layout, dtype, self._all_layers)
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
@@ -192,26 +201,28 @@ class AdapterSlots:
         """The pages of one layer and group."""
         return self._pools[layer, group]
 
-    def load(self, slot: int, weights: AdapterWeights) -> None:
-        """Copy an adapter into a free slot and fresh pages. The caller has made room.
+    def load(self, slot: int, image: PageImage) -> PageCopy:
+        """Start to copy an adapter into a free slot and fresh pages, for which the caller has made room.
 
-        Raises ValueError, having changed nothing, when a matrix does not fit the layout or B does not fit float16.
+        No step may use the slot, nor may it be freed, before the copy is done or the steps' stream waits for it; steps
+        that were launched before may still read what lay in these pages.
         """
-        self.layout.check(weights, self._dtype)
-        num_pages = num_pages_for(weights.rank)
+        num_pages = len(image.pages)
         assert slot in self._free_slots, f"slot {slot} is taken"
         assert num_pages <= self.num_free_pages, f"{num_pages} pages asked for, {self.num_free_pages} free"
         # The lowest ids, ascending: adapters loaded in turn lie in one run of pages, which the kernels like.
         pages = tuple(self._free_pages[:num_pages])
-        for layer in range(self.layout.num_layers):
-            for group in self.layout.groups:
-                self._copy(layer, group, pages, weights)
-        # Only now, so that a copy that raises leaves slots and pages as they were.
+        copy = self._copier.start(image, pages)
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
-        self._slot_pages[slot] = AdapterPages(weights.rank, pages)
+        self._slot_pages[slot] = AdapterPages(image.rank, pages)
         self._num_loads += 1
         self._generations[slot] = self._num_loads
+        return copy
+
+    def close(self) -> None:
+        """Wait for the copies under way: the host's memory may go."""
+        self._copier.wait()
 
     def free(self, slot: int) -> None:
         """Give a loaded slot and its pages back. The bytes stay until the next load overwrites them."""
@@ -225,38 +236,3 @@ class AdapterSlots:
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"
         )
-
-    def _copy(self, layer: int, group: LoRAGroup, pages: tuple[int, ...], weights: AdapterWeights) -> None:
-        rows = len(pages) * PAGE_RANK
-        # Staged on the host with its zero tails, so that a page is one copy to the device.
-        dtype = torch.float32 if self._dtype == torch.int8 else self._dtype
-        a_rows = torch.zeros(len(group.linears), rows, group.in_features, dtype=dtype)
-        b_rows = torch.zeros(rows, group.out_total, dtype=dtype)
-        for index, linear in enumerate(group.linears):
-            if (pair := weights.tensors.get((layer, linear))) is not None:
-                a, b = pair
-                a_rows[index, : a.shape[0]] = a
-                b_rows[: b.shape[1], group.columns(linear)] = b.T
-        pools = self._pools[layer, group.name]
-        if pools.a_scales is not None and pools.b_scales is not None:
-            a_rows, a_scales = _to_int8(a_rows)
-            parts = [_to_int8(part) for part in b_rows.split_with_sizes(group.widths, 1)]
-            b_rows = torch.cat([part for part, _ in parts], 1)
-            b_scales = torch.stack([scales for _, scales in parts])
-        for index, page in enumerate(pages):
-            span = slice(index * PAGE_RANK, (index + 1) * PAGE_RANK)
-            pools.a[page].copy_(a_rows[:, span])
-            pools.b[page].copy_(b_rows[span])
-            if pools.a_scales is not None and pools.b_scales is not None:
-                pools.a_scales[page].copy_(a_scales[:, span])
-                pools.b_scales[page].copy_(b_scales[:, span])
-
-
-def _to_int8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 [..., n] -> int8 [..., n] and fp32 scales [...], symmetric."""
-    scales = rows.abs().amax(-1) / 127
-    return torch.round(rows / scales.clamp_min(1e-30)[..., None]).to(torch.int8), scales
-
-
-def _linears(group: LoRAGroup) -> Iterator[tuple[str, int]]:
-    return zip(group.linears, group.widths, strict=True)

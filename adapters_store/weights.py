@@ -1,4 +1,4 @@
-"""A stored adapter's tensors in host memory, ready to be copied into slots."""
+"""A stored adapter's tensors, as they were uploaded."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ class AdapterWeights:
 
     rank: int
     tensors: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for pair in self.tensors.values() for t in pair)
 
 
 def load_weights(path: Path) -> AdapterWeights:

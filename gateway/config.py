@@ -26,13 +26,20 @@ class EngineConfig:
     base: a Hugging Face folder, or "embedded" for the model that ships with Patchbay.
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
-    tensor_parallel_size: GPUs of one host that share the base, its cache and its adapters, each run by a process.
+    tensor_parallel_size: GPUs of one host that share the base, its cache and its adapters, each run by a process. Host
+        memory (kv_host_bytes, host_cache_bytes) is divided among them.
     block_size: tokens of a page of the KV cache.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
+    kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
+        takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         a third of the memory beside the base at most (CUDA).
+    adapter_dtype: how adapters' weights are kept; "auto" is dtype, "int8" has one scale a rank and matrix: twice the
+        adapters in as much memory.
+    host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
+        at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
@@ -45,6 +52,7 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
     kv_cache_tokens: int | None = None
+    kv_host_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -56,6 +64,7 @@ class EngineConfig:
     num_adapter_slots: int = 64
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
+    adapter_dtype: Literal["auto", "int8"] = "auto"
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
     enforce_eager: bool = False

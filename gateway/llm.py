@@ -23,7 +23,6 @@ from gateway.engine.sampling_params import SamplingParams
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]
 _CHUNK = 1 << 20
-_LOADING_POLL = 0.005  # seconds between steps while nothing but loading adapters is left
 
 
 @dataclass(slots=True)
@@ -171,7 +170,7 @@ class LLM:
             step = self._engine.step()
             yield from step.deltas
             if step.num_tokens == 0 and self._engine.has_work:
-                self._ready.wait(_LOADING_POLL)
+                self._ready.wait(self._engine.poll_interval)
 
 
 def _for_each(given: Any, kind: Any, count: int, name: str) -> list[Any]:

@@ -47,12 +47,16 @@ _GAUGES: Final[Mapping[str, tuple[str, str]]] = {
     "num_running": ("vllm:num_requests_running", "Requests in the running batch."),
     "num_waiting": ("vllm:num_requests_waiting", "Requests that wait to be scheduled."),
     "kv_cache_usage": ("vllm:kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it."),
+    "kv_host_usage": ("patchbay_kv_host_usage_perc", "Share of the KV cache's host tier in use; 1 is all of it."),
     "resident_adapters": ("patchbay_resident_adapters", "Adapters in the engine's slots."),
     "adapter_slots": ("patchbay_adapter_slots", "Slots for adapters."),
 }
 _COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "prefix_queries": ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
     "prefix_hits": ("vllm:prefix_cache_hits", "Tokens found in the prefix cache."),
+    "kv_host_hits": ("patchbay_kv_host_hits", "Tokens found in the prefix cache and fetched from its host tier."),
+    "kv_host_saved": ("patchbay_kv_host_saved_blocks", "Blocks of the KV cache copied to the host tier."),
+    "kv_host_loaded": ("patchbay_kv_host_loaded_blocks", "Blocks of the KV cache fetched from the host tier."),
     "num_preemptions": ("vllm:num_preemptions", "Sequences pushed back for want of cache blocks."),
     "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("vllm:generation_tokens", "Tokens generated."),

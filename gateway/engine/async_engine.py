@@ -24,7 +24,6 @@ from gateway.errors import EngineUnavailable, InternalError, Overloaded
 logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL = 0.1  # seconds between snapshots
-_LOADING_POLL = 0.005  # seconds between steps while nothing but loading adapters is left
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ class AsyncEngine:
         self._emit(output)
         self._snapshot_if_due()
         if output.num_tokens == 0 and self._engine.has_work:
-            self._wake.wait(_LOADING_POLL)
+            self._wake.wait(self._engine.poll_interval)
 
     def _drain_inbox(self) -> StepOutput:
         output = StepOutput()

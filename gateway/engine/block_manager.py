@@ -7,6 +7,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence as Seq
 
+from gateway.engine.host_blocks import BlockCopy, HostBlocks
 from gateway.engine.sequence import Sequence
 
 
@@ -31,20 +32,25 @@ def block_hash(parent: bytes, token_ids: Seq[int]) -> bytes:
 class BlockManager:
     """Blocks of `block_size` tokens, shared by reference count, free ones kept in least-recently-used order.
 
-    A free block keeps its content until it is handed out again, so a prefix survives its sequences.
+    A free block keeps its content until it is handed out again, so a prefix survives its sequences; with a second tier
+    (`host`), also after that: the next step saves it to the host before it writes to the block.
     Invariant: blocks with a holder + free blocks = num_blocks (`check_integrity`).
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, host: HostBlocks | None = None
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.host = host or HostBlocks(0)
         self.prefix_queries = 0
         self.prefix_hits = 0
         self._num_holders = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._left: dict[bytes, int] = {}  # links dropped since the last step; their blocks hold them until the next
 
     @property
     def num_free(self) -> int:
@@ -59,7 +65,8 @@ class BlockManager:
     def adopt_prefix(self, sequence: Sequence) -> int:
         """Give a sequence without blocks the cached blocks of its prefix. Returns the number of tokens they hold.
 
-        At least its last token is left to compute, so that there are logits to sample from.
+        Those that the host is to give count as computed; `grow` takes blocks for them, and `loads` says how they are
+        filled. At least its last token is left to compute, so that there are logits to sample from.
         """
         assert not sequence.block_table
         if not self.enable_prefix_caching:
@@ -73,7 +80,8 @@ class BlockManager:
             self._hold(block)
             sequence.block_table.append(block)
         sequence.num_sealed = len(sequence.block_table)
-        sequence.num_computed = sequence.num_sealed * self.block_size
+        on_host = self.host.count(sequence.block_hashes[sequence.num_sealed : shareable])
+        sequence.num_computed = (sequence.num_sealed + on_host) * self.block_size
         self.prefix_queries += sequence.num_tokens
         self.prefix_hits += sequence.num_computed
         return sequence.num_computed
@@ -87,6 +95,22 @@ class BlockManager:
             return False
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
+
+    def loads(self, sequence: Sequence) -> list[BlockCopy]:
+        """What the next step brings from the host to the blocks of a sequence just admitted."""
+        fetched = slice(sequence.num_sealed, sequence.num_computed // self.block_size)
+        places = self.host.fetch(sequence.block_hashes[fetched])
+        return [BlockCopy(*copy) for copy in zip(sequence.block_table[fetched], places, strict=True)]
+
+    def saves(self, loads: Seq[BlockCopy]) -> list[BlockCopy]:
+        """What the next step, which has these `loads`, brings to the host before it writes to any block."""
+        left, self._left = self._left, {}
+        return self.host.save(left, loads)
+
+    def forget_host(self) -> None:
+        """Forget what the host holds, after steps whose copies may not have been made."""
+        self._left = {}
+        self.host.clear()
 
     def seal(self, sequence: Sequence, num_tokens: int) -> None:
         """Offer the sequence's full blocks among its first `num_tokens` tokens, which are computed and known."""
@@ -113,6 +137,7 @@ class BlockManager:
         assert held + self.num_free == self.num_blocks, (held, self.num_free, self.num_blocks)
         assert all(self._num_holders[block] == 0 for block in self._free)
         assert all(self._hash_of[block] == link for link, block in self._block_of.items())
+        self.host.check_integrity()
 
     def _extend_hashes(self, sequence: Sequence, num_blocks: int) -> None:
         hashes, size = sequence.block_hashes, self.block_size
@@ -137,5 +162,7 @@ class BlockManager:
         if link is not None:
             del self._block_of[link]
             self._hash_of[block] = None
+            if self.host.num_blocks:
+                self._left[link] = block
         self._num_holders[block] = 1
         return block

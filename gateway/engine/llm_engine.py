@@ -11,11 +11,12 @@ from typing import Final
 import torch
 
 from adapters_store.blobs import BlobStore
-from adapters_store.host_cache import AdapterReader, HostCache, read_adapter
+from adapters_store.host_cache import HostCache, read_adapter
 from adapters_store.residency import AdapterResidency
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.in_flight import StepInFlight
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 # On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
 _STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
+# Seconds after which a step that had nothing to run is tried again: loads wake the caller, copies of a ms do not.
+_LOADING_POLL: Final = 0.005
+_COPYING_POLL: Final = 0.0002
 
 
 class LLMEngine:
@@ -50,18 +54,27 @@ class LLMEngine:
         self.model = load_model(config, self._workers.ranks if self._workers is not None else None)
         decoder = self.model.decoder
         plan = MemoryPlan.measure(config, decoder)
-        read: AdapterReader = read_adapter
         if self._workers is not None:
             plan = self._workers.agree(plan)
-            read = self._workers.reader(self.model)
         logger.info("beside the base on %s: %s", decoder.device, plan)
         self.runner = ModelRunner.build(config, decoder, plan)
         self.max_model_len = self.runner.max_model_len
         slots = self.runner.slots
-        self.host_cache = HostCache(blobs, config.host_cache_bytes // config.tensor_parallel_size, read=read)
+        read = self._workers.reader(self.model, slots.dtype) if self._workers is not None else read_adapter
+        self.host_cache = HostCache(
+            blobs,
+            slots.layout,
+            slots.dtype,
+            config.host_cache_bytes // config.tensor_parallel_size,
+            pinned=decoder.device.type == "cuda",
+            read=read,
+        )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(
-            plan.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            plan.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            host=HostBlocks(plan.num_host_blocks, plan.least_fetch),
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -96,6 +109,11 @@ class LLMEngine:
     def num_unfinished(self) -> int:
         """Accepted requests that have not ended."""
         return len(self._requests)
+
+    @property
+    def poll_interval(self) -> float:
+        """Seconds to wait, unless `on_adapter_ready` is called, after a step that ran nothing while there is work."""
+        return _COPYING_POLL if self.residency.is_copying else _LOADING_POLL
 
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids, checked; may be called from any thread. Raises `GatewayError` subclasses."""
@@ -177,13 +195,17 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """A snapshot for metrics."""
-        residency = self.residency.stats
+        residency, host = self.residency.stats, self.blocks.host
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             kv_cache_usage=self.blocks.usage,
             prefix_queries=self.blocks.prefix_queries,
             prefix_hits=self.blocks.prefix_hits,
+            kv_host_usage=host.usage,
+            kv_host_hits=host.num_loaded * self.blocks.block_size,
+            kv_host_saved=host.num_saved,
+            kv_host_loaded=host.num_loaded,
             num_preemptions=self.scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
@@ -203,11 +225,15 @@ class LLMEngine:
         assert not self._requests
 
     def close(self) -> None:
-        """Stop the loader threads and the other ranks."""
-        self.host_cache.close()
-        if self._workers is not None:
-            self.runner.drop_graphs()
-            self._workers.close()
+        """Stop the other ranks, the copies of adapters to the device, and the loader threads."""
+        try:
+            if self._workers is not None:
+                # First: what waits for them on the device is given up, and copies may wait behind it.
+                self.runner.drop_graphs()
+                self._workers.close()
+            self._slots.close()
+        finally:
+            self.host_cache.close()
 
     def _schedule(self, output: StepOutput) -> SchedulerOutput:
         scheduled = self.scheduler.schedule()

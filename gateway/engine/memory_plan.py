@@ -10,36 +10,53 @@ import torch
 
 from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
+from gateway.engine.host_blocks import least_fetch
+from gateway.engine.host_tier import STAGING_BYTES
 from gateway.errors import ConfigInvalid
+from gateway.models.config import DecoderConfig
 from gateway.models.decoder import Decoder
+from gateway.models.loader import resolve_adapter_dtype
 
 _CPU_TOKENS: Final = 65_536
 # For activations, the logits of a full batch, recorded graphs and the allocator's own waste.
 _RESERVED_BYTES: Final = 4 << 30
+# At 8B in bf16 32,768 tokens, many times what is preempted at once; pinned memory is lost to all else on the machine.
+_HOST_BYTES: Final = 4 << 30
 _ADAPTERS_SHARE: Final = 3  # adapters take a third of what is free, unless a number of pages is asked for
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Pages of adapters, blocks of the KV cache, the bytes of one of each, and a block's tokens."""
+    """Pages of adapters, blocks of the KV cache, the bytes of one of each, and a block's tokens.
+
+    num_host_blocks: of the cache's second tier; least_fetch: the fewest that are fetched from there.
+    """
 
     num_adapter_pages: int
     page_bytes: int
     num_blocks: int
     block_bytes: int
     block_size: int
+    num_host_blocks: int = 0
+    least_fetch: int = 1
 
     @classmethod
     def measure(cls, engine: EngineConfig, decoder: Decoder) -> Self:
         """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
         config, device, dtype = decoder.config, decoder.device, decoder.dtype
-        page_bytes = decoder.lora_layout.page_bytes(dtype)
+        page_bytes = decoder.lora_layout.page_bytes(resolve_adapter_dtype(engine, dtype))
         token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-        if device.type != "cuda":
-            return cls.of(engine, page_bytes, token_bytes * engine.block_size, None)
-        free, total = torch.cuda.mem_get_info(device)
-        usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
-        return cls.of(engine, page_bytes, token_bytes * engine.block_size, usable)
+        block_bytes, operations = token_bytes * engine.block_size, _operations(config) * engine.block_size
+        least = least_fetch(block_bytes, operations, device.type)
+        num_host_blocks = _host_bytes(engine, device) // block_bytes if least is not None else 0
+        usable = None
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
+            # Adapters come in through a page of their own, and blocks through staging.
+            usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
+        plan = cls.of(engine, page_bytes, block_bytes, usable)
+        return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
     @classmethod
     def of(cls, engine: EngineConfig, page_bytes: int, block_bytes: int, free_bytes: int | None) -> Self:
@@ -69,7 +86,7 @@ class MemoryPlan:
 
     @classmethod
     def smallest(cls, plans: Sequence[Self]) -> Self:
-        """What fits on every rank; pages and blocks are as large on each."""
+        """What fits on every rank; pages and blocks are as large on each, and the second tiers alike."""
         pages, blocks = min(p.num_adapter_pages for p in plans), min(p.num_blocks for p in plans)
         return replace(plans[0], num_adapter_pages=pages, num_blocks=blocks)
 
@@ -83,12 +100,34 @@ class MemoryPlan:
         """Of all blocks."""
         return self.num_blocks * self.block_bytes
 
+    @property
+    def host_bytes(self) -> int:
+        """Of all blocks of the second tier."""
+        return self.num_host_blocks * self.block_bytes
+
     def __str__(self) -> str:
         """One line for an operator."""
-        return (
+        line = (
             f"{self.num_adapter_pages} adapter pages of 16 ranks ({_gib(self.adapter_bytes)}) and a KV cache of "
             f"{self.num_blocks * self.block_size:,} tokens ({_gib(self.cache_bytes)})"
         )
+        if self.num_host_blocks:
+            line += f", with {self.num_host_blocks * self.block_size:,} more in host memory ({_gib(self.host_bytes)})"
+        return line
+
+
+def _host_bytes(engine: EngineConfig, device: torch.device) -> int:
+    """A rank's part of the second tier."""
+    if not engine.enable_prefix_caching:
+        return 0
+    default = _HOST_BYTES if device.type == "cuda" else 0
+    whole = engine.kv_host_bytes if engine.kv_host_bytes is not None else default
+    return whole // engine.tensor_parallel_size
+
+
+def _operations(config: DecoderConfig) -> int:
+    """Of one token's linears; attention's, which grow with the context, are left out."""
+    return 2 * config.num_layers * sum(rows * columns for rows, columns in config.linears.values())
 
 
 def _gib(num_bytes: int) -> str:

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, cast
 import numpy as np
 
 from adapters_store.slots import AdapterSlots
+from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.pending import IntArray, PendingTokens
 from gateway.engine.scheduler import Chunk, SchedulerOutput
 from gateway.engine.sequence import Sequence
@@ -39,8 +40,8 @@ class StepNews:
 
     rows: int64 [num_chunks, 8], each a `RowNews`. token_ids, blocks: int64, what the rows' sequences have grown by, row
     after row. ended: keys of sequences that come no more. freed, loaded: slots, and digests for slots, whose adapters
-    have changed since the last step that used any, to be done in this order before the step. num_pending, sources: of
-    the step's `PendingTokens`, where it has any.
+    have changed since the last step that used any, to be done in this order before the step. saves, loads: the step's
+    copies between the cache's tiers. num_pending, sources: of its `PendingTokens`, where it has any.
     """
 
     number: int
@@ -50,6 +51,8 @@ class StepNews:
     ended: list[int]
     freed: list[int]
     loaded: list[tuple[int, str]]
+    saves: list[BlockCopy]
+    loads: list[BlockCopy]
     num_pending: int = 0
     sources: IntArray | None = None
 
@@ -85,6 +88,8 @@ class Announcer:
             self._forget_ended() if output.number % _FORGET_EVERY == 0 else [],
             freed,
             loaded,
+            output.saves,
+            output.loads,
             len(pending.token_ids) if pending is not None else 0,
             pending.sources if pending is not None else None,
         )
@@ -145,7 +150,7 @@ class Mirror:
 
     def output(self, news: StepNews) -> SchedulerOutput:
         """The step as rank 0 has scheduled it, of mirrored sequences."""
-        output = SchedulerOutput(news.number)
+        output = SchedulerOutput(news.number, saves=news.saves, loads=news.loads)
         tokens, blocks = iter(news.token_ids.tolist()), iter(news.blocks.tolist())
         for row in map(RowNews._make, news.rows.tolist()):
             # `ModelRunner` takes either: it reads nothing else.

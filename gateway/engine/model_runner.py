@@ -11,6 +11,7 @@ import torch
 from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
 from gateway.engine.decode_graphs import DecodeGraphs
+from gateway.engine.host_tier import HostTier
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
@@ -20,6 +21,7 @@ from gateway.errors import ConfigInvalid
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
+from gateway.models.loader import resolve_adapter_dtype
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.segments import LoRASegments
 
@@ -27,9 +29,17 @@ from lora_kernels.segments import LoRASegments
 class ModelRunner:
     """Turns sequences into a `ForwardBatch` and runs the decoder over it."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, slots: AdapterSlots, max_model_len: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        slots: AdapterSlots,
+        max_model_len: int,
+        host_tier: HostTier | None = None,
+    ) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.host_tier = host_tier
         self.slots = slots
         self.max_model_len = max_model_len
         config = decoder.config
@@ -42,7 +52,7 @@ class ModelRunner:
 
     @classmethod
     def build(cls, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Self:
-        """With the cache and the slots of `plan`, and on CUDA with graphs, unless `enforce_eager`.
+        """With the cache, its second tier and the slots of `plan`, and on CUDA with graphs, unless `enforce_eager`.
 
         Raises `ConfigInvalid` when the longest sequence fits neither the base nor the cache.
         """
@@ -50,8 +60,15 @@ class ModelRunner:
         max_model_len = _max_model_len(config, decoder.config.max_position_embeddings, cache_tokens)
         device, dtype = decoder.device, decoder.dtype
         cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, dtype)
-        slots = AdapterSlots(decoder.lora_layout, config.num_adapter_slots, plan.num_adapter_pages, dtype, device)
-        runner = cls(decoder, cache, slots, max_model_len)
+        host_tier = HostTier(cache.layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        slots = AdapterSlots(
+            decoder.lora_layout,
+            config.num_adapter_slots,
+            plan.num_adapter_pages,
+            resolve_adapter_dtype(config, dtype),
+            device,
+        )
+        runner = cls(decoder, cache, slots, max_model_len, host_tier)
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
         return runner
@@ -78,6 +95,8 @@ class ModelRunner:
 
         pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
         """
+        if self.host_tier is not None and (output.saves or output.loads):
+            self.host_tier.move(output.saves, output.loads)
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:

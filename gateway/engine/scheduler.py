@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import islice
+from typing import Final, NamedTuple
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.residency import AdapterResidency
 from gateway.engine.block_manager import BlockManager
+from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.sequence import Sequence, SequenceStatus
+
+_LOOKAHEAD: Final = 32  # waiting sequences whose adapters are brought in before their turn
 
 
 class Chunk(NamedTuple):
@@ -25,7 +29,8 @@ class SchedulerOutput:
     """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
 
     number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
-    sequences whose last token is in this step, in row order.
+    sequences whose last token is in this step, in row order. saves, loads: the cache blocks that go to the host and
+    come from it, in this order, before anything is computed.
     """
 
     number: int
@@ -33,6 +38,8 @@ class SchedulerOutput:
     sampled: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
     num_tokens: int = 0
+    saves: list[BlockCopy] = field(default_factory=list)
+    loads: list[BlockCopy] = field(default_factory=list)
 
     @property
     def is_decode(self) -> bool:
@@ -45,8 +52,8 @@ class Scheduler:
 
     A sequence keeps its adapter's pin from admission to its end, also while preempted. A sequence whose adapter is
     still loading is passed over; one whose adapter finds every slot pinned holds back the adapters behind it, so that
-    it cannot starve. When blocks run out the last admitted sequence is preempted: its blocks go back and
-    it is computed again later.
+    it cannot starve. When blocks run out the last admitted sequence is preempted: its blocks go back, and later it
+    finds again what the prefix cache still has of them, on the device or the host, and computes the rest.
 
     A step may be scheduled while the one before is in flight, that is before its `update`. What a step in flight uses
     stays as it is: nothing is preempted, and a sequence that ends gives its blocks and its pin back only when the last
@@ -91,6 +98,9 @@ class Scheduler:
         output = SchedulerOutput(self._num_scheduled + 1)
         if self._schedule_running(step):
             self._admit(step, output)
+        if self.waiting:
+            upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD) if not sequence.pinned)
+            self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
         if step:
             self._advance(step, output)
         return output
@@ -104,7 +114,7 @@ class Scheduler:
         size = self.blocks.block_size
         for sequence, start, num_tokens in output.scheduled:
             end = start + num_tokens
-            if end // size > start // size and not sequence.finished:
+            if end // size > sequence.num_sealed and not sequence.finished:
                 self.blocks.seal(sequence, end)
         self._release_ended()
 
@@ -114,6 +124,7 @@ class Scheduler:
         assert not self.running
         self._num_done = self._num_scheduled
         self._release_ended()
+        self.blocks.forget_host()
 
     def finish(self, sequence: Sequence) -> None:
         """End a sequence at whatever stage it is; its blocks and its pin are free when no step in flight uses them."""
@@ -188,6 +199,7 @@ class Scheduler:
                 self.blocks.release(sequence)
                 passed_over.append(sequence)
                 break
+            output.loads += self.blocks.loads(sequence)
             sequence.status = SequenceStatus.RUNNING
             self.running.append(sequence)
             step[sequence] = num_tokens
@@ -198,6 +210,7 @@ class Scheduler:
         """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
         self._num_scheduled = output.number
         output.num_tokens = sum(step.values())
+        output.saves = self.blocks.saves(output.loads)
         # Rows of one adapter lie together: kernels need not gather what is in a row already.
         for sequence, num_tokens in sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].slot)):
             output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))

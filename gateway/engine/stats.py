@@ -16,6 +16,10 @@ class EngineStats:
     kv_cache_usage: float = 0.0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    kv_host_usage: float = 0.0
+    kv_host_hits: int = 0
+    kv_host_saved: int = 0
+    kv_host_loaded: int = 0
     num_preemptions: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0

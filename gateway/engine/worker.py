@@ -19,8 +19,9 @@ import torch
 
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import AdapterReader, HostCache
+from adapters_store.page_copier import PageCopy
 from adapters_store.shard import Shard, read_share
-from adapters_store.slots import LoRALayout
+from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.mirror import Mirror, StepNews
@@ -78,29 +79,47 @@ class _Worker:
             torch.set_num_threads(config.torch_threads)
         self._ranks = ranks
         self._config = config
+        self._blobs = blobs
         self._model = load_model(config, ranks)
-        self._host = HostCache(
-            blobs, config.host_cache_bytes // ranks.shard.size, read=share_reader(self._model, ranks.shard)
-        )
         self._mirror = Mirror()
+        self._copies: list[PageCopy] = []  # which keep what they read from alive
 
-    @torch.inference_mode()
     def run(self, rank_0: Connection[Any, Any]) -> None:
         rank_0.send(MemoryPlan.measure(self._config, self._model.decoder))
         runner = ModelRunner.build(self._config, self._model.decoder, rank_0.recv())
+        host = self._host_cache(runner.slots)
         while True:
             message: StepNews | ReadAhead = rank_0.recv()
             if isinstance(message, ReadAhead):
-                self._host.get(message.digest)
+                host.get(message.digest)
             else:
-                self._step(runner, message)
+                self._step(runner, host, message)
 
-    def _step(self, runner: ModelRunner, news: StepNews) -> None:
-        for slot in news.freed:
-            runner.slots.free(slot)
-        for slot, digest in news.loaded:
-            runner.slots.load(slot, self._host.get(digest).result())
+    def _host_cache(self, slots: AdapterSlots) -> HostCache:
+        shard = self._ranks.shard
+        return HostCache(
+            self._blobs,
+            slots.layout,
+            slots.dtype,
+            self._config.host_cache_bytes // shard.size,
+            pinned=self._ranks.device.type == "cuda",
+            read=share_reader(self._model, shard, slots.dtype),
+        )
+
+    @torch.inference_mode()
+    def _step(self, runner: ModelRunner, host: HostCache, news: StepNews) -> None:
+        self._load(runner.slots, host, news)
         runner.execute(self._mirror.output(news), self._pending(news))
+
+    def _load(self, slots: AdapterSlots, host: HostCache, news: StepNews) -> None:
+        """Copies go beside the steps that run, and the step that uses them waits for them on the device."""
+        self._copies = [copy for copy in self._copies if not copy.is_done]
+        for slot in news.freed:
+            slots.free(slot)
+        for slot, digest in news.loaded:
+            copy = slots.load(slot, host.get(digest).result())
+            copy.hold_stream()
+            self._copies.append(copy)
 
     def _pending(self, news: StepNews) -> PendingTokens | None:
         if news.sources is None:
@@ -110,7 +129,7 @@ class _Worker:
         return PendingTokens(token_ids, news.sources)
 
 
-def share_reader(model: LoadedModel, shard: Shard) -> AdapterReader:
-    """What reads a rank's share of an adapter of this base."""
+def share_reader(model: LoadedModel, shard: Shard, dtype: torch.dtype) -> AdapterReader:
+    """What reads a rank's share of an adapter of this base, for pages in `dtype`."""
     whole = LoRALayout.from_linears(model.spec.linears, model.spec.num_layers)
-    return partial(read_share, shard=shard, whole=whole, dtype=model.decoder.dtype)
+    return partial(read_share, shard=shard, whole=whole, dtype=dtype)

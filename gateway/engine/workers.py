@@ -76,9 +76,9 @@ class Workers:
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
         return smallest
 
-    def reader(self, model: LoadedModel) -> AdapterReader:
-        """What reads rank 0's share of an adapter; the others begin to read theirs then."""
-        read_mine = share_reader(model, self.ranks.shard)
+    def reader(self, model: LoadedModel, dtype: torch.dtype) -> AdapterReader:
+        """What reads rank 0's share of an adapter for pages in `dtype`; the others begin to read theirs then."""
+        read_mine = share_reader(model, self.ranks.shard, dtype)
 
         def read(blobs: BlobStore, digest: str) -> AdapterWeights:
             with suppress(OSError):  # a rank that is gone fails the step, not the adapter

@@ -92,6 +92,11 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_adapter_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What adapters are kept in beside a base in `dtype`."""
+    return torch.int8 if config.adapter_dtype == "int8" else dtype
+
+
 class _Builder:
     """Builds the decoder tensor by tensor, hashing each packed tensor on the way."""
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from adapters_store.base_spec import lora_tensor_name
 from adapters_store.blobs import BlobStore
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
-from adapters_store.slots import AdapterSlots, LoRALayout
+from adapters_store.page_image import PageImage, fill_pages
+from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
 from adapters_store.weights import AdapterWeights
 
 NUM_LAYERS = 2
@@ -66,6 +67,13 @@ def random_weights(
             for linear in linears
         },
     )
+
+
+def make_image(weights: AdapterWeights, dtype: torch.dtype = torch.float32, layout: LoRALayout = LAYOUT) -> PageImage:
+    """The weights in memory that held something else before."""
+    memory = torch.full((num_pages_for(weights.rank), layout.page_bytes(dtype)), 0x41, dtype=torch.uint8)
+    fill_pages(tuple(memory), weights, layout, dtype)
+    return PageImage(weights.rank, tuple(memory))
 
 
 def put_adapter(blobs: BlobStore, folder: Path, rank: int, seed: int = 0) -> StoredAdapter:

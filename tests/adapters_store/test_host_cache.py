@@ -1,4 +1,4 @@
-"""The host cache: one load at a time per adapter, bounded bytes, failures forgotten."""
+"""The host cache: images of what is stored, one load at a time per adapter, bounded bytes, failures forgotten."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import torch
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
+from adapters_store.slots import LoRALayout
 
-from .random_adapters import GatedBlobStore, put_adapter, random_weights
+from .random_adapters import LAYOUT, SHAPES, GatedBlobStore, make_image, put_adapter, random_weights
+
+PAGE = LAYOUT.page_bytes(torch.float32)
 
 
 @pytest.fixture
@@ -26,8 +29,8 @@ def gated(tmp_path: Path) -> GatedBlobStore:
 def caches() -> Iterator[Any]:
     made: list[HostCache] = []
 
-    def make(*args: Any) -> HostCache:
-        made.append(HostCache(*args))
+    def make(blobs: BlobStore, num_pages: int, dtype: torch.dtype = torch.float32, **options: Any) -> HostCache:
+        made.append(HostCache(blobs, LAYOUT, dtype, num_pages * LAYOUT.page_bytes(dtype), **options))
         return made[-1]
 
     yield make
@@ -35,44 +38,67 @@ def caches() -> Iterator[Any]:
         cache.close()
 
 
-def test_weights_come_back_as_stored(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
-    adapter = put_adapter(blobs, tmp_path, rank=5, seed=3)
-    weights = caches(blobs, 1 << 20).get(adapter.digest).result(timeout=30)
-    expected = random_weights(5, 3)
-    assert weights.rank == 5
-    assert weights.tensors.keys() == expected.tensors.keys()
-    for key, pair in expected.tensors.items():
-        assert all(map(torch.equal, weights.tensors[key], pair))
+@pytest.mark.parametrize("num_pages", [0, 8], ids=["own memory", "kept"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_an_image_of_what_is_stored_comes_back(
+    blobs: BlobStore, caches: Any, tmp_path: Path, dtype: torch.dtype, num_pages: int
+) -> None:
+    adapter = put_adapter(blobs, tmp_path, rank=20, seed=3)
+    image = caches(blobs, num_pages, dtype).get(adapter.digest).result(timeout=30)
+    wanted = make_image(random_weights(20, 3), dtype)
+    assert image.rank == 20
+    assert all(map(torch.equal, image.pages, wanted.pages))
+
+
+def test_an_adapter_that_does_not_fit_the_base_fails(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
+    adapter = put_adapter(blobs, tmp_path, rank=4)
+    other = LoRALayout.from_linears({**SHAPES, "q_proj": (11, 12)}, 2)
+    cache = HostCache(blobs, other, torch.float32, 1 << 20)
+    with pytest.raises(ValueError, match="q_proj of layer 0"):
+        cache.get(adapter.digest).result(timeout=30)
+    cache.close()
 
 
 def test_overlapping_gets_are_one_load(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
     adapter = put_adapter(gated, tmp_path, rank=4)
-    cache = caches(gated, 1 << 20)
+    cache = caches(gated, 8)
     first, second = cache.get(adapter.digest), cache.get(adapter.digest)
     assert not first.done()
     gated.gate.set()
-    weights = first.result(timeout=30)
-    assert second.result(timeout=30) is weights
+    image = first.result(timeout=30)
+    assert second.result(timeout=30) is image
     kept = cache.get(adapter.digest)
     assert kept.done()
-    assert kept.result() is weights
+    assert kept.result() is image
     assert gated.num_reads == 1
 
 
 def test_the_least_recently_used_leave_first(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
     gated.gate.set()
     a, b, c = (put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(3))
-    size = random_weights(4, 0).num_bytes
-    cache = caches(gated, 2 * size)
+    cache = caches(gated, 2)
     for digest in (a, b, a, c):  # c pushes b out
         cache.get(digest).result(timeout=30)
-    assert cache.num_bytes == 2 * size
+    assert cache.num_bytes == 2 * PAGE
     assert gated.num_reads == 3
     assert cache.get(a).done()
     assert cache.get(c).done()
     cache.get(b).result(timeout=30)
     assert gated.num_reads == 4
-    assert cache.num_bytes == 2 * size
+    assert cache.num_bytes == 2 * PAGE
+
+
+def test_an_image_that_is_still_held_is_not_overwritten(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
+    a, b, c = (put_adapter(blobs, tmp_path, rank=4, seed=seed).digest for seed in range(3))
+    cache = caches(blobs, 1)
+    held = cache.get(a).result(timeout=30)
+    for digest in (b, c):  # find no room, and have memory of their own
+        cache.get(digest).result(timeout=30)
+    assert torch.equal(held.pages[0], make_image(random_weights(4, 0)).pages[0])
+    assert cache.num_bytes == 0
+    del held
+    cache.get(b).result(timeout=30)
+    assert cache.num_bytes == PAGE
 
 
 def test_an_adapter_larger_than_the_cache_is_handed_out_and_not_kept(
@@ -80,7 +106,7 @@ def test_an_adapter_larger_than_the_cache_is_handed_out_and_not_kept(
 ) -> None:
     gated.gate.set()
     small, large = (put_adapter(gated, tmp_path, rank=rank).digest for rank in (2, 30))
-    cache = caches(gated, random_weights(2, 0).num_bytes)
+    cache = caches(gated, 1)
     cache.get(small).result(timeout=30)
     assert cache.get(large).result(timeout=30).rank == 30
     assert cache.get(small).done(), "the small one was thrown out for nothing"
@@ -92,7 +118,7 @@ def test_failures_are_not_kept(blobs: BlobStore, caches: Any, tmp_path: Path) ->
     adapter = put_adapter(blobs, tmp_path, rank=4)
     path = blobs.local_path(adapter.digest)
     good = path.read_bytes()
-    cache = caches(blobs, 1 << 20)
+    cache = caches(blobs, 8)
     path.write_bytes(good[:-8] + bytes(8))
     with pytest.raises(AdapterLoadFailed, match="damaged"):
         cache.get(adapter.digest).result(timeout=30)
@@ -102,7 +128,7 @@ def test_failures_are_not_kept(blobs: BlobStore, caches: Any, tmp_path: Path) ->
 
 def test_callbacks_may_use_the_cache(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
     a, b = (put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(2))
-    cache = caches(gated, 1 << 20, 1)
+    cache = caches(gated, 8, num_threads=1)
     chained = threading.Event()
     again: list[bool] = []
 
@@ -118,7 +144,7 @@ def test_callbacks_may_use_the_cache(gated: GatedBlobStore, caches: Any, tmp_pat
 
 def test_close_fails_what_has_not_begun(gated: GatedBlobStore, tmp_path: Path) -> None:
     digests = [put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(2)]
-    cache = HostCache(gated, 1 << 20, num_threads=1)
+    cache = HostCache(gated, LAYOUT, torch.float32, 1 << 20, num_threads=1)
     running, queued = (cache.get(digest) for digest in digests)
     closer = threading.Thread(target=cache.close)
     closer.start()

@@ -19,6 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
+from adapters_store.page_copier import PageCopy
+from adapters_store.page_image import PageImage
 from adapters_store.residency import AdapterResidency
 from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
 
@@ -28,6 +30,7 @@ from .random_adapters import (
     GatedBlobStore,
     StoredAdapter,
     assert_slot_holds,
+    make_image,
     put_adapter,
     random_weights,
 )
@@ -36,15 +39,43 @@ NUM_SLOTS = 3
 NUM_PAGES = 4
 
 
+class Arrival:
+    """In the place of a CUDA event."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+
+    def query(self) -> bool:
+        return self.is_there
+
+
+class SlowSlots(AdapterSlots):
+    """Slots whose copies, as on a GPU, are not done when `load` comes back: the test says when."""
+
+    def __init__(self) -> None:
+        super().__init__(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu")
+        self.arrivals: dict[int, Arrival] = {}
+
+    def load(self, slot: int, image: PageImage) -> PageCopy:
+        super().load(slot, image)
+        arrival: Any = Arrival()
+        self.arrivals[slot] = arrival
+        return PageCopy(image, arrival)
+
+    def copies_end(self) -> None:
+        for arrival in self.arrivals.values():
+            arrival.is_there = True
+
+
 class World:
     """Real parts: a blob folder, a host cache, slots. `step` is what an engine step does."""
 
-    def __init__(self, blobs: BlobStore, folder: Path, host_bytes: int = 1 << 20) -> None:
+    def __init__(self, blobs: BlobStore, folder: Path, host_pages: int = 40, slots: AdapterSlots | None = None) -> None:
         self.folder = folder
         self.blobs = blobs
         self.ready = threading.Semaphore(0)
-        self.slots = AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu")
-        self.host = HostCache(blobs, host_bytes)
+        self.slots = slots or AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu")
+        self.host = HostCache(blobs, LAYOUT, torch.float32, host_pages * LAYOUT.page_bytes(torch.float32))
         self.residency = AdapterResidency(self.slots, self.host, self.ready.release)
 
     def put(self, rank: int = 4, seed: int = 0) -> StoredAdapter:
@@ -58,6 +89,20 @@ class World:
             self.residency.poll()
             slot = self.residency.acquire(adapter)
         return slot
+
+    def put_in_host(self, rank: int = 4, seed: int = 0) -> StoredAdapter:
+        adapter = self.put(rank, seed)
+        self.host.get(adapter.digest).result(timeout=30)
+        return adapter
+
+
+@pytest.fixture
+def slow(blobs: BlobStore, tmp_path: Path) -> Iterator[tuple[World, SlowSlots]]:
+    slots = SlowSlots()
+    world = World(blobs, tmp_path, slots=slots)
+    yield world, slots
+    world.residency.check_integrity()
+    world.host.close()
 
 
 @pytest.fixture
@@ -167,10 +212,12 @@ def test_a_failure_reaches_all_who_wait_and_is_then_tried_anew(world: World) -> 
 def test_weights_that_do_not_fit_the_base_fail(blobs: BlobStore, tmp_path: Path) -> None:
     other = LoRALayout.from_linears({**SHAPES, "q_proj": (11, 12)}, 2)
     slots = AdapterSlots(other, 2, 2, torch.float32, "cpu")
-    host = HostCache(blobs, 1 << 20)
+    host = HostCache(blobs, other, torch.float32, 1 << 20)
     residency = AdapterResidency(slots, host)
     adapter = put_adapter(blobs, tmp_path, rank=4)
-    host.get(adapter.digest).result(timeout=30)
+    assert residency.acquire(adapter) is None
+    wait([host.get(adapter.digest)], timeout=30)
+    residency.poll()
     with pytest.raises(AdapterLoadFailed, match="q_proj of layer 0"):
         residency.acquire(adapter)
     residency.check_integrity()
@@ -199,6 +246,164 @@ def test_a_long_queue_loads_no_more_than_there_are_slots(world: World) -> None:
     assert sum(world.residency.is_waiting_for_room(adapter.digest) for adapter in queued) == NUM_SLOTS
 
 
+def test_loads_hold_no_more_of_the_host_s_memory_than_there_is(blobs: BlobStore, tmp_path: Path) -> None:
+    world = World(blobs, tmp_path, host_pages=3)
+    queued = [world.put(rank=20, seed=seed) for seed in range(2)]
+    assert [world.residency.acquire(adapter) for adapter in queued] == [None, None]
+    assert world.ready.acquire(timeout=30)
+    assert not world.ready.acquire(timeout=0.2), "both were loaded"
+    world.residency.poll()
+    assert world.residency.acquire(queued[0]) is not None
+    assert world.acquire(queued[1]) is not None
+    world.residency.check_integrity()
+    world.host.close()
+
+
+def test_an_adapter_larger_than_the_host_s_memory_is_served(blobs: BlobStore, tmp_path: Path) -> None:
+    world = World(blobs, tmp_path, host_pages=1)
+    assert world.acquire(world.put(rank=40)) is not None
+    world.host.close()
+
+
+def test_a_slot_is_handed_out_when_its_copy_is_done(slow: tuple[World, SlowSlots]) -> None:
+    world, slots = slow
+    adapter = world.put_in_host()
+    for _ in range(3):
+        assert world.residency.acquire(adapter) is None
+        assert world.residency.is_copying
+        assert not world.residency.is_waiting_for_room(adapter.digest)
+        world.residency.check_integrity()
+        world.residency.poll()
+    assert world.residency.stats.loads == 0
+    slots.copies_end()
+    assert world.residency.acquire(adapter) is None, "seen by `poll` alone, before anything is scheduled"
+    world.residency.poll()
+    assert world.residency.acquire(adapter) == 0
+    assert not world.residency.is_copying
+    assert world.residency.stats.loads == 1
+
+
+def test_what_is_being_copied_is_not_evicted(slow: tuple[World, SlowSlots]) -> None:
+    world, slots = slow
+    adapters = [world.put_in_host(seed=seed) for seed in range(NUM_SLOTS + 1)]
+    assert [world.residency.acquire(adapter) for adapter in adapters] == [None] * len(adapters)
+    assert sorted(slots.arrivals) == list(range(NUM_SLOTS))
+    assert world.residency.is_waiting_for_room(adapters[-1].digest)
+    slots.copies_end()
+    world.residency.poll()
+    assert [world.residency.acquire(adapter) for adapter in adapters] == [0, 1, 2, None]
+
+
+def test_a_copy_that_nobody_wants_any_more_ends_and_may_be_evicted(slow: tuple[World, SlowSlots]) -> None:
+    world, slots = slow
+    for seed in range(NUM_SLOTS):
+        world.residency.acquire(world.put_in_host(seed=seed))
+    for _ in range(3):
+        world.residency.poll()
+    assert world.residency.is_copying
+    slots.copies_end()
+    world.residency.poll()
+    assert len(world.residency.stats.resident) == NUM_SLOTS
+    wanted = world.put_in_host(rank=40, seed=9)
+    assert world.residency.acquire(wanted) is None
+    slots.copies_end()
+    world.residency.poll()
+    assert world.residency.acquire(wanted) is not None
+    assert world.residency.stats.evictions == NUM_SLOTS - 1
+
+
+def test_what_is_copied_from_stays_as_it_is(blobs: BlobStore, tmp_path: Path) -> None:
+    slots = SlowSlots()
+    world = World(blobs, tmp_path, host_pages=1, slots=slots)
+    assert world.residency.acquire(world.put_in_host(seed=0)) is None
+    world.put_in_host(seed=1)  # pushes the first out of the cache
+    (copying,) = world.residency._copying.values()
+    assert torch.equal(copying.copy.image.pages[0], make_image(random_weights(4, 0)).pages[0])
+    slots.copies_end()
+    world.residency.poll()
+    del copying
+    world.put_in_host(seed=2)
+    assert world.host.num_bytes == LAYOUT.page_bytes(torch.float32), "the frame did not come back"
+    world.host.close()
+
+
+def prefetch(world: World, *adapters: StoredAdapter) -> None:
+    """Step after step, as long as that changes anything."""
+    for _ in range(2 * len(adapters) + 2):
+        world.residency.poll()
+        world.residency.prefetch(adapters)
+        wait([loading.future for loading in world.residency._loading.values()], timeout=30)
+
+
+def test_what_is_next_is_brought_in_and_not_pinned(world: World) -> None:
+    adapters = [world.put(seed=seed) for seed in range(3)]
+    prefetch(world, *adapters)
+    assert world.residency.stats.resident == tuple(adapter.name for adapter in adapters)
+    assert [world.residency.num_pins(adapter.digest) for adapter in adapters] == [0, 0, 0]
+    assert [world.residency.acquire(adapter) for adapter in adapters] == [0, 1, 2]
+
+
+def test_one_copy_at_a_time_is_made_ahead(slow: tuple[World, SlowSlots]) -> None:
+    world, slots = slow
+    adapters = [world.put_in_host(seed=seed) for seed in range(3)]
+    prefetch(world, *adapters)
+    assert len(slots.arrivals) == 1
+    slots.copies_end()
+    prefetch(world, *adapters)
+    assert len(slots.arrivals) == 2
+
+
+def test_what_is_held_or_next_itself_is_not_evicted_for_what_is_next(world: World) -> None:
+    held, idle, useless = (world.put(seed=seed) for seed in range(3))
+    for adapter in (held, idle, useless):
+        world.acquire(adapter)
+    for adapter in (idle, useless):
+        world.residency.release(adapter.digest)
+    new, other = world.put(seed=8), world.put(seed=9)
+    prefetch(world, new, other, idle)
+    assert set(world.residency.stats.resident) == {held.name, idle.name, new.name}
+    assert world.residency.stats.evictions == 1
+
+
+def test_nothing_takes_what_one_before_it_waits_for(world: World) -> None:
+    held = world.put(rank=20)
+    world.acquire(held)
+    large, small = world.put(rank=40), world.put(rank=4)
+    prefetch(world, large, small)
+    assert world.residency.stats.resident == (held.name,)
+    world.residency.release(held.digest)
+    prefetch(world, large, small)
+    assert world.residency.stats.resident == (large.name, small.name)
+
+
+def test_what_is_next_takes_half_of_what_loads_may_take(blobs: BlobStore, tmp_path: Path) -> None:
+    world = World(blobs, tmp_path, host_pages=4)
+    for seed in range(NUM_SLOTS):
+        world.acquire(world.put(seed=seed))
+    upcoming = [world.put(seed=10 + seed) for seed in range(4)]
+    prefetch(world, *upcoming)
+    assert [world.residency.is_waiting_for_room(adapter.digest) for adapter in upcoming] == [True, False, False, False]
+    prefetch(world)
+    assert not world.residency._loading, "nobody waits for them any more"
+    world.host.close()
+
+
+def test_a_failure_ahead_is_told_to_who_acquires_and_not_tried_again_before(blobs: BlobStore, tmp_path: Path) -> None:
+    gated = GatedBlobStore(f"file://{tmp_path / 'gated'}")
+    gated.gate.set()
+    world = World(gated, tmp_path)
+    adapter = world.put()
+    gated.delete(adapter.digest)
+    for _ in range(3):
+        prefetch(world, adapter)
+    assert gated.num_reads == 1
+    assert world.residency.stats.failures == 0
+    with pytest.raises(AdapterLoadFailed):
+        world.residency.acquire(adapter)
+    assert world.residency.stats.failures == 1
+    world.host.close()
+
+
 def test_releasing_more_than_acquired_is_an_error_of_ours(world: World) -> None:
     adapter = world.put()
     world.acquire(adapter)
@@ -208,14 +413,18 @@ def test_releasing_more_than_acquired_is_an_error_of_ours(world: World) -> None:
 
 
 class Residency(RuleBasedStateMachine):
-    """Requests come, go and are cancelled; blobs break and heal; loads end at any time. CONVENTIONS' invariant 2."""
+    """Requests come, go and are cancelled; blobs break and heal; loads and copies end at any time.
 
-    @initialize(host_adapters=st.sampled_from([0, 2, 100]))
-    def start(self, host_adapters: int) -> None:
+    CONVENTIONS' invariant 2.
+    """
+
+    @initialize(host_pages=st.sampled_from([0, 2, 6, 100]), is_slow=st.booleans())
+    def start(self, host_pages: int, is_slow: bool) -> None:
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name)
         self.blobs = GatedBlobStore(f"file://{path / 'blobs'}")
-        self.world = World(self.blobs, path, host_adapters * random_weights(16, 0).num_bytes)
+        self.slow = SlowSlots() if is_slow else None
+        self.world = World(self.blobs, path, host_pages, self.slow)
         self.adapters = [self.world.put(rank, seed) for seed, rank in enumerate([4, 16, 16, 20, 33, 50, 8])]
         self.pins: Counter[int] = Counter()
         self.slot_of: dict[int, int] = {}
@@ -230,6 +439,7 @@ class Residency(RuleBasedStateMachine):
         if self.pins[which]:
             assert slot == self.slot_of[which], "a pinned adapter moved"
         if slot is not None:
+            assert self.slow is None or self.slow.arrivals[slot].is_there, "a slot was handed out before its bytes"
             self.pins[which] += 1
             self.slot_of[which] = slot
 
@@ -243,10 +453,11 @@ class Residency(RuleBasedStateMachine):
         held = [i for i, count in self.pins.items() if count and i != which]
         pages = sum(num_pages_for(self.adapters[i].rank) for i in held)
         fits = pages + num_pages_for(self.adapters[which].rank) <= NUM_PAGES and len(held) < NUM_SLOTS
-        for _ in range(5):  # a past failure, and loads that nobody wants any more, go first
+        for _ in range(6):  # a past failure, copies, and loads that nobody wants any more, go first
             self.world.residency.poll()
             self.acquire(which)
             self.loads_end()
+            self.copies_end()
         assert (self.pins[which] > before) == (fits or before > 0)
 
     @precondition(lambda self: any(self.pins.values()))
@@ -259,6 +470,18 @@ class Residency(RuleBasedStateMachine):
     @rule()
     def poll(self) -> None:
         self.world.residency.poll()
+
+    @rule(upcoming=st.lists(st.integers(0, 6), max_size=7))
+    def prefetch(self, upcoming: list[int]) -> None:
+        before = set(self.world.residency.stats.resident)
+        self.world.residency.prefetch([self.adapters[which] for which in upcoming])
+        gone = before - set(self.world.residency.stats.resident)
+        assert not gone & {self.adapters[which].name for which in upcoming}
+
+    @rule()
+    def copies_end(self) -> None:
+        if self.slow is not None:
+            self.slow.copies_end()
 
     @rule()
     def loads_end(self) -> None:

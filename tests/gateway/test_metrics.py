@@ -69,6 +69,15 @@ def test_a_scrape_reads_the_engines_snapshot() -> None:
     assert engine.sample("patchbay_resident_adapters") == 2
 
 
+def test_the_second_tier_of_the_cache_is_told_apart() -> None:
+    engine = Engine()
+    engine.stats = EngineStats(kv_host_usage=0.5, kv_host_hits=96, kv_host_saved=9, kv_host_loaded=6)
+    assert engine.sample("patchbay_kv_host_usage_perc") == 0.5
+    assert engine.sample("patchbay_kv_host_hits_total") == 96
+    assert engine.sample("patchbay_kv_host_saved_blocks_total") == 9
+    assert engine.sample("patchbay_kv_host_loaded_blocks_total") == 6
+
+
 def test_lora_requests_info_keeps_one_label_set() -> None:
     engine = Engine()
     for adapters in (("a/x:1",), ("a/x:1", "b/y:2"), ()):

@@ -64,6 +64,12 @@ for vectors in ({}, {"slot_ptr": None, "scale_ptr": None, "bias_ptr": None}):
     build(gate, rows, vectors | {"BLOCK": triton_activation._BLOCK}, 4)
 build(affine, rows, {"BLOCK": triton_vectors._BLOCK}, 4)
 
+from lora_kernels import triton_blocks
+for word in ("*i64", "*u8"):
+    moved = {"table_ptr": "*i64", "block_ids_ptr": "*i64", "packed_ptr": word}
+    for gather in (True, False):
+        build(triton_blocks._move_kernel, moved, {"GATHER": gather, "BLOCK": triton_blocks._BLOCK}, 4)
+
 cache = {"q_ptr": "*bf16", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16", "out_ptr": "*bf16"}
 lists = ["tiles", "pieces", "arrived", "block_table", "context_len", "query_start"]
 cache |= {name + "_ptr": "*i32" for name in lists} | {"scale": "fp32"}

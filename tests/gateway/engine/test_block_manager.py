@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gateway.engine.block_manager import BlockManager, block_hash, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
+from gateway.engine.host_blocks import BlockCopy, HostBlocks
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
@@ -139,3 +140,114 @@ def test_random_use_keeps_the_books(table: TokenTable, data: st.DataObject) -> N
     for seq in live:
         blocks.release(seq)
     assert blocks.num_free == blocks.num_blocks
+
+
+class Tiers:
+    """A block manager with a second tier, and what its blocks hold after each step: the links that were computed."""
+
+    def __init__(self, num_blocks: int, num_host_blocks: int) -> None:
+        self.manager = BlockManager(
+            num_blocks, 2, enable_prefix_caching=True, host=HostBlocks(num_host_blocks) if num_host_blocks else None
+        )
+        self.device: list[bytes | None] = [None] * num_blocks
+        self.host: list[bytes | None] = [None] * num_host_blocks
+        self._last: list[Sequence] = []
+
+    def step(self, admitted: list[Sequence], *, overlapping: bool) -> list[Sequence]:
+        """Run sequences whole in one step; those that found room. The step before ends first, or just after."""
+        manager, loads, running = self.manager, list[BlockCopy](), list[Sequence]()
+        if not overlapping:
+            self._land()
+        for seq in admitted:
+            manager.adopt_prefix(seq)
+            if manager.grow(seq, seq.num_tokens):
+                loads += manager.loads(seq)
+                running.append(seq)
+            else:
+                manager.release(seq)
+        if running:
+            self._copy(manager.saves(loads), loads)
+        self._land()
+        for seq in running:
+            num_cached, num_full = seq.num_computed // 2, seq.num_tokens // 2
+            links = chain(seq)
+            assert [self.device[block] for block in seq.block_table[:num_cached]] == links[:num_cached]
+            for block, link in zip(seq.block_table[num_cached:num_full], links[num_cached:], strict=True):
+                self.device[block] = link
+            for block in seq.block_table[num_full:]:
+                self.device[block] = None
+            seq.num_computed = seq.num_tokens
+        self._last = running
+        return running
+
+    def _land(self) -> None:
+        for seq in self._last:
+            if seq.block_table:
+                self.manager.seal(seq, seq.num_tokens)
+        self._last = []
+
+    def _copy(self, saves: list[BlockCopy], loads: list[BlockCopy]) -> None:
+        saved = [self.device[save.block] for save in saves]
+        assert not {save.host_block for save in saves} & {load.host_block for load in loads}
+        assert len({save.host_block for save in saves}) == len(saves)
+        assert len({load.block for load in loads}) == len(loads)
+        for load in loads:
+            self.device[load.block] = self.host[load.host_block]
+        for save, link in zip(saves, saved, strict=True):
+            self.host[save.host_block] = link
+
+
+def chain(seq: Sequence) -> list[bytes]:
+    links, parent = [], seq.prefix_root
+    for i in range(seq.num_tokens // 2):
+        parent = block_hash(parent, seq.token_ids[2 * i : 2 * i + 2])
+        links.append(parent)
+    return links
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_block_adopted_from_either_tier_holds_what_its_link_says(table: TokenTable, data: st.DataObject) -> None:
+    tiers = Tiers(8, data.draw(st.sampled_from([0, 1, 3, 16])))
+    roots = [prefix_root("base", None, salt) for salt in ("t1", "t2")]
+    tokens, live = st.lists(st.integers(0, 1), min_size=1, max_size=11), list[Sequence]()
+    for _ in range(data.draw(st.integers(1, 12))):
+        for _ in range(data.draw(st.integers(0, len(live)))):
+            tiers.manager.release(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        if live and data.draw(st.booleans()):
+            tiers.manager.grow(live[0], 2 * len(live[0].block_table) + 1)  # for a step that is not run after all
+        new = [
+            sequence(table, ids, data.draw(st.sampled_from(roots))) for ids in data.draw(st.lists(tokens, max_size=4))
+        ]
+        live += tiers.step(new, overlapping=data.draw(st.booleans()))
+        tiers.manager.check_integrity()
+    for seq in live:
+        tiers.manager.release(seq)
+    assert tiers.manager.num_free == tiers.manager.num_blocks
+
+
+def test_what_left_the_device_is_fetched_from_the_host(table: TokenTable) -> None:
+    tiers, tokens = Tiers(5, 8), list(range(10))
+    (first,) = tiers.step([sequence(table, tokens)], overlapping=False)
+    tiers.step([], overlapping=False)
+    tiers.manager.release(first)
+    (other,) = tiers.step([sequence(table, list(range(100, 106)))], overlapping=False)
+    tiers.manager.release(other)
+    again = sequence(table, tokens)
+    assert tiers.manager.adopt_prefix(again) == 8
+    assert again.num_sealed == 2  # on the device
+    assert tiers.manager.grow(again, 10)
+    assert len(tiers.manager.loads(again)) == 2
+
+
+def test_versions_and_tenants_never_share_host_blocks(table: TokenTable) -> None:
+    """Invariant 1, in the second tier."""
+    roots = [prefix_root("b", digest, salt) for digest in (None, "d1", "d2") for salt in ("", "t1")]
+    tiers = Tiers(4, 64)
+    for found in (0, 6):
+        for root in roots:
+            (seq,) = tiers.step([sequence(table, list(range(8)), root)], overlapping=False)
+            assert seq.request.num_prompt == 8
+            tiers.step([], overlapping=False)
+            tiers.manager.release(seq)
+        assert tiers.manager.host.num_loaded * 2 == found * len(roots)

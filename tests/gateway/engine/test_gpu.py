@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter, write_base
 from gateway.config import EngineConfig
+from gateway.engine.host_blocks import BlockCopy
+from gateway.engine.host_tier import HostTier
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
@@ -52,6 +55,25 @@ def drain(engine: LLMEngine) -> dict[str, list[TokenLogprob]]:
 def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
     config = EngineConfig(base=base, kv_cache_tokens=16_384, max_num_seqs=24, max_lora_rank=16, **settings)
     return LLMEngine(config, blobs, lambda: None)
+
+
+def serve(
+    engine: LLMEngine, prompts: list[list[int]], max_tokens: int, refs: Seq[AdapterRef | None] = (None,)
+) -> dict[str, list[int]]:
+    """Greedy tokens of the adapters, or the bare base, in turn."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    for i, prompt in enumerate(prompts):
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
+    tokens: dict[str, list[int]] = {}
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    engine.check_integrity()
+    return tokens
+
+
+def random_prompts(count: int, length: int) -> list[list[int]]:
+    return torch.randint(3, 300, (count, length)).tolist()
 
 
 def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +152,51 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
     engine.close()
 
 
+def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", num_adapter_slots=6, host_cache_bytes=64 << 20)
+    refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    running, coming = refs[:4], refs[4:]
+    for ref in coming[::2]:  # the others come from the disk
+        engine.host_cache.get(ref.digest).result()
+    params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+    for i in range(8):
+        prompt = list(range(20 + i, 52 + 3 * i))
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=running[i // 2]), prompt)
+    while engine.step().num_tokens != 8:
+        pass
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            if coming:
+                engine.residency.prefetch(coming[:1])
+            engine.step()
+            if coming and coming[0].name in engine.residency.stats.resident:
+                coming.pop(0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not coming
+    assert engine.stats().adapter_evictions == NUM_ADAPTERS - 6
+    engine.check_integrity()
+    engine.close()
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_adapters_in_8_bits_give_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu", adapter_dtype="int8")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    # Fewer slots than adapters: they take turns, and come in while others run.
+    on_gpu = engine_with(blobs, "embedded", device="cuda", adapter_dtype="int8", num_adapter_slots=6, **settings)
+    assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
+
+
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     base = str(write_base(tmp_path / "base", layers=4))
@@ -195,3 +262,116 @@ def test_a_worker_that_is_killed_ends_the_engine_though_the_device_waits_for_it(
     engine.check_integrity()
     engine.close()
     assert time.monotonic() - started < 30
+
+
+@two_gpus
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_swap_adapters_and_blocks_and_give_one_gpu_s_tokens(
+    tmp_path: Path, four_layers: str, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+
+    def engine_of(size: int, tokens: int, slots: int) -> LLMEngine:
+        config = EngineConfig(
+            base=four_layers, device="cuda", dtype="float32", tensor_parallel_size=size, kv_cache_tokens=tokens,
+            kv_host_bytes=1 << 30, num_adapter_slots=slots, host_cache_bytes=256 << 20, max_num_seqs=16,
+            max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        return LLMEngine(config, blobs, lambda: None)
+
+    prompts = random_prompts(12, 250)
+    one = engine_of(1, 16_384, 12)
+    refs = [write_adapter(blobs, tmp_path, one.model.spec, 16, i) for i in range(12)]
+    wanted = serve(one, prompts, 64, refs)
+    one.close()
+    two = engine_of(2, 960, 4)
+    got, again = serve(two, prompts, 64, refs), serve(two, prompts, 64, refs)
+    stats = two.stats()
+    two.close()
+    assert stats.adapter_evictions > 0
+    assert stats.kv_host_saved > 0
+    assert stats.kv_host_loaded > 0  # prefixes of the first turn
+    assert got == again == wanted
+
+
+@two_gpus
+def test_two_gpus_take_adapters_in_8_bits_as_two_cpu_ranks_do(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings = {"quantization": "none", "dtype": "float32", "adapter_dtype": "int8", "tensor_parallel_size": 2}
+    on_cpu = engine_with(blobs, "embedded", device="cpu", **settings)
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    on_gpus = engine_with(blobs, "embedded", device="cuda", num_adapter_slots=6, **settings)
+    assert ids(generate(on_gpus, refs, 48)) == ids(wanted)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    return str(write_base(tmp_path_factory.mktemp("base"), layers=4))
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_for_no_copy(
+    tmp_path: Path, four_layers: str, monkeypatch: pytest.MonkeyPatch, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    def engine_of(tokens: int, host_bytes: int) -> LLMEngine:
+        config = EngineConfig(
+            base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=host_bytes,
+            max_num_seqs=16, max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        return LLMEngine(config, BlobStore(f"file://{tmp_path / 'blobs'}"), lambda: None)
+
+    prompts = random_prompts(12, 250)
+    ample, tight = engine_of(16_384, 0), engine_of(2560, 1 << 30)
+    # Its buffers hold 8 blocks of 512 KiB, so that steps move theirs in parts.
+    num_host_blocks = tight.blocks.host.num_blocks
+    tier = tight.runner.host_tier = HostTier(tight.runner.cache.layers, num_host_blocks, staging_bytes=8 << 19)
+    move = tier.move
+
+    def move_without_waiting(saves: Seq[BlockCopy], loads: Seq[BlockCopy]) -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            move(saves, loads)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(tier, "move", move_without_waiting)
+    wanted, got = serve(ample, prompts, 80), serve(tight, prompts, 80)
+    again = serve(tight, prompts, 80)
+    stats = tight.stats()
+    assert stats.num_preemptions > 0
+    assert stats.kv_host_saved > 0
+    assert stats.kv_host_loaded > 0
+    assert got == again == wanted
+    for engine in (ample, tight):
+        engine.close()
+
+
+def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
+    tmp_path: Path, four_layers: str
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    config = EngineConfig(
+        base=four_layers, device="cuda", kv_cache_tokens=2048, kv_host_bytes=1 << 30, max_num_seqs=16, max_lora_rank=16
+    )
+    engine = LLMEngine(config, blobs, lambda: None)
+    serve(engine, random_prompts(16, 200), 2)  # from here on each block that is taken holds a prefix
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    for i, prompt in enumerate(random_prompts(8, 100)):
+        engine.add(GenerateRequest(str(i), params, prompt=prompt), prompt)
+    while engine.step().num_tokens != 8:
+        pass
+    engine.step()
+    saved = engine.stats().kv_host_saved
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert engine.stats().kv_host_saved > saved
+    engine.check_integrity()
+    engine.close()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest, TokenDelta
@@ -92,6 +95,46 @@ def test_greedy_tokens_are_the_same_alone_and_in_a_mixed_batch(
     for i, one in enumerate(requests):
         assert tokens(run(alone, one)[str(i)]) == wanted[i]
         assert tokens(together[str(i)]) == wanted[i]
+
+
+def _rounded_to_int8(adapter: Path, folder: Path) -> Path:
+    """A copy of a peft adapter whose matrices are multiples of one step a rank: 1/127 of the largest entry."""
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        steps = tensor.abs().amax(1 if "lora_A" in name else 0, keepdim=True) / 127  # A [r, in], B [out, r]
+        tensors[name] = (tensor / steps).round() * steps
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("adapter", ["a4", "b20", "c8"])
+def test_adapters_in_8_bits_are_peft_s_with_weights_rounded_alike(
+    world: TinyWorld, make_engine: MakeEngine, tmp_path: Path, adapter: str
+) -> None:
+    engine = make_engine(adapter_dtype="int8")
+    done = run(engine, request(world, "r", adapter=adapter, max_tokens=4, logprobs=20))["r"]
+    ids = PROMPT + tokens(done)
+    oracle = load_oracle(world.base, _rounded_to_int8(world.adapters[adapter], tmp_path / "rounded"))
+    assert tokens(done) == oracle_tokens(oracle, PROMPT, 4)
+    with torch.no_grad():
+        expected = oracle(torch.tensor([ids])).logits[0].log_softmax(-1)
+        unrounded = load_oracle(world.base, world.adapters[adapter])(torch.tensor([ids])).logits[0].log_softmax(-1)
+    for step, delta in enumerate(done):
+        at = len(PROMPT) - 1 + step
+        top = {token_id: logprob for token_id, _, logprob in delta.logprobs[0].top}
+        assert top == pytest.approx({token_id: float(expected[at, token_id]) for token_id in top}, abs=2e-4)
+        # What rounding itself changes is told apart.
+        assert max(abs(top[token_id] - float(unrounded[at, token_id])) for token_id in top) > 1e-3
+
+
+def test_pages_in_8_bits_are_planned_with_their_own_size(make_engine: MakeEngine) -> None:
+    engine = make_engine(adapter_dtype="int8")
+    assert engine._slots.pools(0, "qkv").a.dtype == torch.int8
+    layout = engine._slots.layout
+    assert layout.page_bytes(torch.int8) < layout.page_bytes(torch.float32) / 3
+    assert engine.host_cache.num_pages == (4 << 30) // layout.page_bytes(torch.int8)
 
 
 def test_a_prefix_is_reused_and_changes_nothing(world: TinyWorld, make_engine: MakeEngine) -> None:

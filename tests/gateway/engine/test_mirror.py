@@ -55,6 +55,7 @@ class OtherRank:
         self.slots.check_integrity()
 
     def _compare(self, got: SchedulerOutput, wanted: SchedulerOutput) -> None:
+        assert (got.saves, got.loads) == (wanted.saves, wanted.loads)
         assert (got.number, got.num_tokens, got.is_decode) == (wanted.number, wanted.num_tokens, wanted.is_decode)
         mirrored = [chunk.sequence for chunk in got.scheduled]
         originals = [chunk.sequence for chunk in wanted.scheduled]
@@ -85,7 +86,7 @@ def test_a_mirrored_step_is_the_step(
     world: TinyWorld, build_engine: MakeEngine, calls: list[Call], num_slots: int, tokens: int, overlap: bool
 ) -> None:
     settings: dict[str, Any] = {"num_adapter_slots": num_slots, "kv_cache_tokens": tokens, "overlap_steps": overlap}
-    engine = build_engine(**settings, max_num_batched_tokens=16)
+    engine = build_engine(**settings, max_num_batched_tokens=16, kv_host_bytes=1 << 20)
     OtherRank(engine)
     serve(engine, world, calls)
 

@@ -78,6 +78,20 @@ def test_a_request_that_waits_for_a_slot_is_not_overtaken_by_its_neighbours(
     assert set(plan(engine)) == {"holder", "base"}
 
 
+def test_adapters_of_the_queue_come_in_before_their_turn(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_seqs=1)
+    add(engine, world, "running", 4)
+    engine.step()
+    for name in ("a4", "b20"):
+        engine.host_cache.get(world.refs[name].digest).result()
+        add(engine, world, name, 4, name)
+    plan(engine)
+    assert engine.residency.stats.resident == (world.refs["a4"].name,), "one copy a step"
+    plan(engine)
+    assert engine.residency.stats.resident == (world.refs["a4"].name, world.refs["b20"].name)
+    assert [engine.residency.num_pins(world.refs[name].digest) for name in ("a4", "b20")] == [0, 0]
+
+
 @pytest.mark.parametrize("caching", [True, False])
 def test_siblings_wait_for_the_first_of_them_to_read_the_prompt(
     world: TinyWorld, make_engine: MakeEngine, caching: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapters_store.blobs import BlobStore
 from adapters_store.shard import Shard
@@ -26,7 +28,7 @@ from gateway.errors import ConfigInvalid, InternalError
 from gateway.layers.tensor_parallel import TensorParallel
 from gateway.models.loader import load_model
 from tests.gateway.engine.conftest import TinyWorld
-from tests.tiny import make_base, stored_adapter
+from tests.tiny import make_base, store_adapter, stored_adapter
 
 MakeEngine = Callable[..., LLMEngine]
 PROMPT = list(range(40, 71))
@@ -67,11 +69,12 @@ def assert_same(got: dict[str, list[TokenDelta]], wanted: dict[str, list[TokenDe
 
 @pytest.mark.parametrize("overlap_steps", [False, True])
 def test_two_ranks_give_one_rank_s_tokens(world: TinyWorld, build_engine: MakeEngine, overlap_steps: bool) -> None:
-    """Adapters of several ranks take turns in slots, prompts come in chunks, blocks run out, prefixes are reused."""
+    """Adapters take turns in slots, prompts come in chunks, blocks run out and go to the host, prefixes are reused."""
     settings = {
         "overlap_steps": overlap_steps,
         "max_num_batched_tokens": 24,
         "kv_cache_tokens": 80,
+        "kv_host_bytes": 1 << 20,
         "num_adapter_slots": 2,
     }
     one, two = (build_engine(tensor_parallel_size=size, **settings) for size in (1, 2))
@@ -84,7 +87,49 @@ def test_two_ranks_give_one_rank_s_tokens(world: TinyWorld, build_engine: MakeEn
         assert_same(serve(two, *requests), serve(one, *requests))
     assert two.stats().num_preemptions > 0
     assert two.stats().prefix_hits > 0
+    assert two.stats().kv_host_loaded > 0
     assert two.stats().adapter_evictions > 0
+
+
+def rounded(adapter: Path, folder: Path) -> Path:
+    """A copy of a peft adapter in steps of 1/127 of the largest entry of each rank's row in each of two shares."""
+    shutil.copytree(adapter, folder)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        dim = 1 if "lora_A" in name else 0  # A [r, in], B [out, r]
+        is_cut = (dim == 1) == ("o_proj" in name or "down_proj" in name)
+        parts = tensor.chunk(2 if is_cut else 1, dim)
+        steps = [part.abs().amax(dim, keepdim=True) / 127 for part in parts]
+        tensors[name] = torch.cat([(part / step).round() * step for part, step in zip(parts, steps, strict=True)], dim)
+    save_file(tensors, path, {"format": "pt"})
+    return folder
+
+
+def test_each_rank_rounds_its_share_of_an_adapter_to_8_bits(
+    world: TinyWorld, build_engine: MakeEngine, tmp_path: Path
+) -> None:
+    name = "b20"
+    ref = store_adapter(world.base, rounded(world.adapters[name], tmp_path / name), world.blobs, "t/rounded:1")
+    one = build_engine()
+    two = build_engine(tensor_parallel_size=2, adapter_dtype="int8")
+    assert_same(
+        serve(two, request("r", PROMPT, world.refs[name])),
+        serve(one, request("r", PROMPT, ref)),
+    )
+
+
+def test_an_adapter_that_does_not_fit_ends_its_request_and_no_rank(
+    world: TinyWorld, build_engine: MakeEngine, tmp_path: Path
+) -> None:
+    wider = make_base(tmp_path / "wider", intermediate_size=192)
+    misfit = stored_adapter(wider, tmp_path / "misfit", world.blobs, "t/misfit:1")
+    engine = build_engine(tensor_parallel_size=2)
+    (end,) = serve(engine, request("r", PROMPT, misfit))["r"]
+    assert end.finish_reason == "error"
+    assert "gate_proj of layer 0" in str(end.error)
+    assert len(serve(engine, request("s", PROMPT, world.refs["a4"]))["s"]) == 16
+    assert engine.healthy
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,33 @@
+"""Frames of host memory come back when nobody holds their image."""
+
+from __future__ import annotations
+
+from adapters_store.host_pages import HostPages
+
+
+def test_no_more_frames_are_handed_out_than_fit() -> None:
+    memory = HostPages(max_bytes=350, page_bytes=100, pinned=False)
+    assert memory.num_pages == memory.num_free == 3
+    image = memory.take(rank=20)
+    assert image is not None
+    assert (image.rank, image.num_bytes, memory.num_free) == (20, 200, 1)
+    assert memory.take(rank=17) is None
+    assert memory.num_free == 1
+
+
+def test_frames_are_free_again_when_the_last_who_holds_their_image_lets_it_go() -> None:
+    memory = HostPages(max_bytes=300, page_bytes=100, pinned=False)
+    first = second = memory.take(rank=40)
+    del first
+    assert memory.num_free == 0
+    del second
+    assert memory.num_free == 3
+
+
+def test_images_share_no_memory() -> None:
+    memory = HostPages(max_bytes=400, page_bytes=100, pinned=False)
+    images = [memory.take(rank) for rank in (16, 32, 16)]
+    pages = [page for image in images if image is not None for page in image.pages]
+    for value, page in enumerate(pages):
+        page.fill_(value)
+    assert [page.unique().tolist() for page in pages] == [[0], [1], [2], [3]]
