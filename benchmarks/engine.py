@@ -119,10 +119,12 @@ def bench_config(base: Path, tensor_parallel_size: int = 1) -> EngineConfig:
 
 
 def make_requests(
-    refs: list[AdapterRef | None], num_requests: int, output: int
+    refs: list[AdapterRef | None], num_requests: int, output: int, num_speculative_tokens: int = 0
 ) -> list[tuple[GenerateRequest, list[int]]]:
     """The requests of one case, and their prompts."""
-    params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=output, ignore_eos=True, num_speculative_tokens=num_speculative_tokens
+    )
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(10, 100_000, (PROMPT,), generator=generator).tolist() for _ in range(num_requests)]
     run_id = time.monotonic()

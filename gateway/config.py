@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import types
 import typing
@@ -29,6 +30,8 @@ class EngineConfig:
     tensor_parallel_size: GPUs of one host that share the base, its cache and its adapters, each run by a process. Host
         memory (kv_host_bytes, host_cache_bytes) is divided among them.
     block_size: tokens of a page of the KV cache.
+    kv_cache_dtype: keys and values in the cache; "fp8" (e4m3, a scale for each token and head) takes half the bytes of
+        bfloat16, on CUDA with Ada, Hopper or later cards. "auto" is the dtype of activations.
     kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
     kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
         takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
@@ -40,9 +43,12 @@ class EngineConfig:
         adapters in as much memory.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
+    max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
+        None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
+    max_speculative_tokens: the most tokens that a request may ask to be guessed ahead in a step; 0 refuses it.
     """
 
     base: str = "embedded"
@@ -51,6 +57,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tensor_parallel_size: int = 1
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_tokens: int | None = None
     kv_host_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -65,10 +72,17 @@ class EngineConfig:
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
+    max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
     enforce_eager: bool = False
     overlap_steps: bool | None = None
+    max_speculative_tokens: int = 8
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of one decode step at most: sequences, or one with all that is guessed for it."""
+        return max(self.max_num_seqs, 1 + self.max_speculative_tokens)
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,11 @@ class StoreConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """What one request or upload may ask for. Sizes in bytes."""
+    """What one request or upload may ask for. Sizes in bytes.
+
+    max_priority_boost: how far below 0 a tenant may set the priority of its requests (lower runs earlier); above it may
+        always. tenant_weights: the shares of tenants beside others of the same priority; 1 for those not named.
+    """
 
     max_upload_bytes: int = 2 << 30
     max_unpacked_bytes: int = 4 << 30
@@ -113,6 +131,14 @@ class LimitsConfig:
     max_stop: int = 16
     max_logit_bias: int = 1024
     default_max_rank: int = 64
+    max_priority_boost: int = 0
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for tenant, weight in self.tenant_weights.items():
+            if not 0 < weight < math.inf:
+                name = f"limits.tenant_weights.{tenant}"
+                raise ConfigInvalid(f"{name} must be a positive number, not {weight}", param=name)
 
 
 @dataclass(frozen=True)
@@ -195,6 +221,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, name)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigInvalid(f"{name} must be a mapping", param=name)
+        return {str(key): _convert(args[1], each, f"{name}.{key}") for key, each in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

@@ -58,6 +58,8 @@ _COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "kv_host_saved": ("patchbay_kv_host_saved_blocks", "Blocks of the KV cache copied to the host tier."),
     "kv_host_loaded": ("patchbay_kv_host_loaded_blocks", "Blocks of the KV cache fetched from the host tier."),
     "num_preemptions": ("vllm:num_preemptions", "Sequences pushed back for want of cache blocks."),
+    "num_drafts": ("vllm:spec_decode_num_draft_tokens", "Tokens guessed ahead."),
+    "num_accepted": ("vllm:spec_decode_num_accepted_tokens", "Tokens guessed ahead that came."),
     "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("vllm:generation_tokens", "Tokens generated."),
     "adapter_loads": ("patchbay_adapter_loads", "Adapters copied into a slot."),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernels.timing import copies, floor_us, measure, report, report_ratio
 from lora_kernels.activation import silu_mul, silu_mul_ref
+from lora_kernels.layer_cache import LayerCache
 from lora_kernels.norm import rms_norm, rms_norm_ref
 from lora_kernels.rotary import HeadNorm, rotary_store, rotary_store_ref
 from lora_kernels.vectors import SlotVectors, apply_vectors, apply_vectors_ref
@@ -130,7 +131,7 @@ def _rotary(tokens: int, norm: HeadNorm | None = None, vectors: SlotVectors | No
     cos, sin = _rows(2 * tokens, HEAD_DIM).view(2, tokens, 1, HEAD_DIM)
     caches = _rows(2 * blocks * BLOCK_SIZE, NUM_KV_HEADS * HEAD_DIM).view(2, blocks, BLOCK_SIZE, -1, HEAD_DIM)
     places = torch.randperm(blocks * BLOCK_SIZE, device="cuda")[:tokens]
-    return _rows(tokens, QKV), cos, sin, *caches, places, norm, vectors
+    return _rows(tokens, QKV), cos, sin, LayerCache(*caches), places, norm, vectors
 
 
 def _rotary_bytes(tokens: int) -> int:

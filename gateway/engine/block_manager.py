@@ -86,6 +86,26 @@ class BlockManager:
         self.prefix_hits += sequence.num_computed
         return sequence.num_computed
 
+    def fork(self, parent: Sequence, child: Sequence) -> int | None:
+        """Give a sequence without blocks those of its request's prompt, which `parent` has computed.
+
+        Its last token is left to compute. The block that this token is written into is not shared where it holds others
+        too: it is returned, and must be copied into the block that the child takes next.
+        """
+        assert not child.block_table
+        first = child.num_tokens - 1
+        shared = first // self.block_size
+        for block in parent.block_table[:shared]:
+            self._hold(block)
+            child.block_table.append(block)
+        child.block_hashes = parent.block_hashes[:shared]
+        child.num_sealed = min(parent.num_sealed, shared)
+        child.num_computed = first
+        if self.enable_prefix_caching:
+            self.prefix_queries += child.num_tokens
+            self.prefix_hits += first
+        return parent.block_table[shared] if first % self.block_size else None
+
     def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0) -> bool:
         """Make the sequence hold blocks for `num_tokens`. False, taking nothing, if fewer than `leave` would stay."""
         missing = -(-num_tokens // self.block_size) - len(sequence.block_table)

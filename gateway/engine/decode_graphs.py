@@ -16,7 +16,7 @@ from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from lora_kernels.nf4_lora import page_limits
 
-_MAX_ROWS = 512
+MAX_ROWS = 512
 _WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
 
 
@@ -99,5 +99,5 @@ class DecodeGraphs:
 
 def _sizes(most: int) -> list[int]:
     """The batch sizes to record, up to `most` rows: no batch is padded by more than a half of its rows or seven."""
-    most = min(most, _MAX_ROWS)
+    most = min(most, MAX_ROWS)
     return [*(size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384) if size < most), most]

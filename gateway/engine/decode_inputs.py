@@ -64,13 +64,15 @@ class DecodeInputs:
         rows, block_size = len(chunks), self._cache.block_size
         tables = [chunk.sequence.block_table for chunk in chunks]
         positions = np.array([chunk.start for chunk in chunks], np.int64)
-        newest_blocks = np.array([table[-1] for table in tables], np.int64)
+        # Not the last: drafts that failed leave a table longer than its sequence.
+        places = (positions // block_size).tolist()
+        blocks = np.array([table[place] for table, place in zip(tables, places, strict=True)], np.int64)
         self._numbers[:3, rows:] = 0
         self._numbers[3, rows:] = self._cache.scratch_slot
         self._numbers[0, :rows] = positions + 1
         self._numbers[1, :rows] = _input_ids(chunks, pending)
         self._numbers[2, :rows] = positions
-        self._numbers[3, :rows] = newest_blocks * block_size + positions % block_size
+        self._numbers[3, :rows] = blocks * block_size + positions % block_size
         send_into(self._numbers, self._numbers_there)
         self._send_blocks(tables)
         if pending is not None:
@@ -139,9 +141,9 @@ class DecodeInputs:
 def _input_ids(chunks: Seq[Chunk], pending: PendingTokens | None) -> IntArray:
     """The rows' token ids, pending ones as their marks."""
     if pending is None:
-        return np.array([sequence.token_ids[start] for sequence, start, _ in chunks], np.int64)
+        return np.array([sequence.known_tokens(start, 1)[0] for sequence, start, _ in chunks], np.int64)
     ids = pending.marks
     for row in np.flatnonzero(~pending.is_pending).tolist():
         sequence, start, _ = chunks[row]
-        ids[row] = sequence.token_ids[start]
+        ids[row] = sequence.known_tokens(start, 1)[0]
     return ids

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
+from gateway.config import EngineConfig
+from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
-from gateway.models.decoder import LayerCache
+from lora_kernels.layer_cache import FP8, LayerCache
+
+_FP8_CAPABILITY: Final = (8, 9)  # of the first cards that convert e4m3
 
 
 class KVCache:
-    """Keys and values of every layer: per layer two tensors [num_blocks + 1, block_size, num_kv_heads, head_dim]."""
+    """Keys and values of every layer: pages of num_blocks + 1 blocks each."""
 
     def __init__(
         self,
@@ -19,13 +25,42 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        # The last block belongs to no sequence: rows that only pad a batch write there.
-        shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
         self.num_blocks = num_blocks
         self.block_size = block_size
+        # The last block belongs to no sequence: rows that only pad a batch write there.
         self.scratch_slot = num_blocks * block_size
         # Zeros, not garbage: a page's unwritten tail is read by vectorised attention before it is masked.
         self.layers: tuple[LayerCache, ...] = tuple(
-            (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+            LayerCache.zeros(
+                num_blocks + 1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device=device
+            )
             for _ in range(config.num_layers)
         )
+
+    def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copy blocks into others, in every layer: one gather and one scatter for each tensor, in stream order.
+
+        sources, targets: int64 [num_copies], on the cache's device; no target is twice in `targets`.
+        """
+        for layer in self.layers:
+            for tensor in layer.tensors:
+                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+
+
+def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of keys and values. Raises `ConfigInvalid` where the card has no fp8."""
+    if config.kv_cache_dtype == "auto":
+        return compute
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
+        raise ConfigInvalid(
+            f"{torch.cuda.get_device_name(device)} has no fp8 (Ada, Hopper and later cards have it); "
+            'set engine.kv_cache_dtype to "auto".',
+            param="engine.kv_cache_dtype",
+        )
+    return FP8
+
+
+def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one block in all layers."""
+    block = LayerCache.zeros(1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device="meta")
+    return config.num_layers * sum(tensor.nbytes for tensor in block.tensors)

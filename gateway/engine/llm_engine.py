@@ -15,6 +15,7 @@ from adapters_store.host_cache import HostCache, read_adapter
 from adapters_store.residency import AdapterResidency
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
+from gateway.engine.decode_graphs import MAX_ROWS
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.in_flight import StepInFlight
@@ -22,13 +23,14 @@ from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
+from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
 from gateway.engine.workers import Workers
-from gateway.errors import InternalError
+from gateway.errors import InternalError, InvalidRequest
 from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,8 @@ class LLMEngine:
             self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
+            max_rows=min(config.max_rows, MAX_ROWS),
+            max_adapter_pages=config.max_adapter_pages_per_step,
         )
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
@@ -117,6 +121,11 @@ class LLMEngine:
 
     def encode(self, request: GenerateRequest) -> list[int]:
         """The prompt's token ids, checked; may be called from any thread. Raises `GatewayError` subclasses."""
+        guessed, most = request.sampling.num_speculative_tokens, self._config.max_speculative_tokens
+        if guessed > most:
+            raise InvalidRequest(
+                f"num_speculative_tokens may be at most {most} here, not {guessed}", param="num_speculative_tokens"
+            )
         prompt = self.prompts.encode(request)
         self.prompts.max_tokens(request, len(prompt))
         return prompt
@@ -135,7 +144,7 @@ class LLMEngine:
         if not request.sampling.ignore_eos:
             end_ids |= frozenset(self.model.decoder.config.eos_token_ids)
         for index in range(request.sampling.n):
-            token_ids = list(prompt)
+            token_ids, guessed = list(prompt), request.sampling.num_speculative_tokens
             running.sequences.append(
                 Sequence(
                     request=running,
@@ -145,11 +154,13 @@ class LLMEngine:
                     sampling=SamplingRow(request.sampling, token_ids, len(prompt), index),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                     end_ids=end_ids,
+                    lookup=PromptLookup(token_ids, guessed) if guessed else None,
                 )
             )
         self._requests[request.request_id] = running
-        for sequence in running.sequences:
-            self.scheduler.add(sequence)
+        first = running.sequences[0]
+        first.followers = running.sequences[1:]
+        self.scheduler.add(first)
 
     def cancel(self, request_id: str, output: StepOutput) -> None:
         """End a request as cancelled, its last deltas into `output`; nothing when it has ended already."""
@@ -207,6 +218,8 @@ class LLMEngine:
             kv_host_saved=host.num_saved,
             kv_host_loaded=host.num_loaded,
             num_preemptions=self.scheduler.num_preemptions,
+            num_drafts=self.scheduler.num_drafts,
+            num_accepted=self.scheduler.num_accepted,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             running_adapters=_adapter_names(self.scheduler.running),
@@ -240,7 +253,7 @@ class LLMEngine:
         for sequence, error in scheduled.failed:
             self._end(sequence.request, "error", error, output)
         output.num_tokens = scheduled.num_tokens
-        output.num_sequences = len(scheduled.scheduled)
+        output.num_sequences = len(scheduled.scheduled) - len(scheduled.drafted)
         output.num_adapters = len({chunk.sequence.slot for chunk in scheduled.scheduled} - {-1})
         now = time.monotonic()
         for sequence, start, _ in scheduled.scheduled:
@@ -258,6 +271,8 @@ class LLMEngine:
             self._workers.announce(scheduled, pending, self._slots)
         logits = self.runner.execute(scheduled, pending)
         rows = [sequence.sampling for sequence in scheduled.sampled]
+        for row, number in scheduled.drafted.items():
+            rows[row] = rows[row].ahead(number)
         return StepInFlight(scheduled, self.sampler(logits, rows, self._pending(scheduled.sampled)))
 
     def _pending(self, sequences: list[Sequence]) -> PendingTokens | None:
@@ -279,21 +294,28 @@ class LLMEngine:
         ):
             if sequence.finished:
                 continue  # cancelled, or ended on an earlier row or by the step before
+            is_draft = row in scheduled.drafted
+            if is_draft and not self.scheduler.accept(sequence):
+                continue
             if row in bad:
                 self._end(sequence.request, "error", _not_finite(sequence), output)
             else:
+                if not is_draft:
+                    output.deltas.append(TokenDelta(sequence.request.request.request_id, sequence.index, "", []))
                 self._append(sequence, token, logprob, now, output)
 
     def _append(
         self, sequence: Sequence, token: int, logprob: RawLogprob | None, now: float, output: StepOutput
     ) -> None:
+        """Add a token to a sequence, and to the last delta of `output`, which is the sequence's."""
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         running, detokenizer = sequence.request, sequence.detokenizer
         _clock(running, now, output)
-        text = "" if token in sequence.end_ids else detokenizer.push(token)
-        delta = TokenDelta(running.request.request_id, sequence.index, text, [token])
-        output.deltas.append(delta)
+        delta = output.deltas[-1]
+        delta.token_ids.append(token)
+        if token not in sequence.end_ids:
+            delta.text += detokenizer.push(token)
         if logprob is not None:
             delta.logprobs.append(self._logprob(logprob))
         if token in sequence.end_ids or detokenizer.stop_string is not None:
@@ -329,7 +351,13 @@ class LLMEngine:
 
     def _close(self, running: RunningRequest, last: TokenDelta, output: StepOutput) -> None:
         del self._requests[running.request.request_id]
-        last.usage = Usage(running.num_prompt, running.num_output, running.num_cached)
+        last.usage = Usage(
+            running.num_prompt,
+            running.num_output,
+            running.num_cached,
+            running.num_accepted,
+            running.num_drafts - running.num_accepted,
+        )
         assert last.finish_reason is not None
         output.finished.append(_timings(running, last.finish_reason))
 

@@ -12,6 +12,7 @@ from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import least_fetch
 from gateway.engine.host_tier import STAGING_BYTES
+from gateway.engine.kv_cache import block_bytes, cache_dtype
 from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
 from gateway.models.decoder import Decoder
@@ -43,19 +44,18 @@ class MemoryPlan:
     @classmethod
     def measure(cls, engine: EngineConfig, decoder: Decoder) -> Self:
         """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
-        config, device, dtype = decoder.config, decoder.device, decoder.dtype
-        page_bytes = decoder.lora_layout.page_bytes(resolve_adapter_dtype(engine, dtype))
-        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
-        block_bytes, operations = token_bytes * engine.block_size, _operations(config) * engine.block_size
-        least = least_fetch(block_bytes, operations, device.type)
-        num_host_blocks = _host_bytes(engine, device) // block_bytes if least is not None else 0
+        config, device = decoder.config, decoder.device
+        page_bytes = decoder.lora_layout.page_bytes(resolve_adapter_dtype(engine, decoder.dtype))
+        per_block = block_bytes(config, engine.block_size, cache_dtype(engine, decoder.dtype, device))
+        least = least_fetch(per_block, _operations(config) * engine.block_size, device.type)
+        num_host_blocks = _host_bytes(engine, device) // per_block if least is not None else 0
         usable = None
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
             # Adapters come in through a page of their own, and blocks through staging.
             usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
-        plan = cls.of(engine, page_bytes, block_bytes, usable)
+        plan = cls.of(engine, page_bytes, per_block, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
     @classmethod

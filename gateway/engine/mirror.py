@@ -40,8 +40,9 @@ class StepNews:
 
     rows: int64 [num_chunks, 8], each a `RowNews`. token_ids, blocks: int64, what the rows' sequences have grown by, row
     after row. ended: keys of sequences that come no more. freed, loaded: slots, and digests for slots, whose adapters
-    have changed since the last step that used any, to be done in this order before the step. saves, loads: the step's
-    copies between the cache's tiers. num_pending, sources: of its `PendingTokens`, where it has any.
+    have changed since the last step that used any, to be done in this order before the step. drafts: by key, where a
+    sequence has any in the step. saves, loads, copies: the step's, of cache blocks. num_pending, sources: of its
+    `PendingTokens`, where it has any.
     """
 
     number: int
@@ -51,8 +52,10 @@ class StepNews:
     ended: list[int]
     freed: list[int]
     loaded: list[tuple[int, str]]
+    drafts: dict[int, list[int]]
     saves: list[BlockCopy]
     loads: list[BlockCopy]
+    copies: list[tuple[int, int]]
     num_pending: int = 0
     sources: IntArray | None = None
 
@@ -88,8 +91,10 @@ class Announcer:
             self._forget_ended() if output.number % _FORGET_EVERY == 0 else [],
             freed,
             loaded,
+            {self._told[guessed].key: guessed.drafts for guessed in (output.sampled[row] for row in output.drafted)},
             output.saves,
             output.loads,
+            output.copies,
             len(pending.token_ids) if pending is not None else 0,
             pending.sources if pending is not None else None,
         )
@@ -140,6 +145,12 @@ class MirroredSequence:
     slot: int = -1
     token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+
+    def known_tokens(self, start: int, num_tokens: int) -> list[int]:
+        """As `Sequence.known_tokens`."""
+        known = self.token_ids[start : start + num_tokens]
+        return known or self.drafts[start - len(self.token_ids) :][:num_tokens]
 
 
 class Mirror:
@@ -150,11 +161,12 @@ class Mirror:
 
     def output(self, news: StepNews) -> SchedulerOutput:
         """The step as rank 0 has scheduled it, of mirrored sequences."""
-        output = SchedulerOutput(news.number, saves=news.saves, loads=news.loads)
+        output = SchedulerOutput(news.number, saves=news.saves, loads=news.loads, copies=news.copies)
         tokens, blocks = iter(news.token_ids.tolist()), iter(news.blocks.tolist())
         for row in map(RowNews._make, news.rows.tolist()):
-            # `ModelRunner` takes either: it reads nothing else.
-            sequence = cast("Sequence", self._updated(row, tokens, blocks))
+            mirrored = self._updated(row, tokens, blocks)
+            mirrored.drafts = news.drafts.get(row.key, [])
+            sequence = cast("Sequence", mirrored)  # `ModelRunner` takes either: it reads nothing else
             output.scheduled.append(Chunk(sequence, row.start, row.num_tokens))
             output.num_tokens += row.num_tokens
             if row.samples:

@@ -12,7 +12,7 @@ from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
 from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.host_tier import HostTier
-from gateway.engine.kv_cache import KVCache
+from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.scheduler import Chunk, SchedulerOutput
@@ -59,8 +59,10 @@ class ModelRunner:
         cache_tokens = plan.num_blocks * plan.block_size
         max_model_len = _max_model_len(config, decoder.config.max_position_embeddings, cache_tokens)
         device, dtype = decoder.device, decoder.dtype
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, dtype)
-        host_tier = HostTier(cache.layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        kv_dtype = cache_dtype(config, dtype, device)
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, kv_dtype)
+        layers = [layer.tensors for layer in cache.layers]
+        host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
         slots = AdapterSlots(
             decoder.lora_layout,
             config.num_adapter_slots,
@@ -70,7 +72,7 @@ class ModelRunner:
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
+            runner.capture_graphs(config.max_rows, config.max_lora_rank)
         return runner
 
     def capture_graphs(self, max_rows: int, max_rank: int) -> None:
@@ -97,6 +99,9 @@ class ModelRunner:
         """
         if self.host_tier is not None and (output.saves or output.loads):
             self.host_tier.move(output.saves, output.loads)
+        if output.copies:
+            pairs = send(np.array(output.copies, np.int64), self.decoder.device)
+            self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
@@ -134,8 +139,7 @@ class ModelRunner:
         ids: list[int] = []
         marks: list[int] = [] if pending is None else pending.marks.tolist()
         for row, (sequence, start, num_tokens) in enumerate(chunks):
-            known = sequence.token_ids[start : start + num_tokens]
-            ids += known or [marks[row]]
+            ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
         on_device = send(np.array(ids, np.int64), self.decoder.device)
         return on_device if pending is None else resolve(on_device, pending.token_ids)
 

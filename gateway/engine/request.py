@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gateway.engine.sampling_params import SamplingParams
+from gateway.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -27,7 +29,9 @@ class AdapterRef:
 class GenerateRequest:
     """One call. Exactly one of `prompt` (text or token ids) and `messages` (chat) is set.
 
-    cache_salt separates prefix caches: requests share pages only under the same salt (the tenant's id).
+    cache_salt separates prefix caches: requests share pages only under the same salt (the tenant's id). priority: lower
+    runs earlier, and may take the place of what runs. tenant_weight: the tenant's share of the engine beside others of
+    the same priority. Raises `InvalidRequest` when that is not a positive number.
     """
 
     request_id: str
@@ -37,6 +41,14 @@ class GenerateRequest:
     adapter: AdapterRef | None = None
     tenant: str = ""
     cache_salt: str = ""
+    priority: int = 0
+    tenant_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tenant_weight < math.inf:
+            raise InvalidRequest(
+                f"tenant_weight must be a positive number, not {self.tenant_weight}", param="tenant_weight"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +63,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one finished request (all of its `n` sequences together)."""
+    """Token counts of one finished request (all of its `n` sequences together).
+
+    accepted_tokens, rejected_tokens: of those that were guessed ahead; the rejected are in no other count.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -35,13 +36,16 @@ class SamplingRow:
 
     token_ids is the sequence's own list, `num_prompt` of the prompt and then those that the engine appends. index:
     which of the request's `n` sequences. Random numbers depend on (seed, index, number of output tokens) only; without
-    `params.seed` the sequence draws a seed of its own.
+    `params.seed` the sequence draws a seed of its own. drafts: guessed tokens, written by the scheduler; of them a row
+    made by `ahead` counts the first num_ahead as output.
     """
 
     params: SamplingParams
     token_ids: list[int]
     num_prompt: int
     index: int = 0
+    drafts: list[int] = field(default_factory=list)
+    num_ahead: int = 0
     stream: np.uint64 = field(init=False)
     is_penalized: bool = field(init=False)
     is_edited: bool = field(init=False)
@@ -49,6 +53,7 @@ class SamplingRow:
     is_plain: bool = field(init=False)
     _seen: IntArray = field(init=False, default_factory=lambda: _EMPTY)
     _num_seen: int = field(init=False, default=0)
+    _ahead: list[SamplingRow] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         p = self.params
@@ -58,21 +63,30 @@ class SamplingRow:
         self.is_filtered = p.min_p > 0.0 or p.top_k > 0 or p.top_p < 1.0
         self.is_plain = p.greedy and not self.is_edited and p.logprobs is None
 
+    def ahead(self, num_drafts: int) -> SamplingRow:
+        """The row of the same sequence once its first `num_drafts` (1 or more) drafts are tokens; made once."""
+        while len(self._ahead) < num_drafts:
+            self._ahead.append(copy(self))
+            self._ahead[-1].num_ahead = len(self._ahead)
+        return self._ahead[num_drafts - 1]
+
     def seen(self) -> tuple[IntArray, IntArray]:
         """(prompt and output token ids, output token ids); copies only what is new since the last call."""
-        total = len(self.token_ids)
+        known = len(self.token_ids)
+        total = known + self.num_ahead
         if total > len(self._seen):
             grown = np.empty(total + total // 2 + 64, dtype=np.int64)
             grown[: self._num_seen] = self._seen[: self._num_seen]
             self._seen = grown
-        self._seen[self._num_seen : total] = self.token_ids[self._num_seen :]
-        self._num_seen = total
+        self._seen[self._num_seen : known] = self.token_ids[self._num_seen :]
+        self._seen[known:total] = self.drafts[: self.num_ahead]
+        self._num_seen = known
         return self._seen[:total], self._seen[self.num_prompt : total]
 
     @property
     def num_output(self) -> int:
         """Tokens generated so far, as far as the host knows them."""
-        return len(self.token_ids) - self.num_prompt
+        return len(self.token_ids) - self.num_prompt + self.num_ahead
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ class SamplingParams:
     temperature 0 is greedy. top_k 0 or -1 keeps all tokens. `stop` are strings at which the text ends (not
     included), `stop_token_ids` ids. `logprobs` is the number of top alternatives reported beside the sampled token
     (None: none at all; 0: the sampled token alone). `seed` makes a sequence reproducible: its random numbers depend
-    on (seed, index, position) only. Raises `InvalidRequest` naming the field that is out of range.
+    on (seed, index, position) only. `num_speculative_tokens` is the most tokens that a step guesses ahead and verifies
+    (0: none); it changes how soon tokens come, never which. Raises `InvalidRequest` naming the field that is out of
+    range.
     """
 
     temperature: float = 1.0
@@ -35,6 +37,7 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     skip_special_tokens: bool = True
+    num_speculative_tokens: int = 0
 
     def __post_init__(self) -> None:
         _within("temperature", self.temperature, 0.0, 2.0)
@@ -50,6 +53,7 @@ class SamplingParams:
         _within("min_tokens", self.min_tokens, 0, self.max_tokens if self.max_tokens is not None else 1 << 31)
         if self.logprobs is not None:
             _within("logprobs", self.logprobs, 0, 1 << 16)
+        _within("num_speculative_tokens", self.num_speculative_tokens, 0, 1 << 16)
         if any(not s for s in self.stop):
             raise InvalidRequest("stop strings must not be empty", param="stop")
         for bias in self.logit_bias.values():

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import attrgetter
 from typing import Final, NamedTuple
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.residency import AdapterResidency
+from gateway.engine.batch_adapters import BatchAdapters
 from gateway.engine.block_manager import BlockManager
 from gateway.engine.host_blocks import BlockCopy
+from gateway.engine.request import AdapterRef
 from gateway.engine.sequence import Sequence, SequenceStatus
+from gateway.engine.waiting_queue import WaitingQueue
+
+# Virtual tokens of a prompt's token that is computed and of a token that is generated, as in the paper on VTC.
+_PROMPT_COST: Final = 1
+_OUTPUT_COST: Final = 2
+_BY_PRIORITY: Final = attrgetter("priority")
 
 _LOOKAHEAD: Final = 32  # waiting sequences whose adapters are brought in before their turn
 
@@ -29,13 +38,17 @@ class SchedulerOutput:
     """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
 
     number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
-    sequences whose last token is in this step, in row order. saves, loads: the cache blocks that go to the host and
-    come from it, in this order, before anything is computed.
+    sequences whose last token is in this step, in row order. A sequence's drafts follow its last token, each a chunk of
+    its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's.
+    saves, loads: the cache blocks that go to the host and come from it, in this order, before anything is computed;
+    copies: (source, target) blocks that are then copied on the device.
     """
 
     number: int
     scheduled: list[Chunk] = field(default_factory=list)
     sampled: list[Sequence] = field(default_factory=list)
+    drafted: dict[int, int] = field(default_factory=dict)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
     num_tokens: int = 0
     saves: list[BlockCopy] = field(default_factory=list)
@@ -48,16 +61,32 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """First come, first served under a token budget; decode before prefill, prefill in chunks.
+    """Who is most urgent and was served least, under a token budget; decode before prefill, prefill in chunks.
 
-    A sequence keeps its adapter's pin from admission to its end, also while preempted. A sequence whose adapter is
-    still loading is passed over; one whose adapter finds every slot pinned holds back the adapters behind it, so that
-    it cannot starve. When blocks run out the last admitted sequence is preempted: its blocks go back, and later it
-    finds again what the prefix cache still has of them, on the device or the host, and computes the rest.
+    Waiting sequences run in the order of `WaitingQueue`: by priority, by what their tenants were served, by arrival.
+    When blocks run out the sequence of the lowest priority is preempted, the last admitted among equals: its blocks and
+    its adapter's pin go back. Later it finds again what the prefix cache still has of them, on the device or the host,
+    and computes the rest. A waiting sequence preempts those of lower priority too when it lacks blocks, a place among
+    `max_num_seqs` or room for its adapter; they run again only after it.
+
+    A sequence whose adapter is still loading is passed over. One that finds too few blocks holds back all behind it,
+    and one whose adapter finds every slot pinned the adapters behind it; either is the next of its priority from then
+    on, so that it cannot starve. `max_adapter_pages` limits the pages of distinct adapters that run in one step (an
+    adapter of more pages runs with no other adapter): at the limit those whose adapter runs already go first
+    (`BatchAdapters`).
+
+    A prompt that would take all that is left of a step leaves half of it where one that is more urgent waits, or one of
+    a tenant that was served less.
+
+    The first of a request's sequences computes the prompt; the others wait for it outside the queue, then share its
+    blocks.
 
     A step may be scheduled while the one before is in flight, that is before its `update`. What a step in flight uses
     stays as it is: nothing is preempted, and a sequence that ends gives its blocks and its pin back only when the last
     step that it is in is done.
+
+    Sequences that speculate get drafts from what a step has left of tokens, rows (`max_rows`) and blocks; when anything
+    is short, drafts are what is dropped.
     """
 
     def __init__(
@@ -67,14 +96,24 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_rows: int,
+        max_adapter_pages: int | None = None,
     ) -> None:
         self.blocks = blocks
         self.residency = residency
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.max_rows = max_rows
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # by priority, then by admission
         self.num_preemptions = 0
+        self.max_adapter_pages = max_adapter_pages
+        self._adapters = BatchAdapters(max_adapter_pages)
+        self._waits_to_preempt = False
+        self.num_drafts = 0
+        self.num_accepted = 0
+        self._num_speculating = 0
+        self._room_for_drafts = max_rows
         self._num_scheduled = 0  # steps
         self._num_done = 0
         self._ended_in_flight: list[Sequence] = []
@@ -85,22 +124,29 @@ class Scheduler:
         return bool(self.waiting or self.running or self._ended_in_flight)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence."""
-        self.waiting.append(sequence)
+        """Queue the first sequence of a new request."""
+        self.waiting.add(sequence)
+        self._num_speculating += sum(s.lookup is not None for s in sequence.request.sequences)
 
     def schedule(self) -> SchedulerOutput:
         """Take blocks and slots for the next step, which the caller runs, and account for its tokens as computed.
 
         May come back empty while adapters load, and while a step in flight must end before anything else can run.
         """
-        self.residency.poll()
         step: dict[Sequence, int] = {}
         output = SchedulerOutput(self._num_scheduled + 1)
+        if self._waits_to_preempt and self._is_in_flight:
+            return output
+        self._waits_to_preempt = False
+        self.residency.poll()
         if self._schedule_running(step):
             self._admit(step, output)
+            self.waiting.rewind()
         if self.waiting:
-            upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD) if not sequence.pinned)
+            upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
+        if self._num_speculating:
+            self._draft(step)
         if step:
             self._advance(step, output)
         return output
@@ -114,9 +160,27 @@ class Scheduler:
         size = self.blocks.block_size
         for sequence, start, num_tokens in output.scheduled:
             end = start + num_tokens
-            if end // size > sequence.num_sealed and not sequence.finished:
+            # What lies beyond the known tokens is a draft: its block waits for `accept`.
+            is_known = end <= len(sequence.token_ids)
+            if is_known and end // size > sequence.num_sealed and not sequence.finished:
                 self.blocks.seal(sequence, end)
         self._release_ended()
+
+    def accept(self, sequence: Sequence) -> bool:
+        """Whether the next draft of a step that is done is what the sequence's last token turned out to be.
+
+        It is a token as any other then, computed already; if not, nothing is left of it and of those behind it.
+        """
+        if not sequence.drafts or sequence.drafts.pop(0) != sequence.token_ids[-1]:
+            sequence.drafts.clear()
+            return False
+        sequence.num_computed += 1
+        sequence.num_tokens += 1
+        sequence.tenant.charge(_OUTPUT_COST)
+        self.blocks.seal(sequence, sequence.num_computed)
+        self.num_accepted += 1
+        sequence.request.num_accepted += 1
+        return True
 
     def abandon(self) -> None:
         """Account for steps in flight that nobody will `update`, after every sequence has been ended."""
@@ -129,10 +193,11 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """End a sequence at whatever stage it is; its blocks and its pin are free when no step in flight uses them."""
         if sequence.status is SequenceStatus.RUNNING:
-            self.running.remove(sequence)
+            self._stop_running(sequence)
         elif sequence.status is SequenceStatus.WAITING:
-            self.waiting.remove(sequence)
+            self.waiting.discard(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self._num_speculating -= sequence.lookup is not None
         self._ended_in_flight.append(sequence)
         self._release_ended()
 
@@ -153,11 +218,13 @@ class Scheduler:
             num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
             if num_tokens == 0:
                 break
+            if num_tokens == budget and self._leaves_some(sequence):
+                num_tokens = -(-budget // 2)
             while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
                 sequence, sequence.num_computed + num_tokens
             ):
                 enough = False
-                if self._num_done < self._num_scheduled:
+                if self._is_in_flight:
                     step.clear()
                     return False
                 budget += self._preempt_last(step)
@@ -167,70 +234,90 @@ class Scheduler:
         return enough
 
     def _runnable(self) -> list[Sequence]:
-        """The running sequences, decode first, without those whose last token is already in flight."""
+        """The running sequences, decode first, without those whose last token is in flight or had better be known."""
         runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
+        if self._num_speculating:
+            # To wait is worth it where a guess will find room; the step before tells.
+            runnable = [s for s in runnable if not s.awaits_tokens(self._room_for_drafts > 0)]
         if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
             runnable.sort(key=lambda s: s.num_uncomputed > 1)
         return runnable
 
+    def _leaves_some(self, sequence: Sequence) -> bool:
+        """Whether the next that waits should not have to wait for all of this one's prompt."""
+        if len(self.running) >= self.max_num_seqs or (other := self.waiting.next()) is None:
+            return False
+        if other.priority != sequence.priority:
+            return other.priority < sequence.priority
+        return other.tenant is not sequence.tenant and other.tenant.served <= sequence.tenant.served
+
     def _preempt_last(self, step: dict[Sequence, int]) -> int:
-        """Send the last admitted sequence back to the queue's head. Returns the tokens it had in this step."""
-        victim = self.running.pop()
+        """Preempt the last admitted of the lowest priority. Returns the tokens it had in this step."""
+        return self._preempt(self.running[-1], step)
+
+    def _preempt(self, victim: Sequence, step: dict[Sequence, int]) -> int:
+        """Send a sequence back to the head of its tenant's queue. Returns the tokens it had in this step."""
+        self._stop_running(victim)
         victim.status = SequenceStatus.WAITING
         self.blocks.release(victim)
-        self.waiting.appendleft(victim)
+        self._unpin(victim)
+        self.waiting.add(victim, first=True)
         self.num_preemptions += 1
         return step.pop(victim, 0)
 
     def _admit(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
         budget = self.max_num_batched_tokens - sum(step.values())
-        passed_over: list[Sequence] = []
-        slots_full = False
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting.popleft()
-            held_back = slots_full and sequence.adapter is not None and not sequence.pinned
-            if held_back or _waits_for_leader(sequence) or not self._pin(sequence, output):
-                passed_over.append(sequence)
-                slots_full = slots_full or self._waits_for_room(sequence)
+        self._adapters.begin_step()
+        while budget > 0 and (sequence := self._next_waiting()) is not None:
+            if not self._take_adapter(sequence, step, output):
+                self.waiting.pass_over(sequence, keeps_place=self._adapters.holder is sequence)
                 continue
-            self.blocks.adopt_prefix(sequence)
+            parent, copied = _parent(sequence), None
+            if parent is None:
+                self.blocks.adopt_prefix(sequence)
+            else:
+                copied = self.blocks.fork(parent, sequence)
             num_tokens = min(sequence.num_uncomputed, budget)
-            if not self.blocks.grow(sequence, sequence.num_computed + num_tokens, leave=self._reserve):
+            if not self._take_blocks(sequence, num_tokens, step):
                 self.blocks.release(sequence)
-                passed_over.append(sequence)
+                self._unpin(sequence)
+                self.waiting.pass_over(sequence, keeps_place=True)
                 break
-            output.loads += self.blocks.loads(sequence)
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
+            if parent is None:
+                output.loads += self.blocks.loads(sequence)
+            elif copied is not None:
+                output.copies.append((copied, sequence.block_table[-1]))
+            self._start_running(sequence)
             step[sequence] = num_tokens
             budget -= num_tokens
-        self.waiting.extendleft(reversed(passed_over))
 
-    def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
-        """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
-        self._num_scheduled = output.number
-        output.num_tokens = sum(step.values())
-        output.saves = self.blocks.saves(output.loads)
-        # Rows of one adapter lie together: kernels need not gather what is in a row already.
-        for sequence, num_tokens in sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].slot)):
-            output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
-            sequence.num_computed += num_tokens
-            sequence.last_step = output.number
-            if sequence.num_computed == sequence.num_tokens:
-                sequence.num_tokens += 1
-                output.sampled.append(sequence)
+    def _next_waiting(self) -> Sequence | None:
+        """The next that may run; when no more may, the next that may preempt."""
+        if len(self.running) < self.max_num_seqs:
+            return self.waiting.next()
+        return self.waiting.next(before=self.running[-1].priority)
 
-    @property
-    def _reserve(self) -> int:
-        """Blocks that admission leaves to the sequences already running, so that it does not cause preemption."""
-        return len(self.running) // 2
-
-    def _pin(self, sequence: Sequence, output: SchedulerOutput) -> bool:
-        """Pin the sequence's adapter. False while it loads, and when it cannot be loaded at all."""
-        if sequence.adapter is None or sequence.pinned:
+    def _take_adapter(self, sequence: Sequence, step: dict[Sequence, int], output: SchedulerOutput) -> bool:
+        """Pin the sequence's adapter, if it has one. False while it loads or finds no room, or when it has failed."""
+        adapter = sequence.adapter
+        if adapter is None:
             return True
+        if self._adapters.holds_back(sequence):
+            return False
+        while not self._pin(sequence, adapter, output):
+            has_pages = self._adapters.has_room(adapter)
+            if has_pages and not self.residency.is_waiting_for_room(adapter.digest):
+                return False
+            if not self._make_adapter_yield(sequence, step):
+                self._adapters.wait(sequence, for_pages=not has_pages)
+                return False
+        return True
+
+    def _pin(self, sequence: Sequence, adapter: AdapterRef, output: SchedulerOutput) -> bool:
+        if not self._adapters.has_room(adapter):
+            return False
         try:
-            slot = self.residency.acquire(sequence.adapter)
+            slot = self.residency.acquire(adapter)
         except AdapterLoadFailed as error:
             output.failed.append((sequence, error))
             return False
@@ -239,8 +326,108 @@ class Scheduler:
         sequence.slot, sequence.pinned = slot, True
         return True
 
-    def _waits_for_room(self, sequence: Sequence) -> bool:
-        return sequence.adapter is not None and self.residency.is_waiting_for_room(sequence.adapter.digest)
+    def _make_adapter_yield(self, sequence: Sequence, step: dict[Sequence, int]) -> bool:
+        """Preempt all that run with an adapter which nobody as urgent as the sequence uses. False if there is none."""
+        adapted = [(s, s.adapter.digest) for s in self.running if s.adapter is not None]
+        kept = {digest for s, digest in adapted if s.priority <= sequence.priority}
+        yielding = next((digest for _, digest in reversed(adapted) if digest not in kept), None)
+        if yielding is None or not self._may_preempt():
+            return False
+        for victim in [s for s, digest in adapted if digest == yielding]:
+            self._preempt(victim, step)
+        return True
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int, step: dict[Sequence, int]) -> bool:
+        """Take blocks for the sequence's next tokens and its place among those that run, from others if need be."""
+        end = sequence.num_computed + num_tokens
+        while len(self.running) >= self.max_num_seqs or not self.blocks.grow(sequence, end, leave=self._reserve):
+            if not self.running or self.running[-1].priority <= sequence.priority or not self._may_preempt():
+                return False
+            self._preempt_last(step)
+        return True
+
+    def _may_preempt(self) -> bool:
+        """Whether no step is in flight; else the next one is scheduled when there is none."""
+        self._waits_to_preempt = self._is_in_flight
+        return not self._is_in_flight
+
+    def _start_running(self, sequence: Sequence) -> None:
+        self.waiting.take(sequence)
+        if sequence.last_step == 0:  # what is computed again after a preemption is no service
+            sequence.tenant.charge(_PROMPT_COST * sequence.num_uncomputed)
+        sequence.status = SequenceStatus.RUNNING
+        insort(self.running, sequence, key=_BY_PRIORITY)
+        self._adapters.add(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._adapters.remove(sequence)
+
+    def _draft(self, step: dict[Sequence, int]) -> None:
+        """Have the step's speculating sequences guess, each as far as its share of what is left goes."""
+        asking = [
+            s for s in step if s.lookup is not None and s.num_uncomputed == 1 and s.num_tokens == len(s.token_ids)
+        ]
+        room = max(0, min(self.max_num_batched_tokens - sum(step.values()), self.max_rows - len(step)))
+        self._room_for_drafts = room
+        for place, sequence in enumerate(asking):
+            share = room // (len(asking) - place)
+            self._take_drafts(sequence, min(share, sequence.max_tokens - sequence.num_tokens - 1))
+            room -= len(sequence.drafts)
+
+    def _take_drafts(self, sequence: Sequence, most: int) -> None:
+        assert sequence.lookup is not None
+        drafts = sequence.lookup.guess()[:most]
+        if not self.blocks.grow(sequence, sequence.num_tokens + len(drafts), leave=self._reserve):
+            del drafts[len(sequence.block_table) * self.blocks.block_size - sequence.num_tokens :]
+        sequence.drafts[:] = drafts
+        sequence.request.num_drafts += len(drafts)
+        self.num_drafts += len(drafts)
+
+    def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
+        """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
+        self._num_scheduled = output.number
+        output.num_tokens = sum(step.values())
+        output.saves = self.blocks.saves(output.loads)
+        # Rows of one adapter lie together: kernels need not gather what is in a row already. Those whose number changes
+        # from step to step lie behind, so that the others stay where they are.
+        for sequence, num_tokens in sorted(
+            step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].lookup is not None, chunk[0].slot)
+        ):
+            output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
+            sequence.num_computed += num_tokens
+            sequence.last_step = output.number
+            if sequence.num_computed == sequence.num_tokens:
+                sequence.num_tokens += 1
+                sequence.tenant.charge(_OUTPUT_COST)
+                output.sampled.append(sequence)
+                if sequence.followers:
+                    self._queue_followers(sequence)
+                if sequence.drafts:
+                    self._add_drafts(sequence, output)
+
+    @staticmethod
+    def _add_drafts(sequence: Sequence, output: SchedulerOutput) -> None:
+        output.num_tokens += len(sequence.drafts)
+        for number in range(1, len(sequence.drafts) + 1):
+            output.drafted[len(output.sampled)] = number
+            output.sampled.append(sequence)
+            output.scheduled.append(Chunk(sequence, sequence.num_computed + number - 1, 1))
+
+    def _queue_followers(self, sequence: Sequence) -> None:
+        """Queue those that waited for the prompt, before all others of their tenant."""
+        for follower in reversed(sequence.followers):
+            self.waiting.add(follower, first=True)
+        sequence.followers = []
+
+    @property
+    def _is_in_flight(self) -> bool:
+        return self._num_done < self._num_scheduled
+
+    @property
+    def _reserve(self) -> int:
+        """Blocks that admission leaves to the sequences already running, so that it does not cause preemption."""
+        return len(self.running) // 2
 
     def _release_ended(self) -> None:
         """Take blocks and pins back from the ended sequences that no step in flight uses."""
@@ -258,10 +445,10 @@ class Scheduler:
             sequence.slot, sequence.pinned = -1, False
 
 
-def _waits_for_leader(sequence: Sequence) -> bool:
-    """Whether the request's first sequence is still to compute the prompt that this one will find in the cache."""
-    leader = sequence.request.sequences[0]
-    if sequence is leader or leader.finished:
-        return False
-    # Its first token is known when the step that computed the end of the prompt is done.
-    return leader.num_output == 0 or leader.num_computed < sequence.request.num_prompt
+def _parent(sequence: Sequence) -> Sequence | None:
+    """One of the request's other sequences that has computed the prompt in a step before, and runs."""
+    request = sequence.request
+    if len(request.sequences) == 1 or sequence.num_tokens > request.num_prompt:
+        return None
+    ready = (s for s in request.sequences if s.status is SequenceStatus.RUNNING)
+    return next((s for s in ready if s.num_computed >= request.num_prompt), None)

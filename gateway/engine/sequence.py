@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from gateway.engine.detokenizer import IncrementalDetokenizer
+from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.tenant import Tenant
 
 
 class SequenceStatus(Enum):
@@ -26,11 +28,14 @@ class Sequence:
 
     token_ids: prompt, then output as far as the host knows it; end_ids: the tokens that end it. num_tokens: the length
     of token_ids, and one for each step in flight that samples the sequence; max_tokens: the most that it may become.
+    followers: the request's other sequences, while they wait for it to compute the prompt. tenant: set by the queue.
     num_computed: tokens whose keys and values are in the cache, or will be after the steps in flight. last_step: the
     number of the last step that it is in.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
-    (-1: the bare base).
+    (-1: the bare base). lookup: guesses its next tokens, where the request asked for it. drafts: guesses that a step in
+    flight verifies, each in a row of its own; they count neither as tokens nor as computed. num_overtaken:
+    how many were admitted before it for want of pages of adapters in a step.
     """
 
     request: RunningRequest
@@ -40,9 +45,14 @@ class Sequence:
     sampling: SamplingRow
     detokenizer: IncrementalDetokenizer
     end_ids: frozenset[int] = frozenset()
+    lookup: PromptLookup | None = None
     status: SequenceStatus = SequenceStatus.WAITING
+    followers: list[Sequence] = field(default_factory=list)
+    priority: int = field(init=False)
+    tenant: Tenant = field(default_factory=Tenant)
     num_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
+    drafts: list[int] = field(init=False)
     num_computed: int = 0
     last_step: int = 0
     block_table: list[int] = field(default_factory=list)
@@ -50,10 +60,13 @@ class Sequence:
     num_sealed: int = 0
     slot: int = -1
     pinned: bool = False
+    num_overtaken: int = 0
 
     def __post_init__(self) -> None:
+        self.priority = self.request.request.priority
         self.num_tokens = len(self.token_ids)
         self.max_tokens = self.num_tokens + self.request.max_tokens
+        self.drafts = self.sampling.drafts
 
     @property
     def params(self) -> SamplingParams:
@@ -75,6 +88,17 @@ class Sequence:
         """Tokens that the next steps must run through the model; 1 for a decoding sequence."""
         return self.num_tokens - self.num_computed
 
+    def awaits_tokens(self, may_guess: bool) -> bool:
+        """Whether to run it once its tokens in flight are known: drafts are among them, or a guess goes on there."""
+        in_flight = self.num_tokens > len(self.token_ids)
+        goes_on = may_guess and in_flight and self.lookup is not None and self.lookup.guess()
+        return bool(self.drafts or goes_on)
+
+    def known_tokens(self, start: int, num_tokens: int) -> list[int]:
+        """Its tokens from `start` on, or its drafts where those begin; empty for a token that is in flight."""
+        known = self.token_ids[start : start + num_tokens]
+        return known or self.drafts[start - len(self.token_ids) :][:num_tokens]
+
     @property
     def finished(self) -> bool:
         """Whether its last delta has been made."""
@@ -83,13 +107,18 @@ class Sequence:
 
 @dataclass(eq=False, slots=True)
 class RunningRequest:
-    """One accepted request: its sequences, its deadline of tokens and its clock (seconds, monotonic)."""
+    """One accepted request: its sequences, its deadline of tokens and its clock (seconds, monotonic).
+
+    num_drafts, num_accepted: tokens guessed for its sequences, and those of them that came.
+    """
 
     request: GenerateRequest
     num_prompt: int
     max_tokens: int
     sequences: list[Sequence] = field(default_factory=list)
     num_cached: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
     arrived_at: float = field(default_factory=time.monotonic)
     scheduled_at: float | None = None
     first_token_at: float | None = None

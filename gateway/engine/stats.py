@@ -21,6 +21,8 @@ class EngineStats:
     kv_host_saved: int = 0
     kv_host_loaded: int = 0
     num_preemptions: int = 0
+    num_drafts: int = 0
+    num_accepted: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     running_adapters: tuple[str, ...] = ()

@@ -8,14 +8,12 @@ from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear, RowParallelLinear
 from gateway.layers.norm import RMSNorm
 from lora_kernels.attention import paged_attention
+from lora_kernels.layer_cache import LayerCache
 from lora_kernels.rotary import HeadNorm, rotary_store
 
 
 class Attention:
-    """One layer's attention. `q_norm` and `k_norm` are Qwen3's norms over each head, None elsewhere.
-
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim], this layer's pages.
-    """
+    """One layer's attention. `q_norm` and `k_norm` are Qwen3's norms over each head, None elsewhere."""
 
     def __init__(
         self,
@@ -35,11 +33,9 @@ class Attention:
         self.sliding_window = sliding_window
         self.scale = head_dim**-0.5
 
-    def __call__(
-        self, x: torch.Tensor, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> torch.Tensor:
-        """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch, cache: LayerCache) -> torch.Tensor:
+        """x: [num_tokens, hidden] -> [num_tokens, hidden]. cache: this layer's pages."""
         qkv = self.qkv(x, batch)
-        q = rotary_store(qkv, batch.cos, batch.sin, k_cache, v_cache, batch.slot_mapping, self.head_norm)
-        attended = paged_attention(q, k_cache, v_cache, batch.attention, self.scale, self.sliding_window)
+        q = rotary_store(qkv, batch.cos, batch.sin, cache, batch.slot_mapping, self.head_norm)
+        attended = paged_attention(q, cache, batch.attention, self.scale, self.sliding_window)
         return self.o(attended.reshape(len(x), -1), batch)

@@ -16,9 +16,7 @@ from gateway.layers.mlp import GatedMLP
 from gateway.layers.norm import RMSNorm
 from gateway.layers.tensor_parallel import TensorParallel
 from gateway.models.config import DecoderConfig
-
-# One layer's pages: keys and values, each [num_blocks, block_size, num_kv_heads, head_dim].
-LayerCache = tuple[torch.Tensor, torch.Tensor]
+from lora_kernels.layer_cache import LayerCache
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class DecoderLayer:
 
         x, delta: [num_tokens, hidden]. Each addition is the next norm's: one launch for the two.
         """
-        attended = self.attention(self.input_norm(x, delta), batch, *cache)
+        attended = self.attention(self.input_norm(x, delta), batch, cache)
         return self.mlp(self.post_norm(x, attended), batch)
 
 
@@ -69,7 +67,7 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations and of the KV cache."""
+        """The dtype of activations."""
         return self.embed_tokens.dtype
 
     @property

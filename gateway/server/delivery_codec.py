@@ -32,6 +32,7 @@ _ERRORS: Final[dict[str, type[Exception]]] = {
 }
 _FINISH_REASONS: Final[dict[str, FinishReason]] = {reason: reason for reason in get_args(FinishReason)}
 _SAMPLING_FIELDS: Final = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_USAGE_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Usage))
 
 
 def encode_request(request: GenerateRequest) -> pb.Request:
@@ -44,6 +45,8 @@ def encode_request(request: GenerateRequest) -> pb.Request:
             adapter=_encode_adapter(adapter) if adapter is not None else None,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
+            priority=request.priority,
+            tenant_weight=request.tenant_weight,
         )
         if request.messages is not None:
             encoded.messages = json.dumps([dict(message) for message in request.messages]).encode()
@@ -71,6 +74,8 @@ def decode_request(encoded: pb.Request) -> GenerateRequest:
         adapter=AdapterRef(adapter.name, adapter.digest, adapter.rank) if encoded.HasField("adapter") else None,
         tenant=encoded.tenant,
         cache_salt=encoded.cache_salt,
+        priority=encoded.priority,
+        tenant_weight=encoded.tenant_weight,
     )
 
 
@@ -96,7 +101,7 @@ def decode_delta(delta: pb.Delta) -> TokenDelta:
         decoded.finish_reason = _FINISH_REASONS[delta.finish_reason]
         if delta.HasField("usage"):
             usage = delta.usage
-            decoded.usage = Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+            decoded.usage = Usage(**{name: getattr(usage, name) for name in _USAGE_FIELDS})
         if delta.HasField("error"):
             decoded.error = decode_error(delta.error)
     return decoded
@@ -146,10 +151,7 @@ def _decode_sampling(encoded: pb.Sampling) -> SamplingParams:
 def _encode_end(delta: TokenDelta, encoded: pb.Delta) -> None:
     encoded.finish_reason = delta.finish_reason or ""
     if delta.usage is not None:
-        usage = delta.usage
-        encoded.usage.prompt_tokens = usage.prompt_tokens
-        encoded.usage.completion_tokens = usage.completion_tokens
-        encoded.usage.cached_tokens = usage.cached_tokens
+        encoded.usage.CopyFrom(pb.Usage(**{name: getattr(delta.usage, name) for name in _USAGE_FIELDS}))
     if delta.error is not None:
         encoded.error.CopyFrom(encode_error(delta.error))
 

@@ -24,6 +24,7 @@ _FINISH: Final = {
 _SCALARS: Final = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("seed", "n", "max_tokens", "min_tokens", "ignore_eos", "logprobs", "skip_special_tokens"),
+    "num_speculative_tokens",
 )
 
 
@@ -64,13 +65,17 @@ class InferenceServicer(pb_grpc.InferenceServicer):
             raise InvalidRequest("the prompt is missing: give text or token_ids", param="prompt")
         prompt = request.text if kind == "text" else list(request.token_ids.ids)
         sampling = _sampling_params(request.sampling)
-        return await self._inference.complete(f"cmpl-{call.id}", call.principal, request.model, [prompt], sampling)
+        call_id = f"cmpl-{call.id}"
+        return await self._inference.complete(
+            call_id, call.principal, request.model, [prompt], sampling, request.priority
+        )
 
     async def _chat(self, request: pb.ChatRequest, call: Call) -> Generation:
         _require_model(request.model)
         messages = _messages(request.messages)
         sampling = _sampling_params(request.sampling)
-        return await self._inference.chat(f"chatcmpl-{call.id}", call.principal, request.model, messages, sampling)
+        call_id = f"chatcmpl-{call.id}"
+        return await self._inference.chat(call_id, call.principal, request.model, messages, sampling, request.priority)
 
 
 async def _answer(generation: Generation) -> pb.Completion:
@@ -128,6 +133,8 @@ def _usage(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        accepted_prediction_tokens=usage.accepted_tokens,
+        rejected_prediction_tokens=usage.rejected_tokens,
     )
 
 

@@ -125,13 +125,14 @@ class InferenceService:
         model: str,
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
         """A generation that continues each of `prompts`. Raises `InvalidRequest` and `ModelNotFound`."""
         most = self._context.config.limits.max_prompts
         if len(prompts) > most:
             raise InvalidRequest(f"at most {most} prompts fit one request, not {len(prompts)}", param="prompt")
         bodies: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
-        return await self._generation(call_id, principal, model, bodies, sampling)
+        return await self._generation(call_id, principal, model, bodies, sampling, priority)
 
     async def chat(
         self,
@@ -140,9 +141,10 @@ class InferenceService:
         model: str,
         messages: Sequence[Mapping[str, Any]],
         sampling: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
         """A generation that answers `messages`. Raises `InvalidRequest` and `ModelNotFound`."""
-        return await self._generation(call_id, principal, model, [{"messages": messages}], sampling)
+        return await self._generation(call_id, principal, model, [{"messages": messages}], sampling, priority)
 
     async def _generation(
         self,
@@ -151,17 +153,23 @@ class InferenceService:
         model: str,
         bodies: Sequence[Mapping[str, Any]],
         sampling: SamplingParams,
+        priority: int,
     ) -> Generation:
         self._check_ready()
-        check_limits(sampling, self._context.config.limits)
+        limits, tenant = self._context.config.limits, principal.tenant or ""
+        check_limits(sampling, limits)
+        if principal.tenant is not None:
+            check_priority(priority, limits)
         served, adapter = await self._resolve(principal, model)
         requests = [
             GenerateRequest(
                 request_id=call_id if len(bodies) == 1 else f"{call_id}-{position}",
                 sampling=sampling,
                 adapter=adapter,
-                tenant=principal.tenant or "",
-                cache_salt=principal.tenant or ADMIN_SALT,
+                tenant=tenant,
+                cache_salt=tenant or ADMIN_SALT,
+                priority=priority,
+                tenant_weight=limits.tenant_weights.get(tenant, 1.0),
                 **body,
             )
             for position, body in enumerate(bodies)
@@ -190,6 +198,16 @@ def check_limits(sampling: SamplingParams, limits: LimitsConfig) -> None:
     _at_most("logit_bias", len(sampling.logit_bias), limits.max_logit_bias, "entries")
 
 
+def check_priority(priority: int, limits: LimitsConfig) -> None:
+    """Raises `InvalidRequest` when a tenant asks to run earlier than the operator lets it."""
+    if priority < -limits.max_priority_boost:
+        raise InvalidRequest(
+            f"priority may be no lower than {-limits.max_priority_boost} here, not {priority}: lower runs earlier, and "
+            "the operator says how far a tenant may go (limits.max_priority_boost)",
+            param="priority",
+        )
+
+
 def _at_most(name: str, value: int, limit: int, unit: str = "") -> None:
     if value > limit:
         raise InvalidRequest(f"{name} may be at most {limit}{unit and ' ' + unit}, not {value}", param=name)
@@ -207,4 +225,6 @@ def _sum(a: Usage, b: Usage) -> Usage:
         a.prompt_tokens + b.prompt_tokens,
         a.completion_tokens + b.completion_tokens,
         a.cached_tokens + b.cached_tokens,
+        a.accepted_tokens + b.accepted_tokens,
+        a.rejected_tokens + b.rejected_tokens,
     )

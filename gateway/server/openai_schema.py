@@ -65,7 +65,7 @@ def _is_token_list(value: Any) -> bool:
 
 _SCALARS: Final = (
     *("temperature", "top_p", "n", "seed", "presence_penalty", "frequency_penalty", "top_k", "min_p"),
-    *("repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens"),
+    *("repetition_penalty", "min_tokens", "ignore_eos", "skip_special_tokens", "num_speculative_tokens"),
 )
 
 
@@ -103,6 +103,9 @@ class _Sampling(_Closed):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    # Patchbay's: tokens guessed ahead.
+    num_speculative_tokens: int | None = None
     # Inert.
     user: str | None = None
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.layer_cache import LayerCache
+
 # Decode rows are gathered as one group up to this ratio of gathered blocks to used ones.
 _MAX_PADDING = 1.5
 
@@ -146,7 +148,8 @@ class AttentionMetadata:
         """Whether the next step is this one with a token more in each row, and its pages were gathered.
 
         Equal tables then mean equal sequences: a block that changed hands in between would hold only this step's token
-        of its new owner, as its first, and the table would be one block longer.
+        of its new owner, as its first, and the table would be one block longer. Rows of one sequence lie one behind the
+        other; each has written what the next one's pages hold.
         """
         return (
             bool(self.gathered)
@@ -155,6 +158,7 @@ class AttentionMetadata:
             and context_lens == [length + 1 for length in self.context_lens]
             and all(length % self.block_size for length in self.context_lens)  # a table's 0 may be padding or a block
             and np.array_equal(self.block_table.numpy(force=True), table)
+            and not (table[1:] == table[:-1]).all(axis=1).any()
         )
 
     @cached_property
@@ -217,13 +221,13 @@ def causal_mask(query_len: int, context_len: int, prefix_len: int, window: int |
 
 
 def paged_attention_ref(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, sliding_window: int | None
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, scale: float, sliding_window: int | None
 ) -> Tensor:
     """`paged_attention` in plain PyTorch: two batched products a group of decode rows, one SDPA a longer sequence."""
     out = torch.empty_like(q)
     for index, group in enumerate(meta.decode_groups):
         rows = q if group.rows is None else q.index_select(0, group.rows)
-        pages = _gather(k_cache, v_cache, meta, index)
+        pages = _gather(cache, meta, index, q.dtype)
         attended = _attend_decodes(rows, pages, group, scale, sliding_window)
         if group.rows is None:
             return attended
@@ -231,53 +235,51 @@ def paged_attention_ref(
     start = meta.num_decodes
     for index in range(len(meta.query_lens) - meta.num_decodes):
         end = start + meta.query_lens[meta.num_decodes + index]
-        out[start:end] = _attend_prefill(q[start:end], k_cache, v_cache, meta, index, scale, sliding_window)
+        out[start:end] = _attend_prefill(q[start:end], cache, meta, index, scale, sliding_window)
         start = end
     return out
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, sliding_window: int | None
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, scale: float, sliding_window: int | None
 ) -> Tensor:
     """softmax(scale q k^T + causal mask) v for each sequence over its own pages.
 
     q: [num_tokens, num_heads, head_dim] fp32, bf16 or fp16, the sequences' rows one after the other as in `meta`.
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] in q's dtype, contiguous, and finite everywhere
-    (allocated as zeros); block_size is a power of two, up to 32, and num_heads a multiple of num_kv_heads. The last
-    query of a sequence sits at its context's last position. With `sliding_window` w a query sees itself, the w - 1
+    cache: pages in q's dtype or in fp8, finite everywhere (allocated as zeros); block_size is a power of two, up to 32,
+    and num_heads a multiple of num_kv_heads. fp8 is multiplied in fp16 (q's in fp32), the scales beside it in fp32. The
+    last query of a sequence sits at its context's last position. With `sliding_window` w a query sees itself, the w - 1
     positions before it and its prefix.
     Returns [num_tokens, num_heads, head_dim]. Triton on a GPU, `paged_attention_ref` elsewhere.
     """
     if q.is_cuda:
         from lora_kernels.triton_attention import paged_attention_triton
 
-        return paged_attention_triton(q, k_cache, v_cache, meta, scale, sliding_window)
-    return paged_attention_ref(q, k_cache, v_cache, meta, scale, sliding_window)
+        return paged_attention_triton(q, cache, meta, scale, sliding_window)
+    return paged_attention_ref(q, cache, meta, scale, sliding_window)
 
 
-def _gather(k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, index: int) -> Tensor:
+def _gather(cache: LayerCache, meta: AttentionMetadata, index: int, dtype: torch.dtype) -> Tensor:
     """The keys and values of decode group `index`, head by head: [2, n, num_kv_heads, num_positions, head_dim].
 
     Pages kept from the step before only want the newest token; the price is that running rows' pages are held twice.
     With each head's keys in one piece, two batched products take two thirds of SDPA's time over the pages as they lie
     (32 rows of 192, 2 cores). Buffers are reused, with room to grow: fresh memory is faulted in page by page.
     """
-    group, key = meta.decode_groups[index], (k_cache.data_ptr(), index)
-    num_rows, (num_kv_heads, head_dim) = len(group.newest), k_cache.shape[2:]
+    group, key = meta.decode_groups[index], (cache.k.data_ptr(), index)
+    num_rows, (num_kv_heads, head_dim) = len(group.newest), cache.k.shape[2:]
     shape = (2, num_rows, num_kv_heads, group.num_positions, head_dim)
     buffer, numel = meta.gathered.get(key), math.prod(shape)
     if buffer is None or buffer.numel() < numel:
-        buffer = meta.gathered[key] = k_cache.new_empty(numel + numel // 2)
+        buffer = meta.gathered[key] = cache.k.new_empty(numel + numel // 2, dtype=dtype)
     pages = buffer[:numel].view(shape)
     if not meta.kept:
-        for part, cache in zip(pages, (k_cache, v_cache), strict=True):
-            gathered = cache.index_select(0, group.blocks).view(num_rows, -1, num_kv_heads, head_dim)
-            part.copy_(gathered.transpose(1, 2))
+        for part, gathered in zip(pages, cache.blocks(group.blocks, dtype), strict=True):
+            part.copy_(gathered.view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2))
         return pages
     heads = torch.arange(num_rows * num_kv_heads, device=buffer.device).view(num_rows, num_kv_heads)
     places = (heads * group.num_positions + group.newest.unsqueeze(1)).view(-1)
-    for part, cache in zip(pages, (k_cache, v_cache), strict=True):
-        newest = cache.flatten(0, 1).index_select(0, group.newest_slots)
+    for part, newest in zip(pages, cache.tokens(group.newest_slots, dtype), strict=True):
         part.view(-1, head_dim).index_copy_(0, places, newest.view(-1, head_dim))
     return pages
 
@@ -300,21 +302,13 @@ def _attend_decodes(q: Tensor, pages: Tensor, group: DecodeGroup, scale: float, 
 
 
 def _attend_prefill(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    meta: AttentionMetadata,
-    index: int,
-    scale: float,
-    window: int | None,
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, index: int, scale: float, window: int | None
 ) -> Tensor:
     """[query_len, num_heads, head_dim] of the sequence that is `index` places after the decode rows."""
-    query_len, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
+    query_len, num_heads, _ = q.shape
     seq = meta.num_decodes + index
     context, blocks = meta.context_lens[seq], meta.block_table[seq, : meta.num_blocks(seq)]
-    k = k_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context]
-    v = v_cache.index_select(0, blocks).view(-1, num_kv_heads, head_dim)[:context]
+    k, v = (pages[:context] for pages in cache.blocks(blocks, q.dtype))
     mask = meta.prefill_masks[index]
     if window is not None and window < context:
         prefix = 0 if meta.prefix_lens is None else meta.prefix_lens[seq]
@@ -326,6 +320,6 @@ def _attend_prefill(
         attn_mask=mask,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=num_heads != num_kv_heads,
+        enable_gqa=num_heads != k.shape[1],
     )
     return out.squeeze(0).transpose(0, 1)

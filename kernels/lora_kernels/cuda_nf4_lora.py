@@ -63,7 +63,7 @@ def nf4_lora_matmul_cuda(
     else:
         h = _set_planes(adapters, a_pages, segments)
         launch_wide(plan, x, weight, bias, out, adapters)
-        sgmv_expand_triton(h, b_pages, segments, out, slice_widths, y_first=False)
+        sgmv_expand_triton(h, b_pages, segments, out, slice_widths)
     return out
 
 

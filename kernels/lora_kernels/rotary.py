@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_kernels.layer_cache import LayerCache
 from lora_kernels.vectors import SlotVectors, scale_and_shift
 
 
@@ -23,14 +24,13 @@ def rotary_store_ref(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: LayerCache,
     slot_mapping: Tensor,
     norm: HeadNorm | None = None,
     vectors: SlotVectors | None = None,
 ) -> Tensor:
     """`rotary_store` in plain PyTorch; leaves `qkv` as it is."""
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, head_dim = cache.k.shape[2:]
     if vectors is not None:
         qkv = scale_and_shift(qkv.float(), vectors).to(qkv.dtype)
     heads = qkv.view(qkv.shape[0], -1, head_dim)
@@ -39,8 +39,7 @@ def rotary_store_ref(
         parts = zip((qk[:, :-num_kv_heads], qk[:, -num_kv_heads:]), norm.weight, strict=True)
         qk = torch.cat([F.rms_norm(part, (head_dim,), weight, norm.eps) for part, weight in parts], dim=1)
     qk = qk * cos + qk.roll(head_dim // 2, dims=-1) * sin
-    k_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, qk[:, -num_kv_heads:])
-    v_cache.view(-1, num_kv_heads, head_dim).index_copy_(0, slot_mapping, v)
+    cache.store(slot_mapping, qk[:, -num_kv_heads:], v)
     return qk[:, :-num_kv_heads]
 
 
@@ -48,8 +47,7 @@ def rotary_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: LayerCache,
     slot_mapping: Tensor,
     norm: HeadNorm | None = None,
     vectors: SlotVectors | None = None,
@@ -60,7 +58,7 @@ def rotary_store(
     values. Each row's own `vectors` come first (IA3, DoRA, biases: of qkv's width), then `norm`, then the rotation
     x * cos + swap(x) * sin of a head's halves, all in fp32 and rounded once.
     cos, sin: [num_tokens, 1, head_dim], sin with the rotated half's sign: -sin, then sin.
-    k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim] in qkv's dtype, contiguous.
+    cache: pages in qkv's dtype, or in fp8 (a scale of its own for each key and value: `layer_cache.quantize`).
     slot_mapping: int64 [num_tokens], block * block_size + offset, all different but for padding rows.
     Returns [num_tokens, num_heads, head_dim]: on a GPU the rotated queries overwrite qkv's. Triton on a GPU,
     `rotary_store_ref` elsewhere.
@@ -68,5 +66,5 @@ def rotary_store(
     if qkv.is_cuda:
         from lora_kernels.triton_rotary import rotary_store_triton
 
-        return rotary_store_triton(qkv, cos, sin, k_cache, v_cache, slot_mapping, norm, vectors)
-    return rotary_store_ref(qkv, cos, sin, k_cache, v_cache, slot_mapping, norm, vectors)
+        return rotary_store_triton(qkv, cos, sin, cache, slot_mapping, norm, vectors)
+    return rotary_store_ref(qkv, cos, sin, cache, slot_mapping, norm, vectors)

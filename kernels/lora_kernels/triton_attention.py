@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
+from lora_kernels.layer_cache import LayerCache
 from lora_kernels.triton_decode import decode
 from lora_kernels.triton_prefill import prefill
 
 
 def paged_attention_triton(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, meta: AttentionMetadata, scale: float, sliding_window: int | None
+    q: Tensor, cache: LayerCache, meta: AttentionMetadata, scale: float, sliding_window: int | None
 ) -> Tensor:
     """`lora_kernels.attention.paged_attention`: one launch for the decode rows, one for the longer sequences."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if meta.num_decodes:
-        decode(q, k_cache, v_cache, out, meta, scale, sliding_window)
+        decode(q, cache, out, meta, scale, sliding_window)
     if meta.num_decodes < len(meta.query_lens):
-        prefill(q, k_cache, v_cache, out, meta, scale, sliding_window)
+        prefill(q, cache, out, meta, scale, sliding_window)
     return out

@@ -9,7 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
-from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, soften
+from lora_kernels.layer_cache import LayerCache
+from lora_kernels.triton_fp8 import in_pairs, split_queries
+from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, score_keys, soften, tile_width
 
 _PIECE_FIELDS = tl.constexpr(5)
 # What cutting a context is weighed with, in tiles of keys: a program's own time, and that of taking pieces together.
@@ -86,6 +88,7 @@ def _decode_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    scales_ptr,
     out_ptr,
     pieces_ptr,
     arrived_ptr,
@@ -115,7 +118,8 @@ def _decode_kernel(
     """out = softmax(scale q K^T) V of one query a sequence, its context cut into pieces (flash decoding).
 
     One program a (piece, key-value head), its rows the heads of the group. A row's pieces leave their softmax open, in
-    fp32; the one that comes last takes them together, in the order of the context whichever it is.
+    fp32; the one that comes last takes them together, in the order of the context whichever it is. fp8 pages (those
+    with scales) are read in pairs: a product of queries' even elements and one of the odd ones.
     """
     kv_head = tl.program_id(0)
     piece = tl.program_id(1)
@@ -137,9 +141,19 @@ def _decode_kernel(
     tile_ok = (head[:, None] < GROUP_SIZE) & dim_ok
     q = tl.load(q_ptr + q_offset[:, None] + dim[None, :], mask=tile_ok, other=0.0)
 
+    PACK: tl.constexpr = 1 if scales_ptr is None else 2  # elements that are read as one number
+    q_odd, power = None, None
+    if PACK == 2:
+        q, q_odd, power = split_queries(q, scale, ROWS, BLOCK_DIM // 2)
+        scale = 1.0  # is in the powers
+        k_cache_ptr, v_cache_ptr, scales_ptr = in_pairs(k_cache_ptr, v_cache_ptr, scales_ptr)
+    column = tl.arange(0, BLOCK_DIM // PACK)
+    column_ok = column[None, :] < HEAD_DIM // PACK
+
     peak = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((ROWS,), dtype=tl.float32)
-    acc = tl.zeros((ROWS, BLOCK_DIM), dtype=tl.float32)
+    acc = tl.zeros((ROWS, BLOCK_DIM // PACK), dtype=tl.float32)
+    acc_odd = acc
     table_ptr = block_table_ptr + row.to(tl.int64) * stride_table
     for start in range(begin, end, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
@@ -147,13 +161,18 @@ def _decode_kernel(
         if HAS_WINDOW:
             position += tl.where(position >= prefix, skipped, 0)
         block = tl.load(table_ptr + position // BLOCK_SIZE).to(OFFSET)
-        place = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        k = tl.load(k_cache_ptr + place[:, None] + dim[None, :], mask=dim_ok, other=0.0)
-        v = tl.load(v_cache_ptr + place[:, None] + dim[None, :], mask=dim_ok, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        place = ((block * BLOCK_SIZE + position % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * (HEAD_DIM // PACK)
+        k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
+        scales = None
+        if PACK == 2:
+            scales = tl.load(scales_ptr + (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE)
+        score = score_keys(q, q_odd, power, k, scales)
         score = tl.where(key[None, :] < end, score, float("-inf"))
-        peak, total, acc = soften(score, v, peak, total, acc, scale)
+        peak, total, acc, acc_odd = soften(score, v, scales, peak, total, acc, acc_odd, scale, q.dtype)
 
+    if PACK == 2:
+        acc = tl.interleave(acc, acc_odd)
     out_ptr += (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP_SIZE * HEAD_DIM
     if count == 1:
         acc /= tl.where(total == 0.0, 1.0, total)[:, None]
@@ -233,25 +252,26 @@ class _DecodeConfig(NamedTuple):
     programs: int
 
 
-_DECODE, _DECODE_WIDE = _DecodeConfig(64, 2, 3, 4), _DecodeConfig(32, 4, 2, 2)
+# fp8 tiles are half the bytes and take as long to work on: five stages fetch one while another is worked on.
+_DECODE, _DECODE_FP8 = _DecodeConfig(64, 2, 3, 4), _DecodeConfig(64, 2, 5, 5)
+_DECODE_WIDE = _DecodeConfig(32, 4, 2, 2)
 _SPARE_WAVES = 4  # so many pieces more than rows can decode contexts be cut into
 _MOST_PIECES = 64  # of one context: the last of them takes all together
 
 
 def decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, meta: AttentionMetadata, scale: float, window: int | None
+    q: Tensor, cache: LayerCache, out: Tensor, meta: AttentionMetadata, scale: float, window: int | None
 ) -> None:
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, head_dim = cache.k.shape[2:]
     group_size = q.shape[1] // num_kv_heads
-    group, block_dim = triton.next_power_of_2(group_size), max(16, triton.next_power_of_2(head_dim))
-    config = _DECODE_WIDE if is_wide(q) else _DECODE
+    group, block_dim = triton.next_power_of_2(group_size), tile_width(cache)
+    config = _DECODE_WIDE if is_wide(q) else _DECODE_FP8 if cache.scales is not None else _DECODE
     pieces, arrived = _decode_plan(meta, num_kv_heads, config, window)
     partial = torch.empty((len(pieces), num_kv_heads, group, block_dim), dtype=torch.float32, device=q.device)
     peak, total = torch.empty((2, *partial.shape[:-1]), dtype=torch.float32, device=q.device)
     _decode_kernel[(num_kv_heads, len(pieces))](
         q,
-        k_cache,
-        v_cache,
+        *cache,
         out,
         pieces,
         arrived,
@@ -275,7 +295,7 @@ def decode(
         BLOCK_DIM=block_dim,
         BLOCK_KEYS=config.keys,
         BLOCK_PIECES=max(1, 8192 // (group * block_dim)),
-        OFFSET=cache_offset(k_cache),
+        OFFSET=cache_offset(cache.k),
         HAS_WINDOW=window is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

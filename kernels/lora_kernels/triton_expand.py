@@ -52,7 +52,6 @@ def _expand_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
-    Y_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """y[tokens of the chunk, columns] += sum over its pages of f(h[tokens, slice, page]) B[page, :, columns].
@@ -71,8 +70,6 @@ def _expand_kernel(
         + (WIDTH_2 + TILES_OUT - 1) // TILES_OUT
     )
     pass_on(PDL)
-    if not Y_FIRST:  # y is the result of the kernel in front
-        wait(PDL)
     num_vectors = tl.load(table_ptr + NUM_VECTORS)
     vector_items = num_vectors * VECTOR_TILES
     items = vector_items + (tl.load(table_ptr + NUM_CHUNKS) - num_vectors) * (TILES * (CHUNK // ROWS))
@@ -145,13 +142,14 @@ def _expand_vector(
     plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None]
     h_rows = h_ptr + slice_id * stride_slice + token * stride_token + plane * stride_plane
     y_row = y_ptr + token * stride_y + column
-    y = tl.load(y_row, mask=column_ok, other=0.0).to(tl.float32)
+    y = tl.zeros((BLOCK,), dtype=tl.float32)
     for nth in tl.range(0, tl.cdiv(own_rank, RANK), num_stages=1):
         if nth > 0:
             page = tl.load(more_ptr + (nth - 1) * ROW_FIELDS).to(tl.int64)
         b_ok = (rank + nth * RANK < own_rank)[:, None] & column_ok[None, :]
         b = tl.load(b_ptr + page * RANK * OUT + rank[:, None] * OUT + column[None, :], mask=b_ok, other=0.0)
         wait(PDL)
+        y += tl.load(y_row, mask=column_ok & (nth == 0), other=0.0).to(tl.float32)
         planes = tl.load(h_rows + (rank + nth * RANK)[None, :], mask=plane < PLANES, other=0.0)
         at = (page * NUM_SLICES + slice_id) * RANK + rank
         h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at, ACTIVATION, HAS_BIAS, HAS_SCALES)
@@ -204,7 +202,7 @@ def _expand_tile(
     plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None, None]
     h_rows = h_ptr + slice_id * stride_slice + tokens[None, :, None] * stride_token + plane * stride_plane
     y_tile = y_ptr + tokens[:, None] * stride_y + column[None, :]
-    y = tl.load(y_tile, mask=column_ok[None, :], other=0.0)
+    y = tl.zeros((ROWS, BLOCK), dtype=y_ptr.dtype.element_ty)
     delta = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for nth in tl.range(0, tl.cdiv(own_rank, RANK), num_stages=1):
         if nth > 0:
@@ -212,6 +210,7 @@ def _expand_tile(
         b_ok = (rank + nth * RANK < own_rank)[:, None] & column_ok[None, :]
         b = tl.load(b_ptr + page * RANK * OUT + rank[:, None] * OUT + column[None, :], mask=b_ok, other=0.0)
         wait(PDL)
+        y += tl.load(y_tile, mask=column_ok[None, :] & (nth == 0), other=0.0)
         planes = tl.load(h_rows + (rank + nth * RANK)[None, None, :], mask=plane < PLANES, other=0.0)
         at = (page * NUM_SLICES + slice_id) * RANK + rank[None, :]
         h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at, ACTIVATION, HAS_BIAS, HAS_SCALES)
@@ -369,10 +368,8 @@ def sgmv_expand_triton(
     b_scales: Tensor | None = None,
     bias_pages: Tensor | None = None,
     activation: str = "none",
-    *,
-    y_first: bool = True,
 ) -> None:
-    """`lora_kernels.sgmv.sgmv_expand`. y_first: y was there before the kernel in front began."""
+    """`lora_kernels.sgmv.sgmv_expand`."""
     assert len(slice_widths) <= 3, "at most three linears are fused"
     routing = segments.routing
     config = _expand_config(y, b_pages, routing.chunk_tokens)
@@ -405,7 +402,6 @@ def sgmv_expand_triton(
         ACTIVATION=activation,
         HAS_BIAS=bias_pages is not None,
         HAS_SCALES=b_scales is not None,
-        Y_FIRST=y_first,
         PDL=pdl,
         num_warps=NUM_WARPS,
         maxnreg=config.registers,

@@ -10,20 +10,26 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
-from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, soften
+from lora_kernels.layer_cache import LayerCache
+from lora_kernels.triton_fp8 import in_pairs, split_queries
+from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, score_keys, soften, tile_width
 
 
 @triton.jit
 def _attend_keys(
     q,
+    q_odd,
+    power,
     position,
     peak,
     total,
     acc,
+    acc_odd,
     begin,
     end,
     k_cache_ptr,
     v_cache_ptr,
+    scales_ptr,
     table_ptr,
     kv_head,
     scale,
@@ -40,29 +46,34 @@ def _attend_keys(
 ):
     """Take the keys from `begin` to `end` into a tile's running softmax; not MASKED: every query sees them all.
 
-    begin: a multiple of BLOCK_SIZE, as BLOCK_KEYS is.
+    begin: a multiple of BLOCK_SIZE, as BLOCK_KEYS is. fp8 pages (those with scales) are read in pairs of elements.
     """
     tl.static_assert(BLOCK_KEYS % BLOCK_SIZE == 0, "pages of 1, 2, 4, 8, 16 or 32 tokens")
-    dim = tl.arange(0, BLOCK_DIM)
-    dim_ok = dim[None, :] < HEAD_DIM
+    PACK: tl.constexpr = 1 if scales_ptr is None else 2  # elements that are read as one number
+    column = tl.arange(0, BLOCK_DIM // PACK)
+    column_ok = column[None, :] < HEAD_DIM // PACK
     page = tl.arange(0, BLOCK_KEYS) // BLOCK_SIZE
-    in_page = ((tl.arange(0, BLOCK_KEYS) % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * HEAD_DIM
+    in_page = ((tl.arange(0, BLOCK_KEYS) % BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * (HEAD_DIM // PACK)
     for start in range(begin, end, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
         index = start // BLOCK_SIZE + page
         if MASKED:
             index = tl.minimum(index, (end - 1) // BLOCK_SIZE)  # no load is masked by position; the scores are
-        place = tl.load(table_ptr + index).to(OFFSET) * (BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM) + in_page
-        k = tl.load(k_cache_ptr + place[:, None] + dim[None, :], mask=dim_ok, other=0.0)
-        v = tl.load(v_cache_ptr + place[:, None] + dim[None, :], mask=dim_ok, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        block = tl.load(table_ptr + index).to(OFFSET)
+        place = block * (BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM // PACK) + in_page
+        k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
+        scales = None
+        if PACK == 2:
+            scales = tl.load(scales_ptr + (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE)
+        score = score_keys(q, q_odd, power, k, scales)
         if MASKED:
             seen = (key[None, :] < end) & (key[None, :] <= position[:, None])
             if HAS_WINDOW:
                 seen = seen & ((key[None, :] > position[:, None] - window) | (key[None, :] < prefix))
             score = tl.where(seen, score, float("-inf"))
-        peak, total, acc = soften(score, v, peak, total, acc, scale)
-    return peak, total, acc
+        peak, total, acc, acc_odd = soften(score, v, scales, peak, total, acc, acc_odd, scale, q.dtype)
+    return peak, total, acc, acc_odd
 
 
 @triton.jit(do_not_specialize=("stride_table",), do_not_specialize_on_alignment=PACKED)
@@ -70,6 +81,7 @@ def _prefill_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    scales_ptr,
     out_ptr,
     tiles_ptr,
     block_table_ptr,
@@ -117,7 +129,12 @@ def _prefill_kernel(
     table_ptr = block_table_ptr + seq.to(tl.int64) * stride_table
     peak = tl.full((BLOCK_QUERIES * GROUP,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((BLOCK_QUERIES * GROUP,), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_QUERIES * GROUP, BLOCK_DIM), dtype=tl.float32)
+    PACK: tl.constexpr = 1 if scales_ptr is None else 2
+    acc = tl.zeros((BLOCK_QUERIES * GROUP, BLOCK_DIM // PACK), dtype=tl.float32)
+    acc_odd, q_odd, power = acc, None, None
+    if PACK == 2:
+        q, q_odd, power = split_queries(q, scale, BLOCK_QUERIES * GROUP, BLOCK_DIM // 2)
+        k_cache_ptr, v_cache_ptr, scales_ptr = in_pairs(k_cache_ptr, v_cache_ptr, scales_ptr)
     # First the keys that all queries see, or of a window's the prefix; then those that want a mask.
     prefix = 0
     if HAS_WINDOW:
@@ -128,16 +145,20 @@ def _prefill_kernel(
     else:
         masked_from = (first_position + 1) // BLOCK_KEYS * BLOCK_KEYS
         first_end = masked_from
-    peak, total, acc = _attend_keys(
+    peak, total, acc, acc_odd = _attend_keys(
         q,
+        q_odd,
+        power,
         position,
         peak,
         total,
         acc,
+        acc_odd,
         0,
         first_end,
         k_cache_ptr,
         v_cache_ptr,
+        scales_ptr,
         table_ptr,
         kv_head,
         scale,
@@ -152,16 +173,20 @@ def _prefill_kernel(
         HAS_WINDOW,
         HAS_WINDOW,
     )
-    peak, total, acc = _attend_keys(
+    peak, total, acc, acc_odd = _attend_keys(
         q,
+        q_odd,
+        power,
         position,
         peak,
         total,
         acc,
+        acc_odd,
         masked_from,
         end,
         k_cache_ptr,
         v_cache_ptr,
+        scales_ptr,
         table_ptr,
         kv_head,
         scale,
@@ -176,6 +201,8 @@ def _prefill_kernel(
         True,
         HAS_WINDOW,
     )
+    if PACK == 2:
+        acc = tl.interleave(acc, acc_odd)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_offset = ((query_start + query).to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head) * HEAD_DIM
     tl.store(out_ptr + out_offset[:, None] + dim[None, :], out.to(out_ptr.dtype.element_ty), mask=tile_ok)
@@ -194,22 +221,23 @@ class _PrefillConfig(NamedTuple):
 # Within 128 registers two tiles share a multiprocessor, one's softmax under the other's products: on one H200 4,096
 # tokens take 292 us, not 402.
 _PREFILL, _PREFILL_HOPPER = _PrefillConfig(128, 64, 8, 3), _PrefillConfig(128, 64, 8, 2, 128)
+# Taking fp8 apart wants registers: half the rows, so that two tiles still share one.
+_PREFILL_HOPPER_FP8 = _PrefillConfig(64, 64, 4, 2)
 _PREFILL_WIDE = _PrefillConfig(64, 32, 4, 2)
 
 
 def prefill(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor, meta: AttentionMetadata, scale: float, window: int | None
+    q: Tensor, cache: LayerCache, out: Tensor, meta: AttentionMetadata, scale: float, window: int | None
 ) -> None:
-    num_kv_heads, head_dim = k_cache.shape[2:]
+    num_kv_heads, head_dim = cache.k.shape[2:]
     group_size = q.shape[1] // num_kv_heads
     group = triton.next_power_of_2(group_size)
-    config = _prefill_config(q)
+    config = _prefill_config(q, cache)
     block_queries = max(1, config.rows // group)
     tiles = _prefill_tiles(meta, block_queries)
     _prefill_kernel[(num_kv_heads, len(tiles))](
         q,
-        k_cache,
-        v_cache,
+        *cache,
         out,
         tiles,
         meta.block_table,
@@ -227,9 +255,9 @@ def prefill(
         BLOCK_SIZE=meta.block_size,
         BLOCK_QUERIES=block_queries,
         GROUP=group,
-        BLOCK_DIM=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DIM=tile_width(cache),
         BLOCK_KEYS=config.keys,
-        OFFSET=cache_offset(k_cache),
+        OFFSET=cache_offset(cache.k),
         HAS_WINDOW=window is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -252,10 +280,12 @@ def _prefill_tiles(meta: AttentionMetadata, block_queries: int) -> Tensor:
     return meta.launches[key][0]
 
 
-def _prefill_config(q: Tensor) -> _PrefillConfig:
+def _prefill_config(q: Tensor, cache: LayerCache) -> _PrefillConfig:
     if is_wide(q):
         return _PREFILL_WIDE
-    return _PREFILL_HOPPER if _is_hopper(q.device) else _PREFILL
+    if not _is_hopper(q.device):
+        return _PREFILL
+    return _PREFILL_HOPPER if cache.scales is None else _PREFILL_HOPPER_FP8
 
 
 def _is_hopper(device: torch.device) -> bool:

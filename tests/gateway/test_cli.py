@@ -315,8 +315,17 @@ def test_serve_flags_replace_the_files_values(tmp_path: Path) -> None:
     assert configure(None) == GatewayConfig()
 
 
+def test_tenants_have_weights(tmp_path: Path) -> None:
+    file = tmp_path / "patchbay.yaml"
+    file.write_text("limits: {tenant_weights: {acme: 2, small: 0.5}}\n")
+    assert configure(file).limits.tenant_weights == {"acme": 2.0, "small": 0.5}
+
+
 def test_serve_refuses_a_bad_configuration_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "patchbay.yaml"
+    file.write_text("limits: {tenant_weights: {acme: 0}}\n")
+    assert run("serve", "--config", str(file)) == ExitCode.REFUSED
+    assert "limits.tenant_weights.acme" in capsys.readouterr().err
     file.write_text("server: {htp_port: 9000}\n")
     assert run("serve", "--config", str(file)) == ExitCode.REFUSED
     assert "server.htp_port" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lora_kernels.attention import AttentionMetadata, paged_attention_ref
+from lora_kernels.layer_cache import FP8, LayerCache
 from tests.kernels.error_rule import assert_as_exact
 
 NUM_BLOCKS = 128
@@ -42,9 +43,14 @@ CASES = {
 }
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[list[int]]]:
-    cache_shape = (NUM_BLOCKS, case.block_size, case.num_kv_heads, case.head_dim)
-    k_cache, v_cache = torch.randn(cache_shape).to(dtype), torch.randn(cache_shape).to(dtype)
+def _inputs(
+    case: Case, dtype: torch.dtype, pages: torch.dtype | None = None, value_size: float = 1
+) -> tuple[torch.Tensor, LayerCache, list[list[int]]]:
+    """pages: their dtype where it is not that of queries."""
+    sizes = (NUM_BLOCKS, case.block_size, case.num_kv_heads, case.head_dim)
+    cache = LayerCache.zeros(*sizes, dtype=pages or dtype, device="cpu")
+    k, v = torch.randn(2, *sizes).flatten(1, 2)
+    cache.store(torch.arange(len(k)), k.to(dtype), (v * value_size).to(dtype))
     q = torch.randn(sum(n for n, _ in case.seqs), case.num_heads, case.head_dim).to(dtype)
     blocks = torch.randperm(NUM_BLOCKS).tolist()
     tables = []
@@ -52,7 +58,11 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
         used = -(-context // case.block_size)
         tables.append(blocks[:used])
         blocks = blocks[used:]
-    return q, k_cache, v_cache, tables
+    return q, cache, tables
+
+
+def _on(device: str, cache: LayerCache) -> LayerCache:
+    return LayerCache(*(tensor.to(device) for tensor in cache.tensors))
 
 
 def _meta(case: Case, tables: list[list[int]], device: str = "cpu") -> AttentionMetadata:
@@ -61,16 +71,13 @@ def _meta(case: Case, tables: list[list[int]], device: str = "cpu") -> Attention
     return AttentionMetadata.build(query_lens, context_lens, tables, case.block_size, device, prefix_lens=prefixes)
 
 
-def _truth(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, tables: list[list[int]], case: Case, scale: float
-) -> torch.Tensor:
-    """One query and head at a time, in fp64."""
+def _truth(q: torch.Tensor, cache: LayerCache, tables: list[list[int]], case: Case, scale: float) -> torch.Tensor:
+    """One query and head at a time, in fp64; fp8 times its scale is exact in fp32."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     row = 0
     prefixes = case.prefix_lens or [0] * len(tables)
     for (query_len, context), table, prefix in zip(case.seqs, tables, prefixes, strict=True):
-        k = k_cache[table].flatten(0, 1).double()
-        v = v_cache[table].flatten(0, 1).double()
+        k, v = (pages.double() for pages in cache.blocks(torch.tensor(table), torch.float32))
         for position in range(context - query_len, context):
             first = 0 if case.window is None else max(prefix, position - case.window + 1)
             seen = [*range(min(prefix, first)), *range(first, position + 1)]
@@ -84,33 +91,52 @@ def _truth(
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_plain_path_attends_to_the_pages_of_each_sequence(case: Case) -> None:
-    q, k_cache, v_cache, tables = _inputs(case, torch.float32)
-    out = paged_attention_ref(q, k_cache, v_cache, _meta(case, tables), 0.3, case.window)
-    truth = _truth(q, k_cache, v_cache, tables, case, 0.3)
+    q, cache, tables = _inputs(case, torch.float32)
+    out = paged_attention_ref(q, cache, _meta(case, tables), 0.3, case.window)
+    truth = _truth(q, cache, tables, case, 0.3)
     torch.testing.assert_close(out.double(), truth, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_kernel_is_as_exact_as_the_plain_path(case: Case, dtype: torch.dtype, device: str) -> None:
+def test_kernel_is_as_exact_as_the_plain_path(
+    case: Case, pages: torch.dtype | None, dtype: torch.dtype, device: str
+) -> None:
     from lora_kernels.triton_attention import paged_attention_triton
 
-    q, k_cache, v_cache, tables = _inputs(case, dtype)
-    meta = _meta(case, tables, device)
-    out = paged_attention_triton(q.to(device), k_cache.to(device), v_cache.to(device), meta, 0.3, case.window)
-    plain = paged_attention_ref(q, k_cache, v_cache, _meta(case, tables), 0.3, case.window)
-    assert_as_exact(out, plain, _truth(q, k_cache, v_cache, tables, case, 0.3))
+    q, cache, tables = _inputs(case, dtype, pages)
+    out = paged_attention_triton(q.to(device), _on(device, cache), _meta(case, tables, device), 0.3, case.window)
+    plain = paged_attention_ref(q, cache, _meta(case, tables), 0.3, case.window)
+    assert_as_exact(out, plain, _truth(q, cache, tables, case, 0.3))
+
+
+@pytest.mark.parametrize("value_size", [1e-4, 1e4], ids=["tiny", "huge"])
+@pytest.mark.parametrize("seqs", [[(1, 90), (1, 40)], [(30, 90), (20, 20)]], ids=["decode", "prefill"])
+def test_products_in_fp16_hold_queries_and_values_beyond_its_range(
+    seqs: list[tuple[int, int]], value_size: float, dtype: torch.dtype, device: str
+) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case, reach = Case(seqs, head_dim=64), 1 if dtype == torch.float16 else 2
+    q, cache, tables = _inputs(case, dtype, FP8, value_size**reach)
+    q *= 1e3**reach
+    scale = 1e-3**reach
+    out = paged_attention_triton(q.to(device), _on(device, cache), _meta(case, tables, device), scale, None)
+    plain = paged_attention_ref(q, cache, _meta(case, tables), scale, None)
+    assert_as_exact(out, plain, _truth(q, cache, tables, case, scale))
 
 
 def test_one_sequence_far_longer_does_not_pad_the_others() -> None:
     case = Case([(1, 4), (1, 200), (1, 8), (1, 6)])
-    meta = _meta(case, _inputs(case, torch.float32)[3])
+    meta = _meta(case, _inputs(case, torch.float32)[2])
     gathered = sum(group.blocks.numel() for group in meta.decode_groups)
     assert gathered <= 2 * sum(-(-context // case.block_size) for _, context in case.seqs)
 
 
-def test_decodes_step_by_step_see_what_a_fresh_step_sees() -> None:
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+def test_decodes_step_by_step_see_what_a_fresh_step_sees(pages: torch.dtype | None) -> None:
     case = Case([(1, 6), (1, 3), (1, 30)])
-    _, k_cache, v_cache, _ = _inputs(case, torch.float32)
+    _, cache, _ = _inputs(case, torch.float32, pages)
     # The second row's second block is block 0, which also pads the table.
     tables, other = [[5, 6, 7, 8, 9], [1, 0, 2, 3, 4], list(range(20, 31))], [15, 14, 13, 12, 11]
     previous, kept = None, []
@@ -120,39 +146,54 @@ def test_decodes_step_by_step_see_what_a_fresh_step_sees() -> None:
             tables[0] = other
         slots = torch.tensor([table[(n - 1) // 4] * 4 + (n - 1) % 4 for table, n in zip(tables, lens, strict=True)])
         q = torch.randn(3, 4, 16)
-        for cache in (k_cache, v_cache):
-            cache.flatten(0, 1).index_copy_(0, slots, torch.randn(3, 2, 16))
+        cache.store(slots, *torch.randn(2, 3, 2, 16))
         previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
         fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
         kept.append(previous.kept)
-        out, expected = (paged_attention_ref(q, k_cache, v_cache, meta, 0.3, None) for meta in (previous, fresh))
+        out, expected = (paged_attention_ref(q, cache, meta, 0.3, None) for meta in (previous, fresh))
         assert torch.equal(out, expected)
     assert [step for step, same in enumerate(kept) if same] == [1, 4, 5, 9]  # no block was added, no row changed
 
 
+def test_rows_of_one_sequence_see_what_each_other_wrote() -> None:
+    case = Case([(1, 5), (1, 6), (1, 7)])  # a token and two drafts of it, which fail
+    _, k_cache, v_cache, _ = _inputs(case, torch.float32)
+    tables, previous = [[5, 6]] * 3, None
+    for first in (5, 6):
+        lens = [first, first + 1, first + 2]
+        slots = torch.tensor([6 * 4 + (n - 1) % 4 for n in lens])
+        for cache in (k_cache, v_cache):
+            cache.flatten(0, 1).index_copy_(0, slots, torch.randn(3, 2, 16))
+        previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
+        fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
+        q = torch.randn(3, 4, 16)
+        out, expected = (paged_attention_ref(q, k_cache, v_cache, meta, 0.3, None) for meta in (previous, fresh))
+        assert torch.equal(out, expected)
+
+
 def test_metadata_takes_block_tables_longer_than_the_context() -> None:
     case = Case([(1, 5), (3, 6)])
-    q, k_cache, v_cache, tables = _inputs(case, torch.float32)
+    q, cache, tables = _inputs(case, torch.float32)
     longer = [[*table, 0, 1] for table in tables]
-    exact, spare = (paged_attention_ref(q, k_cache, v_cache, _meta(case, t), 0.3, None) for t in (tables, longer))
+    exact, spare = (paged_attention_ref(q, cache, _meta(case, t), 0.3, None) for t in (tables, longer))
     assert torch.equal(exact, spare)
 
 
-def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(device: str) -> None:
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(pages: torch.dtype | None, device: str) -> None:
     from lora_kernels.triton_attention import paged_attention_triton
 
     case = Case([(1, 5), (1, 16)])
-    q, k_cache, v_cache, tables = (
-        value.to(device) if isinstance(value, torch.Tensor) else value for value in _inputs(case, torch.float32)
-    )
+    q, cache, tables = _inputs(case, torch.float32, pages)
+    q, cache = q.to(device), _on(device, cache)
     meta = _meta(case, tables, device)
     table = torch.full((4, 6), NUM_BLOCKS - 1, dtype=torch.int32, device=device)
     table[:2, : meta.block_table.shape[1]] = meta.block_table
     lens = torch.tensor([5, 16, 0, 0], dtype=torch.int32, device=device)
     starts = torch.arange(5, dtype=torch.int32, device=device)
     fixed = AttentionMetadata.fixed(table, lens, starts, case.block_size)
-    out = paged_attention_triton(torch.cat((q, q)), k_cache, v_cache, fixed, 0.3, None)
-    assert torch.equal(out[:2], paged_attention_triton(q, k_cache, v_cache, meta, 0.3, None))
+    out = paged_attention_triton(torch.cat((q, q)), cache, fixed, 0.3, None)
+    assert torch.equal(out[:2], paged_attention_triton(q, cache, meta, 0.3, None))
     assert torch.equal(out[2:], torch.zeros_like(q))
 
 
@@ -160,8 +201,8 @@ def test_a_prefix_at_a_fixed_address_is_seen_past_the_window(device: str) -> Non
     from lora_kernels.triton_attention import paged_attention_triton
 
     case = Case([(1, 30), (1, 50)], window=6, prefix_lens=[9, 0])
-    q, k_cache, v_cache, tables = _inputs(case, torch.float32)
-    inputs = [value.to(device) for value in (q, k_cache, v_cache)]
+    q, cache, tables = _inputs(case, torch.float32)
+    inputs = q.to(device), _on(device, cache)
     meta = _meta(case, tables, device)
     starts = torch.arange(3, dtype=torch.int32, device=device)
     fixed = AttentionMetadata.fixed(meta.block_table, meta.context_len, starts, case.block_size, meta.prefix_len)
@@ -173,8 +214,8 @@ def test_a_step_of_many_layers_cuts_its_contexts_once_and_repeats_to_the_bit(dty
     from lora_kernels.triton_attention import paged_attention_triton
 
     case = Case([(1, 700), (1, 450), (20, 90)], num_kv_heads=1, block_size=16)
-    q, k_cache, v_cache, tables = _inputs(case, dtype)
-    inputs, meta = [value.to(device) for value in (q, k_cache, v_cache)], _meta(case, tables, device)
+    q, cache, tables = _inputs(case, dtype)
+    inputs, meta = (q.to(device), _on(device, cache)), _meta(case, tables, device)
     first = paged_attention_triton(*inputs, meta, 0.3, None)
     launches = dict(meta.launches)
     for _ in range(3):
@@ -206,15 +247,15 @@ def test_a_recorded_step_follows_the_contexts_that_it_is_replayed_with() -> None
     from lora_kernels.triton_attention import paged_attention_triton
 
     case = Case([(1, 900), (1, 300), (1, 1)], num_kv_heads=1, block_size=16, head_dim=64)
-    q, k_cache, v_cache, tables = _inputs(case, torch.bfloat16)
-    q, k_cache, v_cache = (value.to("cuda") for value in (q, k_cache, v_cache))
+    q, cache, tables = _inputs(case, torch.bfloat16)
+    q, cache = q.to("cuda"), _on("cuda", cache)
     meta = _meta(case, tables, "cuda")
     starts = torch.arange(4, dtype=torch.int32, device="cuda")
     lens = torch.zeros_like(meta.context_len)
 
     def step() -> torch.Tensor:
         fixed = AttentionMetadata.fixed(meta.block_table, lens, starts, case.block_size)
-        return paged_attention_triton(q, k_cache, v_cache, fixed, 0.3, None)
+        return paged_attention_triton(q, cache, fixed, 0.3, None)
 
     step()
     graph = torch.cuda.CUDAGraph()
@@ -226,4 +267,4 @@ def test_a_recorded_step_follows_the_contexts_that_it_is_replayed_with() -> None
         assert torch.equal(out, step())
     lens.copy_(meta.context_len)
     graph.replay()
-    assert torch.equal(out, paged_attention_triton(q, k_cache, v_cache, meta, 0.3, None))
+    assert torch.equal(out, paged_attention_triton(q, cache, meta, 0.3, None))

@@ -28,7 +28,7 @@ def build(kernel, pointers, constants, num_warps, num_stages=3):
     values = {(kernel.arg_names.index(name),): constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(kernel, signature, constexprs=values)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
 
 nf4 = {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "code_ptr": "*fp32", "out_ptr": "*bf16"}
 build(triton_nf4._unpack_kernel, nf4, {"BLOCKS": 32}, 4)
@@ -60,7 +60,10 @@ for vectors in ({}, {"slot_ptr": None, "scale_ptr": None, "bias_ptr": None}):
     for delta in ({}, {"delta_ptr": None}):
         build(norm, rows, vectors | delta | {"BLOCK": 4096}, 4)
     for head_norm in ({}, {"weight_ptr": None}):
-        build(rotary, rows, vectors | head_norm | {"HEADS": triton_rotary._HEADS, "HALF": 64}, 4)
+        sizes = vectors | head_norm | {"BLOCK_SIZE": 16, "HEADS": triton_rotary._HEADS, "HALF": 64}
+        build(rotary, rows, sizes | {"scales_ptr": None}, 4)
+        if CAPABILITY >= 89:
+            build(rotary, rows | {"k_cache_ptr": "*fp8e4nv", "v_cache_ptr": "*fp8e4nv"}, sizes, 4)
     build(gate, rows, vectors | {"BLOCK": triton_activation._BLOCK}, 4)
 build(affine, rows, {"BLOCK": triton_vectors._BLOCK}, 4)
 
@@ -76,12 +79,21 @@ cache |= {name + "_ptr": "*i32" for name in lists} | {"scale": "fp32"}
 heads = {"NUM_KV_HEADS": 8, "GROUP_SIZE": 4, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "GROUP": 4, "BLOCK_DIM": 128}
 heads |= {"OFFSET": tl.int32, "HAS_WINDOW": False, "prefix_len_ptr": None}
 partials = {"partial_ptr": "*fp32", "peak_ptr": "*fp32", "total_ptr": "*fp32"}
-for config in (triton_decode._DECODE, triton_decode._DECODE_WIDE):
-    tile = {"ROWS": 16, "BLOCK_KEYS": config.keys, "BLOCK_PIECES": 16}
-    build(triton_decode._decode_kernel, cache | partials, heads | tile, config.num_warps, config.num_stages)
-for config in (triton_prefill._PREFILL, triton_prefill._PREFILL_HOPPER):
-    tile = {"BLOCK_QUERIES": config.rows // 4, "BLOCK_KEYS": config.keys}
-    build(triton_prefill._prefill_kernel, cache, heads | tile, config.num_warps, config.num_stages)
+fp8 = {"k_cache_ptr": "*fp8e4nv", "v_cache_ptr": "*fp8e4nv", "scales_ptr": "*bf16"}
+for config in (triton_decode._DECODE, triton_decode._DECODE_WIDE, triton_decode._DECODE_FP8):
+    tile = heads | {"ROWS": 16, "BLOCK_KEYS": config.keys, "BLOCK_PIECES": 16}
+    decode, options = triton_decode._decode_kernel, (config.num_warps, config.num_stages)
+    if config != triton_decode._DECODE_FP8:
+        build(decode, cache | partials, tile | {"scales_ptr": None}, *options)
+    elif CAPABILITY >= 89:
+        built = build(decode, cache | partials | fp8, tile, *options)
+        assert built.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") >= 64
+for config in (triton_prefill._PREFILL, triton_prefill._PREFILL_HOPPER, triton_prefill._PREFILL_HOPPER_FP8):
+    tile = heads | {"BLOCK_QUERIES": config.rows // 4, "BLOCK_KEYS": config.keys}
+    prefill, options = triton_prefill._prefill_kernel, (config.num_warps, config.num_stages)
+    build(prefill, cache, tile | {"scales_ptr": None}, *options)
+    if CAPABILITY >= 89:
+        build(prefill, cache | fp8, tile, *options)
 plan = {"TILE": 64, "WAVE": 66, "MOST": 64, "NUM_KV_HEADS": 8, "ROWS": 64, "BLOCK_PIECES": 64, "BLOCK_HEADS": 8}
 build(triton_decode._plan_kernel, cache, plan | {"HAS_WINDOW": False, "prefix_len_ptr": None}, 4)
 """

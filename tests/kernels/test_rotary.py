@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gateway.layers.rotary import RotaryTable
+from lora_kernels.layer_cache import FP8, LayerCache
 from lora_kernels.rotary import HeadNorm, rotary_store_ref
 from lora_kernels.vectors import SlotVectors
 from tests.kernels.error_rule import assert_as_exact
@@ -41,8 +42,17 @@ def _tables(head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tens
     return RotaryTable(inv_freq, 1.0, 128, torch.device("cpu"), dtype).at(torch.tensor(POSITIONS))
 
 
-def _caches(heads: Heads, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-    return torch.full((2, 6, 4, heads.num_kv_heads, heads.head_dim), -3.0, dtype=dtype, device=device)
+def _cache(heads: Heads, pages: torch.dtype, device: str = "cpu") -> LayerCache:
+    cache = LayerCache.zeros(6, 4, heads.num_kv_heads, heads.head_dim, dtype=pages, device=device)
+    rows = torch.full((24, heads.num_kv_heads, heads.head_dim), -3.0, device=device)
+    rows = rows if pages == FP8 else rows.to(pages)
+    cache.store(torch.arange(24, device=device), rows, rows)
+    return cache
+
+
+def _contents(cache: LayerCache, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all positions."""
+    return cache.blocks(torch.arange(6, device=cache.k.device), dtype)
 
 
 def _truth(
@@ -70,11 +80,12 @@ def _truth(
     return turned[0], turned[1], v
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["same", "fp8"])
 @pytest.mark.parametrize("has_norm", [False, True], ids=["no norm", "head norm"])
 @pytest.mark.parametrize("parts", [None, *PARTS.values()], ids=["base", *PARTS.keys()])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 def test_kernel_is_as_exact_as_the_plain_path(
-    heads: Heads, parts: tuple[bool, bool] | None, has_norm: bool, dtype: torch.dtype, device: str
+    heads: Heads, parts: tuple[bool, bool] | None, has_norm: bool, fp8: bool, dtype: torch.dtype, device: str
 ) -> None:
     from lora_kernels.triton_rotary import rotary_store_triton
 
@@ -85,21 +96,37 @@ def test_kernel_is_as_exact_as_the_plain_path(
         _tables(heads.head_dim, dtype),
         torch.tensor(PLACES),
     )
-    plain, there = _caches(heads, dtype), _caches(heads, dtype, device)
-    plain_q = rotary_store_ref(qkv, cos, sin, *plain, places, norm, vectors)
+    plain, there = (_cache(heads, FP8 if fp8 else dtype, at) for at in ("cpu", device))
+    plain_q = rotary_store_ref(qkv, cos, sin, plain, places, norm, vectors)
     q = rotary_store_triton(
         *(tensor.to(device, copy=True) for tensor in (qkv, cos, sin)),
-        *there,
+        there,
         places.to(device),
         norm and HeadNorm(norm.weight.to(device), EPS),
         on(device, vectors),
     )
-    truth_q, truth_k, truth_v = _truth(qkv, cos, sin, heads, norm, vectors)
-    truth = _caches(heads, torch.float64)
-    rows = truth.view(2, -1, heads.num_kv_heads, heads.head_dim)
-    rows[0, PLACES], rows[1, PLACES] = truth_k, truth_v
+    truth_q, *truth_kv = _truth(qkv, cos, sin, heads, norm, vectors)
     assert_as_exact(q, plain_q, truth_q)
-    for part in range(2):
-        assert_as_exact(there[part], plain[part], truth[part])
-    if vectors is None:
-        assert torch.equal(there[1].cpu(), plain[1])  # values are copied
+    for kernel, same_dtype, written in zip(
+        *(_contents(c, torch.float32) for c in (there, plain)), truth_kv, strict=True
+    ):
+        truth = torch.full(kernel.shape, -3.0, dtype=torch.float64)
+        truth[PLACES] = written
+        assert_as_exact(kernel, same_dtype, truth)
+    if vectors is None:  # values are copied
+        assert torch.equal(_contents(there, dtype)[1].cpu(), _contents(plain, dtype)[1])
+
+
+def test_zeros_and_a_lone_outlier_keep_fp8_finite_and_the_outlier_as_it_is(device: str) -> None:
+    from lora_kernels.triton_rotary import rotary_store_triton
+
+    heads = Heads(2, 1, 16)
+    qkv = torch.zeros(len(PLACES), heads.width)
+    qkv[1, -16:] = 1e-3
+    qkv[1, -1] = 5e4
+    cos, sin = _tables(16, torch.float32)
+    cache = _cache(heads, FP8, device)
+    rotary_store_triton(*(x.to(device) for x in (qkv, cos, sin)), cache, torch.tensor(PLACES, device=device))
+    values = _contents(cache, torch.float32)[1].cpu()[PLACES, 0]
+    assert not values[[0, 2, 3, 4]].any()
+    assert values[1].tolist() == [0.0] * 15 + [pytest.approx(5e4, rel=2**-8)]

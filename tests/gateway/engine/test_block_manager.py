@@ -56,6 +56,38 @@ def test_the_last_token_is_always_computed(table: TokenTable) -> None:
     assert compute(blocks, sequence(table, list(range(8)))) == 4
 
 
+@pytest.mark.parametrize(("length", "shared", "is_copied"), [(8, 1, True), (9, 2, False), (10, 2, True), (1, 0, False)])
+@pytest.mark.parametrize("caching", [True, False])
+def test_a_fork_leaves_the_last_token_and_the_block_it_is_written_into(
+    table: TokenTable, caching: bool, length: int, shared: int, is_copied: bool
+) -> None:
+    blocks = BlockManager(16, 4, enable_prefix_caching=caching)
+    parent, child = (sequence(table, list(range(length))) for _ in range(2))
+    compute(blocks, parent)
+    assert blocks.fork(parent, child) == (parent.block_table[shared] if is_copied else None)
+    assert child.num_computed == length - 1
+    assert blocks.grow(child, length)
+    assert child.block_table[:shared] == parent.block_table[:shared]
+    assert set(child.block_table[shared:]).isdisjoint(parent.block_table)
+    blocks.release(parent)
+    blocks.check_integrity()
+    assert blocks.num_free == 16 - len(child.block_table)
+    blocks.release(child)
+    assert blocks.num_free == 16
+
+
+def test_a_fork_offers_only_what_its_parent_has_not(table: TokenTable) -> None:
+    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    parent, child, third = (sequence(table, list(range(10))) for _ in range(3))
+    blocks.adopt_prefix(parent)
+    blocks.grow(parent, 10)  # computed, and not yet told
+    blocks.fork(parent, child)
+    blocks.grow(child, 10)
+    blocks.release(parent)
+    blocks.seal(child, 10)
+    assert compute(blocks, third) == 8
+
+
 def test_versions_and_tenants_never_share_pages(table: TokenTable) -> None:
     """Invariant 1: the chain is seeded with base, adapter content and tenant."""
     roots = [

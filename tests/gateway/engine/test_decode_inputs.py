@@ -53,6 +53,7 @@ class Mirror:
             self.inputs.fill(output.scheduled, pending)
             self.compare(self.inputs.batch(SIZE, 2 * SIZE if adapted else 0), wanted)
             self.seen.update(steps=1, adapted=adapted, pending=pending is not None)
+            self.seen["drafted"] += len(output.drafted)
             self.seen["joined"] += pending is not None and not pending.is_pending.all()
         return wanted
 
@@ -72,8 +73,10 @@ class Mirror:
             assert torch.equal(mine.token_order[: len(anew.token_order)], anew.token_order)
 
 
-def add(engine: LLMEngine, world: TinyWorld, name: str, length: int, adapter: str | None, max_tokens: int) -> None:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def add(
+    engine: LLMEngine, world: TinyWorld, name: str, length: int, adapter: str | None, max_tokens: int, **others: Any
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **others)
     ref = world.refs[adapter] if adapter is not None else None
     request = GenerateRequest(name, params, prompt=PROMPT[:length], adapter=ref)
     engine.add(request, engine.encode(request))
@@ -112,6 +115,22 @@ def test_what_was_sent_before_and_what_changed_make_the_whole(
     assert (mirror.seen["joined"] > 0) == engine._overlap
     assert (engine.stats().num_preemptions > 0) == (kv_cache_tokens == 80)
     assert engine.stats().adapter_evictions > 0
+
+
+def test_each_draft_is_a_row_of_its_own(world: TinyWorld, mirrored: Callable[..., Mirror]) -> None:
+    mirror = mirrored(max_speculative_tokens=SIZE - 1)
+    engine = mirror.engine
+    for ref in world.refs.values():
+        engine.host_cache.get(ref.digest).result()
+    taking_turns: dict[str, Any] = {"logit_bias": {60: 90.0, 61: 90.0, 62: 90.0}, "frequency_penalty": 2.0}
+    for i, (name, guessed) in enumerate([(None, 3), ("a4", 0), (None, 0), ("b20", 2), ("a4", 7)]):
+        add(engine, world, str(i), 5 + i, name, 30 + i, num_speculative_tokens=guessed, **taking_turns)
+    while engine.has_work:
+        engine.step()
+    assert mirror.seen["adapted"] > 10
+    assert mirror.seen["drafted"] > 15
+    stats = engine.stats()
+    assert 5 < stats.num_accepted < stats.num_drafts - 5
 
 
 def test_the_routing_is_built_when_rows_or_slots_change_and_only_then(

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter, write_base
+from benchmarks.kv_cache import fp8_error
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.host_tier import HostTier
@@ -25,17 +27,23 @@ from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
 from gateway.layers import norm as norm_layer
+from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 NUM_ADAPTERS = 16
+# Three tokens, each penalized more with every time that it comes: many guesses come true, and many do not.
+TAKING_TURNS: dict[str, Any] = {"logit_bias": {60: 90.0, 61: 90.0, 62: 90.0}, "frequency_penalty": 2.0}
 
 
-def generate(engine: LLMEngine, refs: list[AdapterRef], count: int) -> dict[str, list[TokenLogprob]]:
-    """Greedy tokens of 16 adapters and a base row in one batch, each with the 20 likeliest."""
-    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=20)
+def generate(
+    engine: LLMEngine, refs: list[AdapterRef], count: int, guessed: int = 0, **sampling: Any
+) -> dict[str, list[TokenLogprob]]:
+    """Greedy tokens of adapters and a base row in one batch, each with the 20 likeliest; every other row guesses."""
+    params = SamplingParams(**{"temperature": 0, "max_tokens": count, "ignore_eos": True, "logprobs": 20} | sampling)
     for i, ref in enumerate([*refs, None]):
+        params = replace(params, num_speculative_tokens=guessed if i % 2 == 0 else 0)
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
     tokens = drain(engine)
@@ -119,11 +127,49 @@ def test_the_embedded_base_gives_the_cpu_path_s_tokens(
     assert ids(got) == ids(wanted)
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("sampling", [TAKING_TURNS, TAKING_TURNS | {"temperature": 0.7, "seed": 5}])
+def test_guessing_ahead_gives_the_cpu_path_s_tokens(
+    tmp_path: Path, overlap_steps: bool, enforce_eager: bool, sampling: dict[str, Any]
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(6)]
+    wanted = generate(on_cpu, refs, 48, **sampling)
+    settings = {"dtype": "float32", "overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    engine = engine_with(blobs, "embedded", device="cuda", **settings)
+    assert ids(generate(engine, refs, 48, guessed=4, **sampling)) == ids(wanted)
+    assert 20 < engine.stats().num_accepted < engine.stats().num_drafts
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, enforce_eager: bool) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu = engine_with(blobs, "embedded", device="cpu", kv_cache_dtype="fp8")
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    settings = {"dtype": "float32", "kv_cache_dtype": "fp8", "enforce_eager": enforce_eager}
+    got = generate(engine_with(blobs, "embedded", device="cuda", **settings), refs, 48)
+    # Sums in another order turn some number of fp8 into its neighbour: not the same bits, and near-ties may break.
+    worst, positions = drift(got, wanted)
+    print(f"fp8: log-probabilities within {worst:.4f} over {positions} positions")
+    assert worst < 0.1
+    assert positions > 48 * len(wanted) / 2
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, pytest.param({"tensor_parallel_size": 2}, marks=two_gpus)], ids=["one", "two"]
+    ("settings", "guessed"),
+    [
+        ({}, 0),
+        ({"kv_cache_dtype": "fp8"}, 0),
+        ({}, 3),
+        pytest.param({"tensor_parallel_size": 2}, 0, marks=two_gpus),
+        pytest.param({"tensor_parallel_size": 2, "kv_cache_dtype": "fp8"}, 3, marks=two_gpus),
+    ],
 )
 def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
-    tmp_path: Path, settings: dict[str, Any]
+    tmp_path: Path, settings: dict[str, Any], guessed: int
 ) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     engine = engine_with(blobs, "embedded", device="cuda", **settings)
@@ -134,13 +180,14 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
         {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
         {"repetition_penalty": 1.2, "presence_penalty": 0.5, "min_tokens": 90, "logit_bias": {7: 1.0}},
     ]
+    guesses = TAKING_TURNS | {"num_speculative_tokens": guessed} if guessed else {}
     for i in range(16):
         # Rows end one by one, so that batches change on the way.
-        params = SamplingParams(**kinds[i % 4], max_tokens=100 + i, ignore_eos=True)
+        params = SamplingParams(**kinds[i % 4] | guesses, max_tokens=100 + i, ignore_eos=True)
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i // 4]), prompt)
-    while engine.step().num_tokens != 16:
-        pass
+    while engine.scheduler.waiting or any(sequence.num_uncomputed > 1 for sequence in engine.scheduler.running):
+        engine.step()
     engine.step()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -148,6 +195,7 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
             engine.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert (engine.stats().num_accepted > 100) == bool(guessed)
     engine.check_integrity()
     engine.close()
 
@@ -195,6 +243,41 @@ def test_adapters_in_8_bits_give_the_cpu_path_s_tokens(
     # Fewer slots than adapters: they take turns, and come in while others run.
     on_gpu = engine_with(blobs, "embedded", device="cuda", adapter_dtype="int8", num_adapter_slots=6, **settings)
     assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
+
+
+def siblings(engine: LLMEngine, length: int, *, may_wait: bool = True) -> list[list[int]]:
+    """Greedy tokens of four sequences of one prompt. may_wait: whether the host may, once the prompt is computed."""
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, n=4)
+    prompt = list(range(30, 30 + length))
+    engine.add(GenerateRequest(str(length), params, prompt=prompt), prompt)
+    tokens: list[list[int]] = [[] for _ in range(4)]
+    try:
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                tokens[delta.index] += delta.token_ids
+            if not may_wait:
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_siblings_share_the_prompt_and_copy_its_last_block(
+    tmp_path: Path, enforce_eager: bool, enable_prefix_caching: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    on_cpu, engine = (
+        engine_with(blobs, "embedded", dtype="float32", enable_prefix_caching=enable_prefix_caching, **settings)
+        for settings in ({"device": "cpu"}, {"device": "cuda", "enforce_eager": enforce_eager})
+    )
+    siblings(engine, 40)
+    for length in (53, 64, 65):  # within a block of 16, at its end and behind it
+        assert siblings(engine, length, may_wait=enforce_eager) == siblings(on_cpu, length)
+    engine.close()
+    on_cpu.close()
 
 
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +379,19 @@ def test_two_gpus_swap_adapters_and_blocks_and_give_one_gpu_s_tokens(
 
 
 @two_gpus
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_guess_ahead_as_one_does(tmp_path: Path, enforce_eager: bool) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings = {"device": "cuda", "quantization": "none", "dtype": "float32", "enforce_eager": enforce_eager}
+    one = engine_with(blobs, "embedded", **settings)
+    refs = [write_adapter(blobs, tmp_path, one.model.spec, 8, i) for i in range(6)]
+    wanted = generate(one, refs, 48, **TAKING_TURNS)
+    two = engine_with(blobs, "embedded", tensor_parallel_size=2, **settings)
+    assert ids(generate(two, refs, 48, guessed=4, **TAKING_TURNS)) == ids(wanted)
+    assert 20 < two.stats().num_accepted < two.stats().num_drafts
+
+
+@two_gpus
 def test_two_gpus_take_adapters_in_8_bits_as_two_cpu_ranks_do(tmp_path: Path) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     settings = {"quantization": "none", "dtype": "float32", "adapter_dtype": "int8", "tensor_parallel_size": 2}
@@ -328,7 +424,8 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
     ample, tight = engine_of(16_384, 0), engine_of(2560, 1 << 30)
     # Its buffers hold 8 blocks of 512 KiB, so that steps move theirs in parts.
     num_host_blocks = tight.blocks.host.num_blocks
-    tier = tight.runner.host_tier = HostTier(tight.runner.cache.layers, num_host_blocks, staging_bytes=8 << 19)
+    layers = [layer.tensors for layer in tight.runner.cache.layers]
+    tier = tight.runner.host_tier = HostTier(layers, num_host_blocks, staging_bytes=8 << 19)
     move = tier.move
 
     def move_without_waiting(saves: Seq[BlockCopy], loads: Seq[BlockCopy]) -> None:
@@ -375,3 +472,34 @@ def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
     assert engine.stats().kv_host_saved > saved
     engine.check_integrity()
     engine.close()
+
+
+def test_an_8b_shaped_base_over_fp8_pages_is_as_exact_as_the_reference_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    base = str(write_base(tmp_path / "base", layers=4))
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
+    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    settings = {"device": "cuda", "kv_cache_dtype": "fp8"}
+    bf16 = generate(engine_with(blobs, base, dtype="bfloat16", **settings), refs, 32)
+    use_references(monkeypatch)
+    truth, plain = (
+        generate(engine_with(blobs, base, dtype=dtype, enforce_eager=True, **settings), refs, 32)
+        for dtype in ("float32", "bfloat16")
+    )
+    ours, allowed = drift(bf16, truth), drift(plain, truth)
+    print(f"fp8 pages, bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
+    assert ours[0] <= 2 * allowed[0]
+    assert ours[1] >= allowed[1] / 2
+
+
+def test_fp8_pages_of_an_8b_shaped_base_stay_near_bf16(tmp_path: Path) -> None:
+    """The row of docs/engine.md: run it with -s."""
+    torch.manual_seed(0)
+    model = load_model(EngineConfig(base=str(write_base(tmp_path / "base", layers=32)), device="cuda"))
+    ids = torch.randint(10, 100_000, (8, 2048)).tolist()
+    error = fp8_error(model, [(row[:1], row[1:]) for row in ids])
+    print(f"8B shape, random weights, 8 x 2,048 random tokens: {error}")
+    assert error.attention < 0.05

@@ -91,13 +91,14 @@ class Witness:
 
     def _content(self, block: int) -> bytes:
         layers = self._engine.runner.cache.layers
-        return b"".join(tensor[block].numpy().tobytes() for layer in layers for tensor in layer)
+        return b"".join(tensor[block].numpy().tobytes() for layer in layers for tensor in layer.tensors)
 
 
 def tight(build_engine: MakeEngine, num_host_blocks: int, **chosen: Any) -> LLMEngine:
     """An engine of 24 blocks and a second tier, of which a step moves two blocks at a time."""
     engine = build_engine(**({"kv_cache_tokens": 96, "kv_host_bytes": num_host_blocks * BLOCK_BYTES} | chosen))
-    engine.runner.host_tier = HostTier(engine.runner.cache.layers, num_host_blocks, staging_bytes=2 * BLOCK_BYTES)
+    layers = [layer.tensors for layer in engine.runner.cache.layers]
+    engine.runner.host_tier = HostTier(layers, num_host_blocks, staging_bytes=2 * BLOCK_BYTES)
     return engine
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from adapters_store.slots import num_pages_for
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest, TokenDelta
@@ -40,6 +41,7 @@ SETTINGS = {
     "kv_cache_tokens": [96, 160, 2048],
     "num_adapter_slots": [1, 2, 4],
     "enable_prefix_caching": [True, False],
+    "max_adapter_pages_per_step": [None, 1, 2],
 }
 
 
@@ -55,6 +57,8 @@ class Call:
     max_tokens: int
     comes: int
     goes: int | None = None
+    priority: int = 0
+    tenant: str = ""
 
     def request(self, world: TinyWorld, name: str) -> GenerateRequest:
         sampling = SAMPLINGS[self.sampling]
@@ -62,7 +66,8 @@ class Call:
         params = SamplingParams(**sampling, n=self.n, max_tokens=self.max_tokens)
         ref = world.refs[self.adapter] if self.adapter is not None else None
         prompt = PROMPT[self.start : self.start + self.length]
-        return GenerateRequest(name, params, prompt=prompt, adapter=ref, cache_salt="t")
+        who = {"cache_salt": "t", "priority": self.priority, "tenant": self.tenant}
+        return GenerateRequest(name, params, prompt=prompt, adapter=ref, **who)
 
 
 @dataclass
@@ -106,10 +111,23 @@ def serve(engine: LLMEngine, world: TinyWorld, calls: list[Call]) -> Run:
         output = engine.step()
         run.take(output)
         engine.blocks.check_integrity()
+        check_batch(engine)
         if output.num_tokens == 0:
             time.sleep(0.001)  # an adapter loads on another thread
     engine.check_integrity()
     return run
+
+
+def check_batch(engine: LLMEngine) -> None:
+    """What is true of the running sequences after every step."""
+    running, limit = engine.scheduler.running, engine.scheduler.max_adapter_pages
+    assert running == sorted(running, key=lambda s: s.priority)
+    pages = {s.adapter.digest: num_pages_for(s.adapter.rank) for s in running if s.adapter is not None}
+    assert limit is None or len(pages) <= 1 or sum(pages.values()) <= limit
+    for digest in pages:
+        assert engine.residency.num_pins(digest) >= sum(
+            s.adapter is not None and s.adapter.digest == digest for s in running
+        )
 
 
 CALLS = st.lists(
@@ -123,6 +141,8 @@ CALLS = st.lists(
         max_tokens=st.integers(1, 14),
         comes=st.integers(0, 10),
         goes=st.none() | st.integers(0, 12),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
+        tenant=st.sampled_from(["x", "x", "y"]),
     ),
     min_size=1,
     max_size=7,

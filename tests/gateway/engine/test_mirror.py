@@ -17,6 +17,7 @@ from gateway.engine.mirror import Announcer, Mirror, StepNews
 from gateway.engine.pending import PendingTokens
 from gateway.engine.scheduler import SchedulerOutput
 from gateway.engine.sequence import Sequence
+from tests.gateway.engine import test_speculation
 from tests.gateway.engine.conftest import TinyWorld
 from tests.gateway.engine.test_in_flight import CALLS, Call, serve
 
@@ -55,7 +56,7 @@ class OtherRank:
         self.slots.check_integrity()
 
     def _compare(self, got: SchedulerOutput, wanted: SchedulerOutput) -> None:
-        assert (got.saves, got.loads) == (wanted.saves, wanted.loads)
+        assert (got.saves, got.loads, got.copies) == (wanted.saves, wanted.loads, wanted.copies)
         assert (got.number, got.num_tokens, got.is_decode) == (wanted.number, wanted.num_tokens, wanted.is_decode)
         mirrored = [chunk.sequence for chunk in got.scheduled]
         originals = [chunk.sequence for chunk in wanted.scheduled]
@@ -63,6 +64,7 @@ class OtherRank:
         for mine, theirs in zip(got.scheduled, wanted.scheduled, strict=True):
             self._compare_sequences(mine.sequence, theirs.sequence)
             assert mine[1:] == theirs[1:]
+            assert mine.sequence.known_tokens(*mine[1:]) == theirs.sequence.known_tokens(*theirs[1:])
 
     def _compare_sequences(self, mine: Sequence, theirs: Sequence) -> None:
         assert (mine.token_ids, mine.block_table, mine.slot) == (theirs.token_ids, theirs.block_table, theirs.slot)
@@ -89,6 +91,20 @@ def test_a_mirrored_step_is_the_step(
     engine = build_engine(**settings, max_num_batched_tokens=16, kv_host_bytes=1 << 20)
     OtherRank(engine)
     serve(engine, world, calls)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_guesses_are_told_in_the_step_that_verifies_them(
+    world: TinyWorld, build_engine: MakeEngine, overlap: bool
+) -> None:
+    engine = build_engine(overlap_steps=overlap)
+    other = OtherRank(engine)
+    calls = [test_speculation.Call(adapter="a4", sampling=i, guessed=3 * (i % 2), n=2, comes=i) for i in range(4)]
+    test_speculation.run(engine, world, *calls)
+    told = sum(len(drafts) for news in other.news for drafts in news.drafts.values())
+    assert engine.stats().num_drafts == told > 0
+    assert any(not news.drafts for news in other.news)
+    assert any(news.copies for news in other.news)  # the second of each request takes over the first one's prompt
 
 
 @pytest.mark.parametrize("overlap", [False, True])

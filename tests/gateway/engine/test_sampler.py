@@ -253,6 +253,24 @@ def test_penalties_follow_the_growing_sequence() -> None:
     assert len(set(one.token_ids[2:])) > 30
 
 
+@pytest.mark.parametrize("outputs", [[], [4, 9, 4]])
+def test_a_row_ahead_is_sampled_as_if_its_drafts_were_tokens(outputs: list[int]) -> None:
+    params = SamplingParams(
+        seed=3, repetition_penalty=1.3, frequency_penalty=0.7, min_tokens=5, stop_token_ids=(7,), logprobs=2
+    )
+    one = row(params, outputs=outputs)
+    sampler = Sampler()
+    for drafts in ([7, 30, 7], [8], [9, 9, 9, 9]):
+        one.drafts[:] = drafts
+        logits = random_logits(len(drafts) + 1, 64, seed=len(one.token_ids)) / 9
+        got = sampler(logits.clone(), [one, *(one.ahead(i + 1) for i in range(len(drafts)))]).result()
+        alone = [sample(logits[i : i + 1].clone(), [row(params, outputs=one.token_ids[2:] + drafts[:i])])
+                 for i in range(len(drafts) + 1)]  # fmt: skip
+        assert got.token_ids == [other.token_ids[0] for other in alone]
+        assert got.logprobs == [other.logprobs[0] for other in alone]
+        one.token_ids.append(drafts[0] + 1)
+
+
 def test_edits_come_before_the_temperature_and_filters_after() -> None:
     # The bias lifts token 5 to the top, so that top-k 1 keeps it at any temperature.
     params = SamplingParams(temperature=1.9, top_k=1, logit_bias={5: 100.0})

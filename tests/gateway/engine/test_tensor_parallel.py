@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,33 @@ def test_two_ranks_give_one_rank_s_tokens(world: TinyWorld, build_engine: MakeEn
     assert two.stats().prefix_hits > 0
     assert two.stats().kv_host_loaded > 0
     assert two.stats().adapter_evictions > 0
+
+
+def test_two_ranks_verify_the_same_guesses(world: TinyWorld, build_engine: MakeEngine) -> None:
+    """Three tokens take turns, so that many guesses come true and many do not; siblings share their prompt."""
+    params = SamplingParams(
+        temperature=0, max_tokens=40, ignore_eos=True, n=2, logit_bias={60: 90.0, 61: 90.0, 62: 90.0},
+        frequency_penalty=2.0,
+    )  # fmt: skip
+    tokens = []
+    for size, guessed in ((1, 0), (2, 4)):
+        engine = build_engine(tensor_parallel_size=size)
+        chosen = replace(params, num_speculative_tokens=guessed)
+        deltas = serve(engine, GenerateRequest("r", chosen, prompt=PROMPT, adapter=world.refs["a4"], cache_salt="t"))
+        tokens.append([[t for d in deltas["r"] if d.index == i for t in d.token_ids] for i in range(2)])
+    assert tokens[1] == tokens[0]
+    assert 0 < engine.stats().num_accepted < engine.stats().num_drafts
+
+
+def test_two_ranks_keep_an_fp8_cache(world: TinyWorld, build_engine: MakeEngine) -> None:
+    one, two = (build_engine(tensor_parallel_size=size, kv_cache_dtype="fp8") for size in (1, 2))
+    (wanted,), (got,) = (serve(engine, request("r", PROMPT, None, max_tokens=1))["r"] for engine in (one, two))
+    # Sums in another order turn some number of fp8 into its neighbour.
+    assert top_logprobs(got) == pytest.approx(top_logprobs(wanted), abs=0.05)
+
+
+def top_logprobs(delta: TokenDelta) -> dict[int, float]:
+    return {token_id: logprob for token_id, _, logprob in delta.logprobs[0].top}
 
 
 def rounded(adapter: Path, folder: Path) -> Path:

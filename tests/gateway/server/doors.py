@@ -39,13 +39,14 @@ T = TypeVar("T")
 class LocalRouter:
     """The router's interface over an engine of this process, with the router's own mailboxes.
 
-    finished: what became of each request, as the engine tells it.
+    asked: the requests as they came; finished: what became of each, as the engine tells it.
     """
 
     def __init__(self, config: EngineConfig, blobs: BlobStore) -> None:
         self._loop = asyncio.get_running_loop()
         self._mailboxes: dict[str, Mailbox] = {}
         self.engine = AsyncEngine(config, blobs, self._on_step)
+        self.asked: list[GenerateRequest] = []
         self.finished: list[RequestTimings] = []
         self.num_replicas = 1
 
@@ -54,6 +55,7 @@ class LocalRouter:
         return len(self._mailboxes)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[list[TokenDelta], None]:
+        self.asked.append(request)
         mailbox = self._mailboxes[request.request_id] = Mailbox(request.request_id, request.sampling.n)
         try:
             await self.engine.submit(request)
@@ -149,7 +151,13 @@ class Doors:
                 base=str(self.base), quantization="none", device="cpu", kv_cache_tokens=16384, max_lora_rank=32
             ),
             store=StoreConfig(data_dir=str(self.folder)),
-            limits=LimitsConfig(max_upload_bytes=1 << 20, max_training_file_bytes=1 << 18, max_request_bytes=1 << 16),
+            limits=LimitsConfig(
+                max_upload_bytes=1 << 20,
+                max_training_file_bytes=1 << 18,
+                max_request_bytes=1 << 16,
+                max_priority_boost=2,
+                tenant_weights={"heavy": 3.0},
+            ),
         )
         self.folder.mkdir(parents=True)
         database = Database(config.store.database)

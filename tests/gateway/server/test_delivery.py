@@ -116,7 +116,7 @@ async def until(condition: object) -> None:
 def test_a_delta_crosses_the_wire_whole() -> None:
     sent = TokenDelta(
         "r", 3, "né", [7, 300_000], [TokenLogprob(7, "n", -0.25, ((9, "m", -1.5), (7, "n", -0.25)))], "length",
-        Usage(11, 5, 4),
+        Usage(11, 5, 4, 3, 2),
     )  # fmt: skip
     message = pb.ReplicaMessage.FromString(encode_step([sent]).SerializeToString())
     assert [decode_delta(d) for d in message.step.deltas] == [sent]
@@ -155,11 +155,14 @@ def test_a_defects_own_text_stays_in_the_replica() -> None:
                 temperature=0.1, top_p=0.2, top_k=-1, min_p=0.3, repetition_penalty=1.1, presence_penalty=-1.2,
                 frequency_penalty=1.3, seed=-(1 << 63), n=2, max_tokens=7, min_tokens=3, stop=("a", "b"),
                 stop_token_ids=(1, 2), ignore_eos=True, logprobs=0, logit_bias={5: -1.0}, skip_special_tokens=False,
+                num_speculative_tokens=5,
             ),
             prompt=[1, 300_000],
             adapter=AdapterRef("t/a:1", "ab" * 32, 8),
             tenant="t",
             cache_salt="s",
+            priority=-3,
+            tenant_weight=2.5,
         ),
         GenerateRequest("r", SamplingParams(), messages=[{"role": "user", "content": [{"type": "text"}]}]),
     ],

@@ -77,6 +77,21 @@ def test_generate_equals_http(doors: Doors, tenant: TenantClient, inference: Any
     assert same.choices[0].token_ids == answer.choices[0].token_ids
 
 
+def test_guessing_ahead_is_asked_for_and_accounted(doors: Doors, tenant: TenantClient, inference: Any) -> None:
+    sampling = pb.SamplingParams(max_tokens=12, logit_bias={70: 100}, num_speculative_tokens=4)
+    request = pb.GenerateRequest(model=doors.model, text="the", sampling=sampling)
+    answer = inference.Generate(request, metadata=bearer(tenant.key))
+    assert answer.choices[0].token_ids == [70] * 12
+    assert answer.usage.accepted_prediction_tokens > 0
+
+
+def test_a_priority_reaches_the_engine(doors: Doors, tenant: TenantClient, inference: Any) -> None:
+    message, key = pb.Message(role="user", content="the"), bearer(tenant.key)
+    inference.Generate(pb.GenerateRequest(model=doors.model, text="the", sampling=GREEDY, priority=-2), metadata=key)
+    inference.Chat(pb.ChatRequest(model=doors.model, messages=[message], sampling=GREEDY, priority=5), metadata=key)
+    assert [request.priority for request in doors.router.asked[-2:]] == [-2, 5]
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_streams_add_up_to_the_whole(doors: Doors, tenant: TenantClient, inference: Any, n: int) -> None:
     sampling = pb.SamplingParams(seed=3, max_tokens=6, n=n, logprobs=1, ignore_eos=True)
@@ -191,7 +206,9 @@ def test_a_client_that_leaves_an_upload_leaves_nothing(doors: Doors, tenant: Ten
         (pb.GenerateRequest(model="base", text="x", sampling=pb.SamplingParams(temperature=9)), "temperature"),
         (pb.GenerateRequest(model="base", text="x", sampling=pb.SamplingParams(n=17)), "n"),
         (pb.GenerateRequest(model="base", text="x", sampling=pb.SamplingParams(logit_bias={1: 1000})), "logit_bias"),
+        (pb.GenerateRequest(model="base", text="x", priority=-3), "priority"),
         (pb.ChatRequest(model="base"), "messages"),
+        (pb.ChatRequest(model="base", messages=[pb.Message(role="user", content="x")], priority=-3), "priority"),
         (pb.ChatRequest(model="base", messages=[pb.Message(role="robot", content="x")]), "messages[0].role"),
     ],
 )

@@ -165,6 +165,22 @@ def test_sampling_fields_reach_the_engine(doors: Doors, tenant: TenantClient) ->
     assert (by_text.choices[0].text, by_text.choices[0].finish_reason) == ("", "stop")
 
 
+def test_guessing_ahead_is_asked_for_and_accounted(doors: Doors, tenant: TenantClient) -> None:
+    settings: dict[str, Any] = {"model": doors.model, "prompt": "the", "logit_bias": {"70": 100}, "max_tokens": 12}
+    plain = tenant.openai.completions.create(**settings)
+    guessed = tenant.openai.completions.create(**settings, extra_body={"num_speculative_tokens": 4})
+    assert guessed.choices[0].text == plain.choices[0].text
+    for answer, accepted in ((plain, False), (guessed, True)):
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 12
+        details = answer.usage.completion_tokens_details
+        assert details is not None
+        assert bool(details.accepted_prediction_tokens) == accepted
+    with pytest.raises(openai.BadRequestError, match="at most 8 here, not 9") as refused:
+        tenant.openai.completions.create(**settings, extra_body={"num_speculative_tokens": 9})
+    assert refused.value.param == "num_speculative_tokens"
+
+
 def test_max_tokens_has_a_default(doors: Doors, tenant: TenantClient) -> None:
     answer = tenant.openai.completions.create(
         model=doors.model, prompt="the", temperature=0, extra_body={"ignore_eos": True}
@@ -208,6 +224,32 @@ def test_models_are_the_base_and_the_tenants_own(
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"), [({}, 0), ({"priority": None}, 0), ({"priority": 7}, 7), ({"priority": -2}, -2)]
+)
+def test_a_tenants_priority_reaches_the_engine(
+    doors: Doors, tenant: TenantClient, given: dict[str, Any], meant: int
+) -> None:
+    for route, body in (("completions", {"prompt": "the"}), ("chat/completions", {"messages": MESSAGES})):
+        asked = {"model": doors.model, "max_tokens": 1} | body | given
+        assert tenant.http.post(f"/v1/{route}", json=asked).status_code == 200
+        assert (doors.router.asked[-1].priority, doors.router.asked[-1].tenant) == (meant, tenant.id)
+
+
+def test_a_tenants_weight_reaches_the_engine(doors: Doors, tenant: TenantClient) -> None:
+    for key, weight in ((tenant.key, 1.0), (doors.new_tenant("heavy"), 3.0)):
+        body = {"model": doors.model, "prompt": "the", "max_tokens": 1}
+        headers = {"authorization": f"Bearer {key}"}
+        httpx.post(f"{doors.url}/v1/completions", json=body, headers=headers).raise_for_status()
+        assert doors.router.asked[-1].tenant_weight == weight
+
+
+def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> None:
+    body = {"model": doors.model, "prompt": "the", "max_tokens": 1, "priority": -1000}
+    assert admin.post("/v1/completions", json=body).status_code == 200
+    assert doors.router.asked[-1].priority == -1000
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"temperature": 3}, "temperature"),
@@ -236,6 +278,8 @@ def test_models_are_the_base_and_the_tenants_own(
         ({"model": None}, "model"),
         ({"stream_options": {"include_use": True}}, "stream_options.include_use"),
         ({"max_tokens": 9000}, "max_tokens"),
+        ({"priority": -3}, "priority"),
+        ({"priority": 1 << 31}, "priority"),
     ],
 )
 def test_bad_chat_fields_are_refused_by_name(
