@@ -97,6 +97,7 @@ def _batch(model: LoadedModel, ids: Tensor) -> ForwardBatch:
         last_rows=None,
         adapters=AdapterSlots(layout, 1, 1, decoder.dtype, decoder.device),
         segments=None,
+        invariant=False,
     )
 
 

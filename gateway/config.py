@@ -49,6 +49,8 @@ class EngineConfig:
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
     max_speculative_tokens: the most tokens that a request may ask to be guessed ahead in a step; 0 refuses it.
+    batch_invariant: a token's logits depend on nothing but its sequence, bit for bit: not on what else runs, nor on how
+        its prompt was cut, preempted or found in the cache. Slower; on the CPU much slower.
     """
 
     base: str = "embedded"
@@ -78,6 +80,7 @@ class EngineConfig:
     enforce_eager: bool = False
     overlap_steps: bool | None = None
     max_speculative_tokens: int = 8
+    batch_invariant: bool = False
 
     @property
     def max_rows(self) -> int:

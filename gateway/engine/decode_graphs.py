@@ -37,11 +37,13 @@ class DecodeGraphs:
         max_rows: int,
         max_len: int,
         max_rank: int,
+        invariant: bool,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
         self._sizes = _sizes(max_rows)
         self._max_pages = num_pages_for(max_rank)
+        self._invariant = invariant
         self._inputs = DecodeInputs(
             cache,
             slots,
@@ -51,6 +53,7 @@ class DecodeGraphs:
             max_blocks=-(-max_len // cache.block_size),
             max_pages=self._max_pages,
             max_pending=max_rows,
+            invariant=invariant,
         )
         # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 1.3 GB together.
         self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=torch.float32, device=decoder.device)
@@ -90,7 +93,8 @@ class DecodeGraphs:
 
     def _page_limits(self, size: int) -> list[int]:
         """How many pages of adapters each of a size's graphs takes, ascending."""
-        return [0, *page_limits(size, size * self._max_pages)]
+        most = size * self._max_pages
+        return [0, most] if self._invariant else [0, *page_limits(size, most)]
 
     def _forward(self, size: int, most_pages: int) -> None:
         batch = self._inputs.batch(size, most_pages)

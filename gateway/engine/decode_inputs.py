@@ -37,12 +37,14 @@ class DecodeInputs:
         max_blocks: int,
         max_pages: int,
         max_pending: int,
+        invariant: bool = False,
     ) -> None:
         self._cache = cache
         self._slots = slots
         self._rotary = rotary
         self._size = size
         self._max_pages = max_pages
+        self._invariant = invariant
         # Context length, token id (below zero: pending), position and cache slot of each row.
         self._numbers = np.zeros((4, size), np.int32)
         self._numbers_there = torch.zeros((4, size), dtype=torch.int32, device=device)
@@ -88,7 +90,7 @@ class DecodeInputs:
         routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used)
         if routed == self._routed:
             return self._num_pages
-        routing = Routing.of(token_slots, size, self._slots.slot_pages)
+        routing = Routing.of(token_slots, size, self._slots.slot_pages, self._invariant)
         if routing.max_pages > self._max_pages:
             return None
         packed = routing.packed(order_capacity(self._size))
@@ -116,9 +118,10 @@ class DecodeInputs:
             sin=sin,
             last_rows=None,
             adapters=self._slots,
-            segments=LoRASegments.fixed(self._routing, size, self._size, self._max_pages, most_pages)
+            segments=LoRASegments.fixed(self._routing, size, self._size, self._max_pages, most_pages, self._invariant)
             if most_pages
             else None,
+            invariant=self._invariant,
         )
 
     def _send_blocks(self, tables: list[list[int]]) -> None:

@@ -29,7 +29,6 @@ class KVCache:
         self.block_size = block_size
         # The last block belongs to no sequence: rows that only pad a batch write there.
         self.scratch_slot = num_blocks * block_size
-        # Zeros, not garbage: a page's unwritten tail is read by vectorised attention before it is masked.
         self.layers: tuple[LayerCache, ...] = tuple(
             LayerCache.zeros(
                 num_blocks + 1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device=device
@@ -48,9 +47,14 @@ class KVCache:
 
 
 def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of keys and values. Raises `ConfigInvalid` where the card has no fp8."""
+    """The dtype of keys and values. Raises `ConfigInvalid` where the card, or what else is asked for, has no fp8."""
     if config.kv_cache_dtype == "auto":
         return compute
+    if config.batch_invariant:
+        raise ConfigInvalid(
+            'engine.batch_invariant has no attention over fp8 pages; set engine.kv_cache_dtype to "auto".',
+            param="engine.kv_cache_dtype",
+        )
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _FP8_CAPABILITY:
         raise ConfigInvalid(
             f"{torch.cuda.get_device_name(device)} has no fp8 (Ada, Hopper and later cards have it); "

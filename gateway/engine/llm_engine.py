@@ -89,7 +89,7 @@ class LLMEngine:
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )
-        self.sampler = Sampler(decoder.config.eos_token_ids)
+        self.sampler = Sampler(decoder.config.eos_token_ids, invariant=config.batch_invariant)
         self._table = TokenTable(self.model.tokenizer.backend_tokenizer)
         self._slots = slots
         self._config = config

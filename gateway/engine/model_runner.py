@@ -36,8 +36,11 @@ class ModelRunner:
         slots: AdapterSlots,
         max_model_len: int,
         host_tier: HostTier | None = None,
+        *,
+        invariant: bool = False,
     ) -> None:
         self.decoder = decoder
+        self.invariant = invariant
         self.cache = cache
         self.host_tier = host_tier
         self.slots = slots
@@ -70,7 +73,7 @@ class ModelRunner:
             resolve_adapter_dtype(config, dtype),
             device,
         )
-        runner = cls(decoder, cache, slots, max_model_len, host_tier)
+        runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture_graphs(config.max_rows, config.max_lora_rank)
         return runner
@@ -85,6 +88,7 @@ class ModelRunner:
             max_rows=max_rows,
             max_len=self.max_model_len,
             max_rank=max_rank,
+            invariant=self.invariant,
         )
         self._graphs.capture()
 
@@ -106,7 +110,22 @@ class ModelRunner:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
                 return logits
+        if self.invariant and self.decoder.device.type == "cpu":
+            return self._execute_by_token(output, pending)
         return self.decoder(self._batch(output, pending), self.cache.layers).float()
+
+    def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
+        """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""
+        logits = [torch.empty((0, self.decoder.config.vocab_size))]
+        sampled = set(output.sampled)
+        for row, (sequence, start, num_tokens) in enumerate(output.scheduled):
+            own = None if pending is None else PendingTokens(pending.token_ids, pending.sources[row : row + 1])
+            for position in range(start, start + num_tokens):
+                step = SchedulerOutput(output.number, [Chunk(sequence, position, 1)])
+                if sequence in sampled and position == start + num_tokens - 1:
+                    step.sampled.append(sequence)
+                logits.append(self.decoder(self._batch(step, own), self.cache.layers).float())
+        return torch.cat(logits)
 
     def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:
         chunks = output.scheduled
@@ -132,6 +151,7 @@ class ModelRunner:
             last_rows=send(_last_rows(output, query_lens), device),
             adapters=self.slots,
             segments=self._segments(chunks, query_lens),
+            invariant=self.invariant,
         )
 
     def _input_ids(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor:
@@ -159,7 +179,7 @@ class ModelRunner:
         if (slots < 0).all():
             return None
         pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
-        return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device)
+        return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device, self.invariant)
 
 
 def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:

@@ -132,11 +132,13 @@ class Sampled:
 class Sampler:
     """Samples one token a row. What depends only on the batch's make-up is kept until that changes.
 
-    eos_token_ids: what `min_tokens` forbids, beside each request's stop ids.
+    eos_token_ids: what `min_tokens` forbids, beside each request's stop ids. invariant: log-probabilities are to
+    depend on no other row, bit for bit.
     """
 
-    def __init__(self, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, eos_token_ids: Iterable[int] = (), *, invariant: bool = False) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
+        self._invariant = invariant
         self._plan: _Plan | None = None
 
     def __call__(self, logits: Tensor, rows: list[SamplingRow], pending: PendingTokens | None = None) -> Sampled:
@@ -147,7 +149,7 @@ class Sampler:
         assert logits.dtype == torch.float32
         assert logits.shape[0] == len(rows)
         if self._plan is None or self._plan.rows != rows:
-            self._plan = _Plan(rows, logits.shape[1], logits.device, self._eos_token_ids)
+            self._plan = _Plan(rows, logits.shape[1], logits.device, self._eos_token_ids, self._invariant)
         return self._plan.run(logits, pending)
 
 
@@ -155,7 +157,12 @@ class _Plan:
     """Which rows of one batch need what, as index and parameter tensors."""
 
     def __init__(
-        self, rows: list[SamplingRow], vocab_size: int, device: torch.device, eos_token_ids: tuple[int, ...]
+        self,
+        rows: list[SamplingRow],
+        vocab_size: int,
+        device: torch.device,
+        eos_token_ids: tuple[int, ...],
+        invariant: bool,
     ) -> None:
         self.rows = rows
         numbered = list(enumerate(rows))
@@ -168,8 +175,8 @@ class _Plan:
         self._drawn_rows = [i for i, _ in drawn]
         self._logprob_rows = [i for i, row in numbered if row.params.logprobs is not None]
         self._logprob_index = _send(self._logprob_rows, np.int64, device)
-        most = max((rows[i].params.logprobs or 0 for i in self._logprob_rows), default=0)
-        self._num_top = min(most, vocab_size)
+        self._num_tops = [min(rows[i].params.logprobs or 0, vocab_size) for i in self._logprob_rows]
+        self._invariant = invariant
 
     def run(self, logits: Tensor, pending: PendingTokens | None) -> Sampled:
         raw = logits[self._logprob_index] if self._logprob_rows else None
@@ -182,7 +189,8 @@ class _Plan:
         if self._draws is not None:
             results.append(self._draws.draw_into(token_ids, logits, pending))
         if raw is not None:
-            results += _raw_logprobs(raw, token_ids[self._logprob_index], self._num_top)
+            logprobs = _raw_logprobs_by_row if self._invariant else _raw_logprobs
+            results += logprobs(raw, token_ids[self._logprob_index], self._num_tops)
         return Sampled(self, token_ids, results)
 
     def unpack(self, parts: list[npt.NDArray[np.float64]]) -> SamplerOutput:
@@ -423,11 +431,21 @@ def _take_chunk(chunks: Tensor, index: Tensor) -> Tensor:
     return chunks.gather(1, index[:, None, None].expand(-1, 1, _CHUNK))[:, 0]
 
 
-def _raw_logprobs(raw: Tensor, token_ids: Tensor, num_top: int) -> list[Tensor]:
+def _raw_logprobs(raw: Tensor, token_ids: Tensor, num_tops: list[int]) -> list[Tensor]:
     """[log probabilities of token_ids, ids of the top tokens, theirs] from raw logits [n, vocab]."""
     log_total = raw.logsumexp(-1, keepdim=True)
-    top = raw.topk(num_top)
+    top = raw.topk(max(num_tops))
     return [raw.gather(1, token_ids[:, None]) - log_total, top.indices, top.values - log_total]
+
+
+def _raw_logprobs_by_row(raw: Tensor, token_ids: Tensor, num_tops: list[int]) -> list[Tensor]:
+    """`_raw_logprobs`, each row by itself: the order of a sum, and which of equals is on top, depend on the others."""
+    width = max(num_tops)
+    rows = []
+    for i, num_top in enumerate(num_tops):
+        chosen, *tops = _raw_logprobs(raw[i : i + 1].clone(), token_ids[i : i + 1], [num_top])
+        rows.append([chosen, *(torch.nn.functional.pad(top, (0, width - num_top)) for top in tops)])
+    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
 def _num_outputs(rows: list[tuple[int, SamplingRow]], pending: PendingTokens | None) -> IntArray:

@@ -46,7 +46,7 @@ class Workers:
 
     def __init__(self, config: EngineConfig, blobs: BlobStore) -> None:
         kind, size = resolve_device(config.device).type, config.tensor_parallel_size
-        _check_size(kind, size)
+        _check_config(config, kind)
         self.failure: InternalError | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="patchbay-ranks-")
         self._sending = threading.Lock()  # threads that read adapters send too
@@ -188,9 +188,16 @@ def _receive(connection: Connection[Any, Any]) -> Any:
         return Failed("has ended", "")
 
 
-def _check_size(kind: str, size: int) -> None:
+def _check_config(config: EngineConfig, kind: str) -> None:
+    size = config.tensor_parallel_size
     if size < 1:
         raise ConfigInvalid("engine.tensor_parallel_size must be 1 or more.", param="engine.tensor_parallel_size")
+    if config.batch_invariant:
+        raise ConfigInvalid(
+            "engine.batch_invariant is of one GPU: the order of a sum over several depends on the batch; set "
+            "engine.tensor_parallel_size to 1.",
+            param="engine.batch_invariant",
+        )
     if kind == "cuda" and torch.cuda.device_count() < size:
         raise ConfigInvalid(
             f"engine.tensor_parallel_size {size} needs as many GPUs; this process sees {torch.cuda.device_count()}.",

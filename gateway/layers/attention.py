@@ -8,6 +8,7 @@ from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import AdaptedLinear, RowParallelLinear
 from gateway.layers.norm import RMSNorm
 from lora_kernels.attention import paged_attention
+from lora_kernels.invariant import invariant_attention
 from lora_kernels.layer_cache import LayerCache
 from lora_kernels.rotary import HeadNorm, rotary_store
 
@@ -37,5 +38,6 @@ class Attention:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]. cache: this layer's pages."""
         qkv = self.qkv(x, batch)
         q = rotary_store(qkv, batch.cos, batch.sin, cache, batch.slot_mapping, self.head_norm)
-        attended = paged_attention(q, cache, batch.attention, self.scale, self.sliding_window)
+        attend = invariant_attention if batch.invariant else paged_attention
+        attended = attend(q, cache, batch.attention, self.scale, self.sliding_window)
         return self.o(attended.reshape(len(x), -1), batch)

@@ -17,7 +17,8 @@ class ForwardBatch:
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; slot_mapping is where a token's key and value go
     (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted, or None for all.
-    cos, sin: [num_tokens, 1, head_dim]. segments is None when no row has an adapter.
+    cos, sin: [num_tokens, 1, head_dim]. segments is None when no row has an adapter. invariant: a row's bits are to
+    depend on nothing but its sequence (`lora_kernels.invariant`).
     """
 
     input_ids: torch.Tensor
@@ -28,3 +29,4 @@ class ForwardBatch:
     last_rows: torch.Tensor | None
     adapters: AdapterSlots
     segments: LoRASegments | None
+    invariant: bool

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from lora_kernels.invariant import invariant_matmul, invariant_nf4_matmul
 from lora_kernels.nf4 import NF4Tiles, nf4_matmul, unpack_nf4
 from lora_kernels.nf4_lora import nf4_lora_matmul
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
@@ -28,9 +29,10 @@ class DenseLinear:
         self.weight = weight if weight.is_cuda else weight.t().contiguous().t()
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, invariant: bool) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, out]."""
-        return F.linear(x, self.weight, self.bias)
+        multiply = invariant_matmul if invariant else F.linear
+        return multiply(x, self.weight, self.bias)
 
 
 class NF4Linear:
@@ -40,9 +42,10 @@ class NF4Linear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, invariant: bool) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, out]."""
-        return nf4_matmul(x, self.weight, self.bias)
+        multiply = invariant_nf4_matmul if invariant else nf4_matmul
+        return multiply(x, self.weight, self.bias)
 
 
 Linear = DenseLinear | NF4Linear
@@ -78,12 +81,12 @@ class AdaptedLinear:
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, sum(widths)]."""
         if batch.segments is None:
-            return self.base(x)
+            return self.base(x, batch.invariant)
         pools = batch.adapters.pools(self.layer, self.group)
-        if isinstance(self.base, NF4Linear) and pools.a_scales is None:
+        if isinstance(self.base, NF4Linear) and pools.a_scales is None and not batch.invariant:
             weight, bias = self.base.weight, self.base.bias
             return nf4_lora_matmul(x, weight, bias, pools.a, pools.b, batch.segments, self.widths)
-        y = self.base(x)
+        y = self.base(x, batch.invariant)
         h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
         sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
         return y

@@ -82,5 +82,5 @@ class Decoder:
             delta = layer(x, delta, batch, cache)
         if delta is not None and batch.last_rows is not None:
             x, delta = x[batch.last_rows], delta[batch.last_rows]
-        logits = self.lm_head(self.norm(x, delta))
+        logits = self.lm_head(self.norm(x, delta), batch.invariant)
         return logits if self.ranks is None else self.ranks.gather(logits)[:, : self.config.vocab_size]

@@ -246,10 +246,10 @@ def paged_attention(
     """softmax(scale q k^T + causal mask) v for each sequence over its own pages.
 
     q: [num_tokens, num_heads, head_dim] fp32, bf16 or fp16, the sequences' rows one after the other as in `meta`.
-    cache: pages in q's dtype or in fp8, finite everywhere (allocated as zeros); block_size is a power of two, up to 32,
-    and num_heads a multiple of num_kv_heads. fp8 is multiplied in fp16 (q's in fp32), the scales beside it in fp32. The
-    last query of a sequence sits at its context's last position. With `sliding_window` w a query sees itself, the w - 1
-    positions before it and its prefix.
+    cache: pages in q's dtype or in fp8, which may hold anything behind a context's end; block_size is a power of two,
+    up to 32, and num_heads a multiple of num_kv_heads. fp8 is multiplied in fp16 (q's in fp32), the scales beside it in
+    fp32. The last query of a sequence sits at its context's last position. With `sliding_window` w a query sees itself,
+    the w - 1 positions before it and its prefix.
     Returns [num_tokens, num_heads, head_dim]. Triton on a GPU, `paged_attention_ref` elsewhere.
     """
     if q.is_cuda:
@@ -276,6 +276,7 @@ def _gather(cache: LayerCache, meta: AttentionMetadata, index: int, dtype: torch
     if not meta.kept:
         for part, gathered in zip(pages, cache.blocks(group.blocks, dtype), strict=True):
             part.copy_(gathered.view(num_rows, -1, num_kv_heads, head_dim).transpose(1, 2))
+            part.masked_fill_(group.mask.transpose(2, 3) < 0, 0)  # what a block held before, finite or not
         return pages
     heads = torch.arange(num_rows * num_kv_heads, device=buffer.device).view(num_rows, num_kv_heads)
     places = (heads * group.num_positions + group.newest.unsqueeze(1)).view(-1)

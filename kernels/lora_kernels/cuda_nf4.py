@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels.nf4 import NF4_CODE, NF4Tiles, unpack_nf4
-from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan, plan_for
+from lora_kernels.nf4_plans import NarrowPlan, Plan, WidePlan, invariant_plans, plan_for
 from lora_kernels.nvrtc import CudaKernel, tensor_map
 from lora_kernels.segments import FEW_PAGES
+from lora_kernels.triton_invariant_matmul import invariant_matmul_triton
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _TABLE_BYTES = 65536  # of shared memory: the kernels' table of codes, a copy a lane
@@ -26,6 +27,18 @@ def nf4_matmul_cuda(x: Tensor, weight: NF4Tiles, bias: Tensor | None) -> Tensor:
     if plan is None:
         return F.linear(x, unpack_nf4_tiles(weight, x.dtype), bias)
     return nf4_matmul_by(plan, x, weight, bias)
+
+
+def invariant_nf4_matmul_cuda(x: Tensor, weight: NF4Tiles, bias: Tensor | None) -> Tensor:
+    """`lora_kernels.invariant.invariant_nf4_matmul`: as many rows at a time as the largest plan takes."""
+    plans = invariant_plans(*weight.shape, _capability(x.device)) if x.dtype in _DTYPES and len(x) else ()
+    if not plans:
+        return invariant_matmul_triton(x, unpack_nf4_tiles(weight, x.dtype), bias)
+    parts = [
+        nf4_matmul_by(next(plan for plan in plans if plan.tokens >= len(part)), part, weight, bias)
+        for part in torch.split(x, plans[-1].tokens)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def fused_plan(x: Tensor, weight: NF4Tiles) -> Plan | None:

@@ -73,6 +73,28 @@ def plan_for(num_tokens: int, out_features: int, in_features: int, capability: t
     return plan.fitted(in_features // 64)
 
 
+# What the plans below share decides the order of a sum: rows of a tile, columns of a stage, warpgroups, thread blocks.
+# With `span` 1 those of many rows fit too; a deeper pipeline makes up for shorter stages.
+_INVARIANT_WIDE = tuple(
+    WidePlan(tokens, row_groups=2, in_groups=1, span=1, stages=stages, share=True)
+    for tokens, stages in ((16, 12), (32, 10), (64, 8), (128, 5), (256, 4))
+)
+_INVARIANT_NARROW = (8, 16, 32)
+
+
+@cache
+def invariant_plans(out_features: int, in_features: int, capability: tuple[int, int]) -> tuple[Plan, ...]:
+    """Plans for ascending numbers of rows that give a row the same bits; none where the weight is unpacked first.
+
+    All of them cut the inputs of a tile alike, among as many thread blocks, and add the parts in the same order. That
+    holds for one tile of rows of x: more rows than the last plan takes are several products.
+    """
+    plan = plan_for(_INVARIANT_NARROW[-1], out_features, in_features, capability)
+    if isinstance(plan, NarrowPlan):
+        return tuple(replace(plan, tokens=tokens) for tokens in _INVARIANT_NARROW)
+    return _INVARIANT_WIDE if plan is not None else ()
+
+
 def _distance(entry: dict[str, Any], out_features: int, in_features: int) -> float:
     return abs(math.log(entry["out"] / out_features)) + abs(math.log(entry["in"] / in_features))
 

@@ -71,7 +71,8 @@ class Routing:
     page_ids: int32 [num_pages] the pages of its adapters, one adapter after the other.
     table: int32 [1 + num_rows, FIELDS]. A chunk is a piece of one adapter's tokens; every page of every chunk has a
         row: first the first pages of the chunks of one token, then those of the other chunks, then the further pages.
-        Row 0 holds (num_chunks, num_rows, number of chunks of one token, number of their rows, num_pages); the others
+        Row 0 holds (num_chunks, num_rows, number of chunks of one token, number of their rows, num_pages), the third
+        and fourth 0 where every chunk is to be a tile of the matrix unit (`LoRASegments.invariant`); the others
         (first index into token_order, number of tokens, rank, the first token, page id, how many pages precede it in
         the adapter, the chunk's row of its second page, the page's place in page_ids), where rows count from 0 at the
         second row of the table.
@@ -89,19 +90,23 @@ class Routing:
 
     @classmethod
     def of(
-        cls, token_slots: npt.NDArray[np.int32], num_tokens: int, slot_pages: Mapping[int, AdapterPages]
+        cls,
+        token_slots: npt.NDArray[np.int32],
+        num_tokens: int,
+        slot_pages: Mapping[int, AdapterPages],
+        invariant: bool = False,
     ) -> "Routing":
         """Routes a step of `num_tokens` rows, padding among them, of which at least one has an adapter.
 
         The other arguments are `LoRASegments.build`'s.
         """
-        return cls._of_segments(_split_by_slot(token_slots, slot_pages), num_tokens)
+        return cls._of_segments(_split_by_slot(token_slots, slot_pages), num_tokens, invariant)
 
     @classmethod
-    def _of_segments(cls, segments: Sequence[Segment], num_tokens: int) -> "Routing":
+    def _of_segments(cls, segments: Sequence[Segment], num_tokens: int, invariant: bool) -> "Routing":
         order = np.concatenate([segment.tokens for segment in segments]).astype(np.int32)
         page_ids = np.concatenate([segment.pages.ids for segment in segments]).astype(np.int32)
-        table = _table(segments, order, page_ids, chunk_tokens(num_tokens))
+        table = _table(segments, order, page_ids, chunk_tokens(num_tokens, invariant), has_vectors=not invariant)
         return cls(order, page_ids, table, max(len(segment.pages) for segment in segments))
 
     def packed(self, capacity: int) -> npt.NDArray[np.int32]:
@@ -126,17 +131,26 @@ class DeviceRouting:
     chunk_tokens: int
 
     @classmethod
-    def of(cls, packed: Tensor, num_tokens: int, capacity: int, most_chunks: int, most_rows: int) -> "DeviceRouting":
+    def of(
+        cls,
+        packed: Tensor,
+        num_tokens: int,
+        capacity: int,
+        most_chunks: int,
+        most_rows: int,
+        invariant: bool = False,
+    ) -> "DeviceRouting":
         """Views of `Routing.packed(capacity)` of a step of so many tokens."""
         order, page_ids, table = packed.split_with_sizes((capacity, FEW_PAGES, len(packed) - capacity - FEW_PAGES))
-        return cls(order, page_ids, table.view(-1, FIELDS), most_chunks, most_rows, chunk_tokens(num_tokens))
+        return cls(order, page_ids, table.view(-1, FIELDS), most_chunks, most_rows, chunk_tokens(num_tokens, invariant))
 
 
 @dataclass(frozen=True)
 class LoRASegments:
     """One step's routing; a page id is valid in every layer's pools.
 
-    max_pages: pages of the highest rank. most_pages: all adapters together have no more.
+    max_pages: pages of the highest rank. most_pages: all adapters together have no more. invariant: a row's bits are to
+    depend on no other row, nor on how many there are: every chunk is a tile of TILE_TOKENS, one token too.
     """
 
     num_tokens: int
@@ -144,6 +158,7 @@ class LoRASegments:
     most_pages: int
     segments: tuple[Segment, ...]
     device: torch.device
+    invariant: bool = False
     recorded: DeviceRouting | None = None
     _columns: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, compare=False)
 
@@ -153,6 +168,7 @@ class LoRASegments:
         token_slots: npt.NDArray[np.int32],
         slot_pages: Mapping[int, AdapterPages],
         device: torch.device | str,
+        invariant: bool = False,
     ) -> "LoRASegments | None":
         """Routes each token of a step.
 
@@ -163,28 +179,36 @@ class LoRASegments:
         if not segments:
             return None
         counts = [len(segment.pages) for segment in segments]
-        return cls(len(token_slots), max(counts), sum(counts), tuple(segments), torch.device(device))
+        return cls(len(token_slots), max(counts), sum(counts), tuple(segments), torch.device(device), invariant)
 
     @classmethod
-    def fixed(cls, packed: Tensor, num_tokens: int, max_tokens: int, max_pages: int, most_pages: int) -> "LoRASegments":
+    def fixed(
+        cls,
+        packed: Tensor,
+        num_tokens: int,
+        max_tokens: int,
+        max_pages: int,
+        most_pages: int,
+        invariant: bool = False,
+    ) -> "LoRASegments":
         """A routing at fixed addresses, for kernels alone; who records a CUDA graph fills it in before a replay.
 
         packed: int32 [fixed_size(max_tokens, max_pages)], `Routing.packed(order_capacity(max_tokens))` at its start.
         """
         capacity, most_rows = order_capacity(max_tokens), num_tokens * max_pages
-        recorded = DeviceRouting.of(packed, num_tokens, capacity, num_tokens, most_rows)
-        return cls(num_tokens, max_pages, min(most_pages, most_rows), (), packed.device, recorded)
+        recorded = DeviceRouting.of(packed, num_tokens, capacity, num_tokens, most_rows, invariant)
+        return cls(num_tokens, max_pages, min(most_pages, most_rows), (), packed.device, invariant, recorded)
 
     @cached_property
     def routing(self) -> DeviceRouting:
         """What the kernels read; sent at the first use in a step, as the plain PyTorch path has none."""
         if self.recorded is not None:
             return self.recorded
-        routing = Routing._of_segments(self.segments, self.num_tokens)
+        routing = Routing._of_segments(self.segments, self.num_tokens, self.invariant)
         capacity = order_capacity(len(routing.token_order))
         packed = torch.from_numpy(routing.packed(capacity)).to(self.device, non_blocking=True)
         num_chunks, num_rows = routing.table[0, :2].tolist()
-        return DeviceRouting.of(packed, self.num_tokens, capacity, num_chunks, num_rows)
+        return DeviceRouting.of(packed, self.num_tokens, capacity, num_chunks, num_rows, self.invariant)
 
     def columns(self, num_slices: int, dtype: torch.dtype) -> Tensor:
         """[num_tokens, num_slices, columns], zeros at first: PAGE_RANK columns for each of the step's pages, and a few.
@@ -214,9 +238,9 @@ class LoRASegments:
         )
 
 
-def chunk_tokens(num_tokens: int) -> int:
+def chunk_tokens(num_tokens: int, invariant: bool = False) -> int:
     """The most tokens of a chunk in a step of so many rows: few in a short step, to occupy more of the GPU."""
-    return TILE_TOKENS if num_tokens <= SHORT_STEP else 64
+    return TILE_TOKENS if invariant or num_tokens <= SHORT_STEP else 64
 
 
 def order_capacity(num_tokens: int) -> int:
@@ -243,7 +267,11 @@ def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Adapte
 
 
 def _table(
-    segments: Sequence[Segment], order: npt.NDArray[np.int32], page_ids: npt.NDArray[np.int32], size: int
+    segments: Sequence[Segment],
+    order: npt.NDArray[np.int32],
+    page_ids: npt.NDArray[np.int32],
+    size: int,
+    has_vectors: bool,
 ) -> npt.NDArray[np.int32]:
     lengths = np.array([len(segment.tokens) for segment in segments])
     ranks = np.array([segment.pages.rank for segment in segments])
@@ -271,7 +299,7 @@ def _table(
     more[:, 4] = page_ids[more[:, 7]]
     more[:, 5] = 1 + nth
     head = np.zeros((1, FIELDS), np.int32)
-    is_vector = length == 1
+    is_vector = (length == 1) & has_vectors
     num_vectors = is_vector.sum()
     head[0, :5] = len(rows), len(rows) + len(more), num_vectors, num_vectors + further[is_vector].sum(), len(page_ids)
     return np.concatenate([head, rows, more])

@@ -58,14 +58,21 @@ def _attend_keys(
         key = start + tl.arange(0, BLOCK_KEYS)
         index = start // BLOCK_SIZE + page
         if MASKED:
-            index = tl.minimum(index, (end - 1) // BLOCK_SIZE)  # no load is masked by position; the scores are
+            index = tl.minimum(index, (end - 1) // BLOCK_SIZE)
         block = tl.load(table_ptr + index).to(OFFSET)
         place = block * (BLOCK_SIZE * NUM_KV_HEADS * HEAD_DIM // PACK) + in_page
         k = tl.load(k_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
-        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=column_ok, other=0)
+        # Behind the context's end lies what a block held before: scores are masked, but a weight of zero times a value
+        # that is not finite is not zero.
+        value_ok, scale_ok = column_ok, None
+        if MASKED:
+            scale_ok = key < end
+            value_ok = column_ok & scale_ok[:, None]
+        v = tl.load(v_cache_ptr + place[:, None] + column[None, :], mask=value_ok, other=0)
         scales = None
         if PACK == 2:
-            scales = tl.load(scales_ptr + (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE)
+            at = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+            scales = tl.load(scales_ptr + at, mask=scale_ok)
         score = score_keys(q, q_odd, power, k, scales)
         if MASKED:
             seen = (key[None, :] < end) & (key[None, :] <= position[:, None])

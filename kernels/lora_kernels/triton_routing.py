@@ -1,8 +1,8 @@
 """What the Triton kernels of `lora_kernels.sgmv` share: the routing table's columns, and how launches follow another.
 
 Both walk `Routing.table` with a number of programs that does not depend on the routing, so that a CUDA graph can replay
-them. They begin before the kernel in front ends (programmatic dependent launch) and read routing and weights before they
-wait for it: so the kernel in front may write neither.
+them. They begin before the kernel in front ends (programmatic dependent launch) and read routing and weights before
+they wait for it: so the kernel in front may write neither.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 

@@ -240,18 +240,18 @@ _FEW_ROWS = 64
 _WIDE_IN = 8192  # from here on planes are twice as wide, so that the expand has fewer to add
 
 
-def _shrink_config(x: Tensor, chunk_tokens: int) -> _Shrink:
+def _shrink_config(x: Tensor, segments: LoRASegments) -> _Shrink:
     if x.dtype == torch.float32:
         return _SHRINK_FP32
-    if chunk_tokens > 16:
+    if segments.routing.chunk_tokens > 16:
         return _SHRINK_LONG
-    return _SHRINK_FEW if len(x) <= _FEW_ROWS else _SHRINK_MANY
+    return _SHRINK_FEW if len(x) <= _FEW_ROWS or segments.invariant else _SHRINK_MANY
 
 
 def sgmv_shrink_triton(x: Tensor, a_pages: Tensor, segments: LoRASegments, a_scales: Tensor | None = None) -> Tensor:
     """`lora_kernels.sgmv.sgmv_shrink`."""
     routing, num_slices, in_features = segments.routing, a_pages.shape[1], a_pages.shape[3]
-    config = _shrink_config(x, routing.chunk_tokens)
+    config = _shrink_config(x, segments)
     wide = 2 if in_features > _WIDE_IN else 1
     split_in = config.split_in * wide
     num_planes = triton.cdiv(in_features, split_in)

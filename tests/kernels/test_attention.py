@@ -126,6 +126,25 @@ def test_products_in_fp16_hold_queries_and_values_beyond_its_range(
     assert_as_exact(out, plain, _truth(q, cache, tables, case, scale))
 
 
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+@pytest.mark.parametrize("seqs", [[(5, 21)], [(1, 21)], [(1, 21), (30, 30)]], ids=str)
+def test_what_a_block_held_before_is_not_seen_though_it_be_infinite(
+    seqs: list[tuple[int, int]], pages: torch.dtype | None, device: str
+) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case = Case(seqs, block_size=16)
+    q, cache, tables = _inputs(case, torch.float16, pages)
+    for attend, where in ((paged_attention_triton, device), (paged_attention_ref, "cpu")):
+        meta, dirty = _meta(case, tables, where), LayerCache(*(tensor.clone() for tensor in cache.tensors))
+        for (_, context), table in zip(seqs, tables, strict=True):
+            dirty.k[table[-1], context % 16 :] = dirty.v[table[-1], context % 16 :] = float("nan")
+            if dirty.scales is not None:
+                dirty.scales[table[-1], :, context % 16 :] = float("inf")
+        clean = attend(q.to(where), _on(where, cache), meta, 0.3, None)
+        assert torch.equal(attend(q.to(where), _on(where, dirty), meta, 0.3, None), clean)
+
+
 def test_one_sequence_far_longer_does_not_pad_the_others() -> None:
     case = Case([(1, 4), (1, 200), (1, 8), (1, 6)])
     meta = _meta(case, _inputs(case, torch.float32)[2])
@@ -157,17 +176,16 @@ def test_decodes_step_by_step_see_what_a_fresh_step_sees(pages: torch.dtype | No
 
 def test_rows_of_one_sequence_see_what_each_other_wrote() -> None:
     case = Case([(1, 5), (1, 6), (1, 7)])  # a token and two drafts of it, which fail
-    _, k_cache, v_cache, _ = _inputs(case, torch.float32)
+    _, cache, _ = _inputs(case, torch.float32)
     tables, previous = [[5, 6]] * 3, None
     for first in (5, 6):
         lens = [first, first + 1, first + 2]
         slots = torch.tensor([6 * 4 + (n - 1) % 4 for n in lens])
-        for cache in (k_cache, v_cache):
-            cache.flatten(0, 1).index_copy_(0, slots, torch.randn(3, 2, 16))
+        cache.store(slots, *torch.randn(2, 3, 2, 16))
         previous = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu", previous)
         fresh = AttentionMetadata.build([1, 1, 1], lens, tables, 4, "cpu")
         q = torch.randn(3, 4, 16)
-        out, expected = (paged_attention_ref(q, k_cache, v_cache, meta, 0.3, None) for meta in (previous, fresh))
+        out, expected = (paged_attention_ref(q, cache, meta, 0.3, None) for meta in (previous, fresh))
         assert torch.equal(out, expected)
 
 

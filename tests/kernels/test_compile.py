@@ -94,6 +94,18 @@ for config in (triton_prefill._PREFILL, triton_prefill._PREFILL_HOPPER, triton_p
     build(prefill, cache, tile | {"scales_ptr": None}, *options)
     if CAPABILITY >= 89:
         build(prefill, cache | fp8, tile, *options)
+from lora_kernels import triton_invariant_attention, triton_invariant_matmul
+own = triton_invariant_attention._CONFIG
+tile = {"QUERIES": own.rows // 4, "KEYS": own.keys}
+attend, items = triton_invariant_attention._attend_kernel, triton_invariant_attention._items_kernel
+build(attend, cache | partials | {"items_ptr": "*i32"}, heads | tile, own.num_warps, own.num_stages)
+sizes = tile | {"NUM_KV_HEADS": 8, "SEQS": 64, "HEADS": 8, "BLOCK": 64, "HAS_WINDOW": False, "prefix_len_ptr": None}
+build(items, cache | {"items_ptr": "*i32"}, sizes, 4)
+own = triton_invariant_matmul._CONFIG
+product = {name + "_ptr": "*bf16" for name in ("x", "weight", "bias", "y")}
+tile = {"TOKENS": own.tokens, "BLOCK_OUT": own.block_out, "BLOCK_IN": own.block_in}
+build(triton_invariant_matmul._matmul_kernel, product, tile, own.num_warps, own.num_stages)
+
 plan = {"TILE": 64, "WAVE": 66, "MOST": 64, "NUM_KV_HEADS": 8, "ROWS": 64, "BLOCK_PIECES": 64, "BLOCK_HEADS": 8}
 build(triton_decode._plan_kernel, cache, plan | {"HAS_WINDOW": False, "prefix_len_ptr": None}, 4)
 """
@@ -111,7 +123,7 @@ def test_kernels_compile_for(capability: int) -> None:
 
 def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, source, macros) of every plan in the table, as it is and for other widths, each once."""
-    from lora_kernels.nf4_plans import NarrowPlan, WidePlan
+    from lora_kernels.nf4_plans import NarrowPlan, WidePlan, invariant_plans
 
     architectures = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_89"), (9, 0): ("sm_90a",)}
     cases = []
@@ -126,6 +138,10 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
             variants = [{"ADAPTED": 0}, {"ADAPTED": 1}] if isinstance(plan, WidePlan) else [{}]
             for architecture in architectures[tuple(entry["capability"])]:
                 cases += [(architecture, source, macros | variant) for variant in variants]
+    for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):
+        for plan in invariant_plans(4096, 4096, capability):
+            macros = {name.upper(): value for name, value in asdict(plan).items() if name != "share"}
+            cases.append((architecture, source, macros | ({"ADAPTED": 0} if isinstance(plan, WidePlan) else {})))
     return [case for at, case in enumerate(cases) if case not in cases[:at]]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
@@ -503,3 +504,70 @@ def test_fp8_pages_of_an_8b_shaped_base_stay_near_bf16(tmp_path: Path) -> None:
     error = fp8_error(model, [(row[:1], row[1:]) for row in ids])
     print(f"8B shape, random weights, 8 x 2,048 random tokens: {error}")
     assert error.attention < 0.05
+
+
+def test_batch_invariant_mode_gives_a_request_s_bits_alone_and_in_any_batch(tmp_path: Path, four_layers: str) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    params = SamplingParams(temperature=0, max_tokens=48, ignore_eos=True, logprobs=5)
+
+    def engine_of(**settings: Any) -> LLMEngine:
+        chosen: dict[str, Any] = {"kv_cache_tokens": 65_536, "kv_host_bytes": 0, "num_adapter_slots": 24} | settings
+        config = EngineConfig(
+            base=four_layers, device="cuda", batch_invariant=True, max_num_seqs=64, max_lora_rank=32, **chosen
+        )
+        return LLMEngine(config, blobs, lambda: None)
+
+    def answers(engine: LLMEngine, asked: Iterable[int]) -> dict[str, list[TokenLogprob]]:
+        for i in asked:
+            engine.add(GenerateRequest(str(i), params, prompt=prompts[i], adapter=refs[i % len(refs)]), prompts[i])
+        told: dict[str, list[TokenLogprob]] = {}
+        while engine.has_work:
+            for delta in engine.step().deltas:
+                told.setdefault(delta.request_id, []).extend(delta.logprobs)
+        engine.check_integrity()
+        return told
+
+    roomy = engine_of()
+    ranks = (16, 32, 8, 20)
+    refs = [None, *(write_adapter(blobs, tmp_path, roomy.model.spec, ranks[i % 4], i) for i in range(NUM_ADAPTERS))]
+    prompts = [prompt for (prompt,) in (random_prompts(1, 20 + 37 * i % 900) for i in range(49))]
+    alone = {key: row for i in range(49) for key, row in answers(roomy, [i]).items()}
+    assert answers(roomy, range(49)) == alone  # among 48 others, on what the prefix cache has
+    roomy.close()
+    cases: list[dict[str, Any]] = [
+        {"enable_prefix_caching": False},
+        {"max_num_batched_tokens": 100},
+        {"max_num_batched_tokens": 777, "enforce_eager": True, "overlap_steps": False},
+        {"kv_cache_tokens": 4096, "enable_prefix_caching": False},
+        {"kv_cache_tokens": 4096, "kv_host_bytes": 1 << 30},
+        {"adapter_dtype": "int8", "enforce_eager": True},
+        {"adapter_dtype": "int8", "max_num_batched_tokens": 100},
+    ]
+    told = []
+    for settings in cases:
+        engine = engine_of(**settings)
+        told.append(answers(engine, range(48, -1, -1)))
+        preempted = engine.stats().num_preemptions > 0
+        engine.close()
+        assert preempted == (settings.get("kv_cache_tokens") == 4096)
+    *whole, int8, int8_in_chunks = told
+    assert all(one == alone for one in whole)
+    assert int8 == int8_in_chunks
+
+
+def test_the_host_never_waits_in_a_batch_invariant_decode_step(tmp_path: Path) -> None:
+    engine = engine_with(BlobStore(f"file://{tmp_path / 'blobs'}"), "embedded", device="cuda", batch_invariant=True)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=3)
+    for i, prompt in enumerate(random_prompts(12, 40)):
+        engine.add(GenerateRequest(str(i), params, prompt=prompt), prompt)
+    while engine.step().num_tokens != 12:
+        pass
+    engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.check_integrity()
+    engine.close()

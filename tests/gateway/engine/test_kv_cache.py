@@ -80,6 +80,11 @@ def test_fp8_stays_near_the_compute_dtype_on_the_embedded_base() -> None:
     assert error.same_likeliest > 0.98
 
 
+def test_batch_invariant_mode_refuses_fp8() -> None:
+    with pytest.raises(ConfigInvalid, match="batch_invariant"):
+        cache_dtype(EngineConfig(kv_cache_dtype="fp8", batch_invariant=True), torch.float32, CPU)
+
+
 def make_cache(base: Path, device: str) -> KVCache:
     cache = KVCache(DecoderConfig.from_folder(base), 8, 4, torch.device(device), torch.float32)
     for layer in cache.layers:

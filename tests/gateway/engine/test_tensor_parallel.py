@@ -240,6 +240,11 @@ def test_a_size_below_one_is_refused(build_engine: MakeEngine) -> None:
         build_engine(tensor_parallel_size=0)
 
 
+def test_batch_invariance_is_refused(build_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigInvalid, match="batch_invariant is of one GPU"):
+        build_engine(tensor_parallel_size=2, batch_invariant=True)
+
+
 def worker_pid(engine: LLMEngine) -> int:
     assert engine._workers is not None
     (process,) = engine._workers._processes
