@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -13,7 +14,14 @@ from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
 from adapters_store.page_image import PageImage, check_weights, fill_pages
 from adapters_store.slots import LoRALayout, num_pages_for
-from adapters_store.weights import load_weights
+from adapters_store.weights import AdapterWeights, load_weights
+
+AdapterReader = Callable[[BlobStore, str], AdapterWeights]
+
+
+def read_adapter(blobs: BlobStore, digest: str) -> AdapterWeights:
+    """The stored adapter, whole. Raises `AdapterLoadFailed` or `StoreUnavailable`."""
+    return load_weights(blobs.local_path(digest))
 
 
 class HostCache:
@@ -23,6 +31,8 @@ class HostCache:
     where a GPU reads it. An adapter that finds no room there, being larger than the whole or because callers hold
     the rest, is handed out in memory of its own, and not kept. Loads of one digest that overlap are one load. A failure
     is not kept: the next `get` tries again. Safe to call from any thread.
+
+    read: what a background thread reads for a digest, to be laid out.
     """
 
     def __init__(
@@ -34,8 +44,10 @@ class HostCache:
         *,
         pinned: bool = False,
         num_threads: int = 2,
+        read: AdapterReader = read_adapter,
     ) -> None:
         self._blobs = blobs
+        self._read = read
         self._layout = layout
         self._dtype = dtype
         self._page_bytes = layout.page_bytes(dtype)
@@ -85,7 +97,7 @@ class HostCache:
 
     def _load(self, digest: str, future: Future[PageImage]) -> None:
         try:
-            image, is_kept = self._read(digest)
+            image, is_kept = self._make_image(digest)
         except Exception as error:  # whatever it is, it belongs to those who wait
             with self._lock:
                 del self._loading[digest]
@@ -98,9 +110,9 @@ class HostCache:
         # Outside the lock: callbacks run here and may call `get`.
         future.set_result(image)
 
-    def _read(self, digest: str) -> tuple[PageImage, bool]:
+    def _make_image(self, digest: str) -> tuple[PageImage, bool]:
         """The image, and whether it lies in the cache's memory."""
-        weights = load_weights(self._blobs.local_path(digest))
+        weights = self._read(self._blobs, digest)
         check_weights(weights, self._layout, self._dtype)
         image = self._take(weights.rank)
         is_kept = image is not None

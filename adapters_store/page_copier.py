@@ -24,6 +24,11 @@ class PageCopy:
         """Whether a step that is launched from now on finds the pages; asked, never waited for."""
         return self._arrival is None or bool(self._arrival.query())  # type: ignore[no-untyped-call]
 
+    def hold_stream(self) -> None:
+        """Make the current stream wait for it, and not the host: what is launched from now on finds the pages."""
+        if self._arrival is not None:
+            self._arrival.wait()
+
 
 class PageCopier:
     """Fills pages of the pools, each one [num_layers, num_pages, ...]. One thread only.

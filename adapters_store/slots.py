@@ -143,6 +143,7 @@ class AdapterSlots:
         self.layout = layout
         self.num_slots = num_slots
         self.num_pages = num_pages
+        self.dtype = dtype
         # A page of all layers is one strided piece of each tensor, and so a few copies bring it.
         self._all_layers = [
             PagePools(
@@ -203,8 +204,8 @@ class AdapterSlots:
     def load(self, slot: int, image: PageImage) -> PageCopy:
         """Start to copy an adapter into a free slot and fresh pages, for which the caller has made room.
 
-        No step may use the slot before the copy is done, nor may it be freed; steps that were launched before may
-        still read what lay in these pages.
+        No step may use the slot, nor may it be freed, before the copy is done or the steps' stream waits for it; steps
+        that were launched before may still read what lay in these pages.
         """
         num_pages = len(image.pages)
         assert slot in self._free_slots, f"slot {slot} is taken"

@@ -1,6 +1,7 @@
 """The engine at Llama-3.1-8B's shape on one GPU: random weights, NF4 base, rank-16 adapters on all seven linears.
 
-    python -m benchmarks.engine [--layers 32] [--cases 64x0,64x64] [--batch-invariant] [--peer-results FILE]
+    python -m benchmarks.engine [--layers 32] [--cases 64x0,64x64] [--tensor-parallel-size 2 | --batch-invariant]
+                                [--peer-results FILE]
 
 A case RxK is R greedy requests of 128 prompt tokens, 256 generated each, end-of-sequence ignored, all at once, over K
 distinct adapters. tokens/s is R x 256 over the wall time of the whole call, prefill included, best of 2; the decode
@@ -110,11 +111,11 @@ def write_adapter(blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, see
     return AdapterRef(f"bench/adapter{seed}:1", digest, rank)
 
 
-def bench_config(base: Path, batch_invariant: bool = False) -> EngineConfig:
+def bench_config(base: Path, **settings: Any) -> EngineConfig:
     """The engine of every case."""
     return EngineConfig(
         base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=8192, enable_prefix_caching=False,
-        num_adapter_slots=64, max_lora_rank=16, host_cache_bytes=16 << 30, batch_invariant=batch_invariant,
+        num_adapter_slots=64, max_lora_rank=16, host_cache_bytes=16 << 30, **settings,
     )  # fmt: skip
 
 
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cases", default="64x0,64x1,64x64,128x64,256x0,256x64,1x1")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="above 1 it is in the cases' names")
     parser.add_argument("--batch-invariant", action="store_true", help="a mode of its own in the cases' names")
     parser.add_argument("--peer-results", type=Path, help="JSON lines of another system's")
     args = parser.parse_args()
@@ -160,13 +162,15 @@ def main() -> None:
         base = write_base(folder / "base", args.layers)
         blobs = BlobStore(f"file://{folder / 'blobs'}")
         start = time.perf_counter()
-        engine = LLMEngine(bench_config(base, args.batch_invariant), blobs, lambda: None)
-        record("engine", f"{args.layers} layers", "load_seconds", time.perf_counter() - start, "s")
+        settings = {"tensor_parallel_size": args.tensor_parallel_size, "batch_invariant": args.batch_invariant}
+        engine = LLMEngine(bench_config(base, **settings), blobs, lambda: None)
+        mode = f" tp{args.tensor_parallel_size}" if args.tensor_parallel_size > 1 else ""
+        record("engine", f"{args.layers} layers{mode}", "load_seconds", time.perf_counter() - start, "s")
+        mode += " batch-invariant" if args.batch_invariant else ""
         cases = [tuple(map(int, case.split("x"))) for case in args.cases.split(",")]
         refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(max(k for _, k in cases))]
         for num_requests, num_adapters in cases:
-            own: list[AdapterRef | None] = list(refs[:num_adapters]) or [None]
-            measure(engine, own, num_requests, num_adapters, "batch-invariant" if args.batch_invariant else "")
+            measure(engine, list(refs[:num_adapters]) or [None], num_requests, num_adapters, mode)
         engine.close()
     if args.peer_results:
         peers = [json.loads(line) for line in args.peer_results.read_text().splitlines()]
@@ -191,15 +195,15 @@ def side_by_side(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Tab
 def measure(
     engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, num_adapters: int, mode: str = ""
 ) -> None:
-    """One case."""
-    case = f"{num_requests}x{num_adapters} nf4 {mode}".strip()
+    """One case, with the mode in its name."""
+    case = f"{num_requests}x{num_adapters} nf4{mode}"
     run(engine, refs, num_requests, SHORT)
     short = min(run(engine, refs, num_requests, SHORT) for _ in range(2))
     long = min(run(engine, refs, num_requests, OUTPUT) for _ in range(2))
     note = "128 in, 256 out, rank 16, best of 2"
     record("engine", case, "tokens_per_s", num_requests * OUTPUT / long, "1/s", note=note)
     step = (long - short) / (OUTPUT - SHORT) * 1e3
-    floor = FLOORS.get(f"{num_requests}x{num_adapters}")
+    floor = FLOORS.get(f"{num_requests}x{num_adapters}") if " tp" not in mode else None  # they are one GPU's
     record("engine", case, "decode_step_ms", step, "ms", floor=floor, note=note)
 
 

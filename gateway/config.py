@@ -27,6 +27,8 @@ class EngineConfig:
     base: a Hugging Face folder, or "embedded" for the model that ships with Patchbay.
     quantization: how the base's linears are kept ("nf4" is bitsandbytes' NF4 with double quantization).
     dtype: activations and unquantized weights; "auto" is bfloat16 on CUDA and float32 on the CPU.
+    tensor_parallel_size: GPUs of one host that share the base, its cache and its adapters, each run by a process. Host
+        memory (kv_host_bytes, host_cache_bytes) is divided among them.
     block_size: tokens of a page of the KV cache.
     kv_cache_dtype: keys and values in the cache; "fp8" (e4m3, a scale for each token and head) takes half the bytes of
         bfloat16, on CUDA with Ada, Hopper or later cards. "auto" is the dtype of activations.
@@ -55,6 +57,7 @@ class EngineConfig:
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensor_parallel_size: int = 1
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     kv_cache_tokens: int | None = None
@@ -78,6 +81,11 @@ class EngineConfig:
     overlap_steps: bool | None = None
     max_speculative_tokens: int = 8
     batch_invariant: bool = False
+
+    @property
+    def max_rows(self) -> int:
+        """Rows of one decode step at most: sequences, or one with all that is guessed for it."""
+        return max(self.max_num_seqs, 1 + self.max_speculative_tokens)
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ class LimitsConfig:
 class ServerConfig:
     """The front doors and the replicas. Port 0 asks the system for a free one.
 
+    replica_num_gpus: of each replica; `tensor_parallel_size` where that is more than one.
     front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
     """
 

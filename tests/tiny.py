@@ -108,8 +108,12 @@ def make_adapter(
 
 
 def stored_adapter(base: Path, folder: Path, blobs: BlobStore, name: str, **settings: Any) -> AdapterRef:
-    """A `make_adapter`, validated as an upload is and put into the blob store."""
-    make_adapter(base, folder, **settings)
+    """A `make_adapter`, stored."""
+    return store_adapter(base, make_adapter(base, folder, **settings), blobs, name)
+
+
+def store_adapter(base: Path, folder: Path, blobs: BlobStore, name: str) -> AdapterRef:
+    """A peft adapter, validated as an upload is and put into the blob store."""
     config = DecoderConfig.from_folder(base)
     with Staging(folder.parent / "staging") as staging:
         for file in ("adapter_config.json", "adapter_model.safetensors"):

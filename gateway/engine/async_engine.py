@@ -79,8 +79,8 @@ class AsyncEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread runs and has not failed."""
-        return self._failure is None and self._thread.is_alive()
+        """Whether the engine thread runs, and neither it nor another rank has failed."""
+        return self._failure is None and self._thread.is_alive() and self._engine.healthy
 
     async def start(self) -> None:
         """Start the engine thread."""

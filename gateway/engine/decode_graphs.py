@@ -56,9 +56,7 @@ class DecodeGraphs:
             invariant=invariant,
         )
         # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 1.3 GB together.
-        self._logits = torch.empty(
-            self._sizes[-1], decoder.config.vocab_size, dtype=torch.float32, device=decoder.device
-        )
+        self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=torch.float32, device=decoder.device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and most pages
 
     @torch.inference_mode()

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Final
 
 import torch
 
 from adapters_store.blobs import BlobStore
-from adapters_store.host_cache import HostCache
+from adapters_store.host_cache import HostCache, read_adapter
 from adapters_store.residency import AdapterResidency
-from adapters_store.slots import AdapterSlots, LoRALayout
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.decode_graphs import MAX_ROWS
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
-from gateway.engine.host_tier import HostTier
 from gateway.engine.in_flight import StepInFlight
-from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
@@ -31,7 +29,8 @@ from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
-from gateway.errors import ConfigInvalid, InternalError, InvalidRequest
+from gateway.engine.workers import Workers
+from gateway.errors import InternalError, InvalidRequest
 from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -44,26 +43,33 @@ _COPYING_POLL: Final = 0.0002
 
 
 class LLMEngine:
-    """One base on one device, many adapters, continuous batching. Used by one thread.
+    """One base on one device, or shared by several, many adapters, continuous batching. Used by one thread.
 
-    Raises `BaseModelUnsupported` or `ConfigInvalid` when it cannot be built.
+    Raises `BaseModelUnsupported` or `ConfigInvalid` when it cannot be built, `InternalError` when another rank fails.
     """
 
     def __init__(self, config: EngineConfig, blobs: BlobStore, on_adapter_ready: Callable[[], None]) -> None:
-        self.model = load_model(config)
-        decoder, spec = self.model.decoder, self.model.spec
-        layout = LoRALayout.from_linears(spec.linears, spec.num_layers)
-        adapter_dtype = torch.int8 if config.adapter_dtype == "int8" else decoder.dtype
-        kv_dtype = cache_dtype(config, decoder.dtype, decoder.device)
-        plan = MemoryPlan.measure(config, decoder.config, layout.page_bytes(adapter_dtype), decoder.device, kv_dtype)
+        self._workers: Workers | None = None
+        if config.tensor_parallel_size != 1:
+            self._workers = Workers(config, blobs)
+            weakref.finalize(self, self._workers.close)  # where nobody calls `close`, as when what follows raises
+        self.model = load_model(config, self._workers.ranks if self._workers is not None else None)
+        decoder = self.model.decoder
+        plan = MemoryPlan.measure(config, decoder)
+        if self._workers is not None:
+            plan = self._workers.agree(plan)
         logger.info("beside the base on %s: %s", decoder.device, plan)
-        self.max_model_len = _max_model_len(
-            config, decoder.config.max_position_embeddings, plan.num_blocks * config.block_size
-        )
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, decoder.device, kv_dtype)
-        slots = AdapterSlots(layout, config.num_adapter_slots, plan.num_adapter_pages, adapter_dtype, decoder.device)
+        self.runner = ModelRunner.build(config, decoder, plan)
+        self.max_model_len = self.runner.max_model_len
+        slots = self.runner.slots
+        read = self._workers.reader(self.model, slots.dtype) if self._workers is not None else read_adapter
         self.host_cache = HostCache(
-            blobs, layout, adapter_dtype, config.host_cache_bytes, pinned=decoder.device.type == "cuda"
+            blobs,
+            slots.layout,
+            slots.dtype,
+            config.host_cache_bytes // config.tensor_parallel_size,
+            pinned=decoder.device.type == "cuda",
+            read=read,
         )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(
@@ -72,22 +78,14 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             host=HostBlocks(plan.num_host_blocks, plan.least_fetch),
         )
-        max_rows = max(config.max_num_seqs, 1 + config.max_speculative_tokens)
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
-            max_rows=min(max_rows, MAX_ROWS),
+            max_rows=min(config.max_rows, MAX_ROWS),
             max_adapter_pages=config.max_adapter_pages_per_step,
         )
-        layers = [layer.tensors for layer in cache.layers]
-        host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
-        self.runner = ModelRunner(
-            decoder, cache, slots, self.max_model_len, host_tier, invariant=config.batch_invariant
-        )
-        if decoder.device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture_graphs(max_rows, config.max_lora_rank)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )
@@ -105,6 +103,11 @@ class LLMEngine:
     def has_work(self) -> bool:
         """Whether any request is unfinished or any step in flight."""
         return self.scheduler.has_work
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every other rank is there."""
+        return self._workers is None or self._workers.failure is None
 
     @property
     def num_unfinished(self) -> int:
@@ -181,6 +184,12 @@ class LLMEngine:
         With overlapping steps the batch is only launched, and the tokens are those of the one before. After an
         exception the engine can only `abort_all`.
         """
+        if self._workers is None:
+            return self._step()
+        with self._workers.explained():
+            return self._step()
+
+    def _step(self) -> StepOutput:
         output = StepOutput()
         scheduled = self._schedule(output)
         if not scheduled.scheduled and self._in_flight is not None:
@@ -229,8 +238,12 @@ class LLMEngine:
         assert not self._requests
 
     def close(self) -> None:
-        """Stop the loader threads, and the copies of adapters to the device."""
+        """Stop the other ranks, the copies of adapters to the device, and the loader threads."""
         try:
+            if self._workers is not None:
+                # First: what waits for them on the device is given up, and copies may wait behind it.
+                self.runner.drop_graphs()
+                self._workers.close()
             self._slots.close()
         finally:
             self.host_cache.close()
@@ -253,7 +266,10 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         """Start a step on the device, behind the one in flight."""
-        logits = self.runner.execute(scheduled, self._pending([chunk.sequence for chunk in scheduled.scheduled]))
+        pending = self._pending([chunk.sequence for chunk in scheduled.scheduled])
+        if self._workers is not None:
+            self._workers.announce(scheduled, pending, self._slots)
+        logits = self.runner.execute(scheduled, pending)
         rows = [sequence.sampling for sequence in scheduled.sampled]
         for row, number in scheduled.drafted.items():
             rows[row] = rows[row].ahead(number)
@@ -268,6 +284,8 @@ class LLMEngine:
             return
         scheduled, result = self._in_flight.scheduled, self._in_flight.sampled.result()
         self._in_flight = None
+        if self._workers is not None:
+            self._workers.land()
         self.scheduler.update(scheduled)
         bad = set(result.bad_rows)
         now = time.monotonic()
@@ -342,22 +360,6 @@ class LLMEngine:
         )
         assert last.finish_reason is not None
         output.finished.append(_timings(running, last.finish_reason))
-
-
-def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
-    wanted = config.max_model_len or min(positions, cache_tokens)
-    if wanted > positions:
-        raise ConfigInvalid(
-            f"engine.max_model_len {wanted} is more than the base's {positions} positions.",
-            param="engine.max_model_len",
-        )
-    if wanted > cache_tokens:
-        raise ConfigInvalid(
-            f"engine.max_model_len {wanted} does not fit the KV cache of {cache_tokens} tokens; raise kv_cache_tokens "
-            "or lower max_model_len.",
-            param="engine.max_model_len",
-        )
-    return wanted
 
 
 def _not_finite(sequence: Sequence) -> InternalError:

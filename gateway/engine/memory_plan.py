@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Self
 
@@ -11,9 +12,11 @@ from adapters_store.slots import num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import least_fetch
 from gateway.engine.host_tier import STAGING_BYTES
-from gateway.engine.kv_cache import block_bytes
+from gateway.engine.kv_cache import block_bytes, cache_dtype
 from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
+from gateway.models.decoder import Decoder
+from gateway.models.loader import resolve_adapter_dtype
 
 _CPU_TOKENS: Final = 65_536
 # For activations, the logits of a full batch, recorded graphs and the allocator's own waste.
@@ -39,14 +42,11 @@ class MemoryPlan:
     least_fetch: int = 1
 
     @classmethod
-    def measure(
-        cls, engine: EngineConfig, config: DecoderConfig, page_bytes: int, device: torch.device, dtype: torch.dtype
-    ) -> Self:
-        """The plan for what is free on the device now. dtype: that of keys and values.
-
-        Raises `ConfigInvalid` when what is asked for does not fit.
-        """
-        per_block = block_bytes(config, engine.block_size, dtype)
+    def measure(cls, engine: EngineConfig, decoder: Decoder) -> Self:
+        """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
+        config, device = decoder.config, decoder.device
+        page_bytes = decoder.lora_layout.page_bytes(resolve_adapter_dtype(engine, decoder.dtype))
+        per_block = block_bytes(config, engine.block_size, cache_dtype(engine, decoder.dtype, device))
         least = least_fetch(per_block, _operations(config) * engine.block_size, device.type)
         num_host_blocks = _host_bytes(engine, device) // per_block if least is not None else 0
         usable = None
@@ -84,6 +84,12 @@ class MemoryPlan:
             )
         return plan
 
+    @classmethod
+    def smallest(cls, plans: Sequence[Self]) -> Self:
+        """What fits on every rank; pages and blocks are as large on each, and the second tiers alike."""
+        pages, blocks = min(p.num_adapter_pages for p in plans), min(p.num_blocks for p in plans)
+        return replace(plans[0], num_adapter_pages=pages, num_blocks=blocks)
+
     @property
     def adapter_bytes(self) -> int:
         """Of all pages."""
@@ -111,10 +117,12 @@ class MemoryPlan:
 
 
 def _host_bytes(engine: EngineConfig, device: torch.device) -> int:
+    """A rank's part of the second tier."""
     if not engine.enable_prefix_caching:
         return 0
     default = _HOST_BYTES if device.type == "cuda" else 0
-    return engine.kv_host_bytes if engine.kv_host_bytes is not None else default
+    whole = engine.kv_host_bytes if engine.kv_host_bytes is not None else default
+    return whole // engine.tensor_parallel_size
 
 
 def _operations(config: DecoderConfig) -> int:

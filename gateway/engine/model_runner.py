@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from typing import Self
 
 import numpy as np
 import torch
 
 from adapters_store.slots import AdapterSlots
+from gateway.config import EngineConfig
 from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.host_tier import HostTier
-from gateway.engine.kv_cache import KVCache
+from gateway.engine.kv_cache import KVCache, cache_dtype
+from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.scheduler import Chunk, SchedulerOutput
 from gateway.engine.transfers import send
+from gateway.errors import ConfigInvalid
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
+from gateway.models.loader import resolve_adapter_dtype
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.segments import LoRASegments
 
@@ -48,6 +53,31 @@ class ModelRunner:
         self._attention: AttentionMetadata | None = None  # of the last step
         self._graphs: DecodeGraphs | None = None
 
+    @classmethod
+    def build(cls, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Self:
+        """With the cache, its second tier and the slots of `plan`, and on CUDA with graphs, unless `enforce_eager`.
+
+        Raises `ConfigInvalid` when the longest sequence fits neither the base nor the cache.
+        """
+        cache_tokens = plan.num_blocks * plan.block_size
+        max_model_len = _max_model_len(config, decoder.config.max_position_embeddings, cache_tokens)
+        device, dtype = decoder.device, decoder.dtype
+        kv_dtype = cache_dtype(config, dtype, device)
+        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, kv_dtype)
+        layers = [layer.tensors for layer in cache.layers]
+        host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        slots = AdapterSlots(
+            decoder.lora_layout,
+            config.num_adapter_slots,
+            plan.num_adapter_pages,
+            resolve_adapter_dtype(config, dtype),
+            device,
+        )
+        runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture_graphs(config.max_rows, config.max_lora_rank)
+        return runner
+
     def capture_graphs(self, max_rows: int, max_rank: int) -> None:
         """Record decode steps of up to `max_rows` sequences with adapters of up to `max_rank`. On CUDA only."""
         self._graphs = DecodeGraphs(
@@ -62,8 +92,12 @@ class ModelRunner:
         )
         self._graphs.capture()
 
+    def drop_graphs(self) -> None:
+        """Run every step by its kernels from now on."""
+        self._graphs = None
+
     def execute(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
-        """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab].
+        """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab], on rank 0.
 
         pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
         """
@@ -146,6 +180,22 @@ class ModelRunner:
             return None
         pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
         return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device, self.invariant)
+
+
+def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
+    wanted = config.max_model_len or min(positions, cache_tokens)
+    if wanted > positions:
+        raise ConfigInvalid(
+            f"engine.max_model_len {wanted} is more than the base's {positions} positions.",
+            param="engine.max_model_len",
+        )
+    if wanted > cache_tokens:
+        raise ConfigInvalid(
+            f"engine.max_model_len {wanted} does not fit the KV cache of {cache_tokens} tokens; raise kv_cache_tokens "
+            "or lower max_model_len.",
+            param="engine.max_model_len",
+        )
+    return wanted
 
 
 def _last_rows(output: SchedulerOutput, query_lens: Seq[int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from gateway.layers.forward_batch import ForwardBatch
-from gateway.layers.linear import AdaptedLinear
+from gateway.layers.linear import AdaptedLinear, RowParallelLinear
 from gateway.layers.norm import RMSNorm
 from lora_kernels.attention import paged_attention
 from lora_kernels.invariant import invariant_attention
@@ -19,7 +19,7 @@ class Attention:
     def __init__(
         self,
         qkv: AdaptedLinear,
-        o: AdaptedLinear,
+        o: AdaptedLinear | RowParallelLinear,
         *,
         head_dim: int,
         q_norm: RMSNorm | None,

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from lora_kernels.invariant import invariant_matmul, invariant_nf4_matmul
-from lora_kernels.nf4 import NF4Tiles, NF4Weight, blocks_of, dequantize_nf4, nf4_matmul
+from lora_kernels.nf4 import NF4Tiles, nf4_matmul, unpack_nf4
 from lora_kernels.nf4_lora import nf4_lora_matmul
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 
 if TYPE_CHECKING:
     from gateway.layers.forward_batch import ForwardBatch
+    from gateway.layers.tensor_parallel import TensorParallel
 
 
 class DenseLinear:
@@ -50,15 +51,17 @@ class NF4Linear:
 Linear = DenseLinear | NF4Linear
 
 
-def fuse_nf4(weights: Sequence[NF4Weight], bias: torch.Tensor | None, dtype: torch.dtype) -> Linear:
-    """Stack NF4 linears that share their input into one.
+def fuse_nf4(
+    weights: Sequence[tuple[torch.Tensor, torch.Tensor]], bias: torch.Tensor | None, dtype: torch.dtype
+) -> Linear:
+    """Stack NF4 linears that share their input, each as `blocks_of` gives it, into one.
 
     On the CPU the weights are expanded once to `dtype`: it has no fast 4-bit path, and memory is cheaper there than
     time. The numbers are those of the packed weights.
     """
-    if not weights[0].packed.is_cuda:
-        return DenseLinear(torch.cat([dequantize_nf4(weight, dtype) for weight in weights]), bias)
-    packed, absmax = map(torch.cat, zip(*map(blocks_of, weights), strict=True))
+    if not weights[0][0].is_cuda:
+        return DenseLinear(torch.cat([unpack_nf4(*blocks, dtype) for blocks in weights]), bias)
+    packed, absmax = map(torch.cat, zip(*weights, strict=True))
     return NF4Linear(NF4Tiles.of(packed, absmax), bias)
 
 
@@ -87,3 +90,15 @@ class AdaptedLinear:
         h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
         sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
         return y
+
+
+class RowParallelLinear:
+    """A linear of which each rank has a part of the inputs: the ranks' results are added up, adapters' deltas too."""
+
+    def __init__(self, part: AdaptedLinear, ranks: TensorParallel) -> None:
+        self.part = part
+        self.ranks = ranks
+
+    def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        """x: [num_tokens, in / size] -> [num_tokens, out], the same on every rank."""
+        return self.ranks.all_reduce(self.part(x, batch))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from gateway.layers.forward_batch import ForwardBatch
-from gateway.layers.linear import AdaptedLinear
+from gateway.layers.linear import AdaptedLinear, RowParallelLinear
 from lora_kernels.activation import silu_mul
 
 
 class GatedMLP:
     """y = down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear) -> None:
+    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear | RowParallelLinear) -> None:
         self.gate_up = gate_up
         self.down = down
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from gateway.errors import BaseModelUnsupported
+from gateway.errors import BaseModelUnsupported, ConfigInvalid
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -75,6 +75,24 @@ class DecoderConfig:
             sliding_windows=_sliding_windows(hf),
             eos_token_ids=_eos_token_ids(folder, hf),
             quantization=_quantization(hf),
+        )
+
+    def divided(self, size: int) -> DecoderConfig:
+        """What each of `size` ranks has of the heads and of the feed-forward block; the rest is whole.
+
+        Raises `ConfigInvalid` when they cannot be shared out evenly.
+        """
+        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+            if getattr(self, name) % size:
+                raise ConfigInvalid(
+                    f"engine.tensor_parallel_size {size} does not divide the base's {name} {getattr(self, name)}.",
+                    param="engine.tensor_parallel_size",
+                )
+        return replace(
+            self,
+            num_heads=self.num_heads // size,
+            num_kv_heads=self.num_kv_heads // size,
+            intermediate_size=self.intermediate_size // size,
         )
 
     @property

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from adapters_store.slots import LoRALayout
 from gateway.layers.attention import Attention
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import DenseLinear
 from gateway.layers.mlp import GatedMLP
 from gateway.layers.norm import RMSNorm
+from gateway.layers.tensor_parallel import TensorParallel
 from gateway.models.config import DecoderConfig
 from lora_kernels.layer_cache import LayerCache
 
@@ -39,13 +41,29 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Token ids in, logits out."""
+    """Token ids in, logits out.
+
+    ranks: who else has a part of it, if anybody: `config` and the linears are then this rank's share, lm_head its rows
+    of the vocabulary, zeros behind the last. Embeddings are whole: a step reads but its tokens' rows, and a split
+    table would add an exchange to every step.
+    """
 
     config: DecoderConfig
     embed_tokens: torch.Tensor  # [vocab, hidden]
     layers: tuple[DecoderLayer, ...]
     norm: RMSNorm
     lm_head: DenseLinear
+    ranks: TensorParallel | None = None
+
+    @property
+    def lora_layout(self) -> LoRALayout:
+        """What of an adapter goes with these linears."""
+        return LoRALayout.from_linears(self.config.linears, self.config.num_layers)
+
+    @property
+    def num_logits(self) -> int:
+        """Logits of each row on this rank: the whole vocabulary's on the first, none on others."""
+        return self.config.vocab_size if self.ranks is None or self.ranks.shard.rank == 0 else 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,10 +76,11 @@ class Decoder:
         return self.embed_tokens.device
 
     def __call__(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
-        """The logits of `batch.last_rows` in the decoder's dtype: [num_sampled, vocab]."""
+        """The logits of `batch.last_rows` in the decoder's dtype: [num_sampled, num_logits]."""
         x, delta = F.embedding(batch.input_ids, self.embed_tokens), None
         for layer, cache in zip(self.layers, caches, strict=True):
             delta = layer(x, delta, batch, cache)
         if delta is not None and batch.last_rows is not None:
             x, delta = x[batch.last_rows], delta[batch.last_rows]
-        return self.lm_head(self.norm(x, delta), batch.invariant)
+        logits = self.lm_head(self.norm(x, delta), batch.invariant)
+        return logits if self.ranks is None else self.ranks.gather(logits)[:, : self.config.vocab_size]

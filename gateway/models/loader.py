@@ -9,21 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from adapters_store.base_spec import BaseSpec, module_path
+from adapters_store.shard import Shard
 from adapters_store.slots import GROUPS
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
-from gateway.errors import BaseModelUnsupported
+from gateway.errors import BaseModelUnsupported, ConfigInvalid
 from gateway.layers.attention import Attention
-from gateway.layers.linear import AdaptedLinear, DenseLinear, fuse_nf4
+from gateway.layers.linear import AdaptedLinear, DenseLinear, RowParallelLinear, fuse_nf4
 from gateway.layers.mlp import GatedMLP
 from gateway.layers.norm import RMSNorm
+from gateway.layers.tensor_parallel import TensorParallel
 from gateway.models.checkpoint import Checkpoint
 from gateway.models.config import DecoderConfig
 from gateway.models.decoder import Decoder, DecoderLayer
-from lora_kernels.nf4 import NF4Weight
+from lora_kernels.nf4 import BLOCK, blocks_of
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,16 @@ def base_name(base: str) -> str:
     return "patchbay-embedded" if base == "embedded" else Path(base).expanduser().resolve().name
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Load, quantize and fingerprint the base that `config` names.
+def load_model(config: EngineConfig, ranks: TensorParallel | None = None) -> LoadedModel:
+    """Load, quantize and fingerprint the base that `config` names; with `ranks` this rank's share of it.
 
-    Raises `BaseModelUnsupported` naming the file and field of anything that cannot be served.
+    Shares are cut from the base when it is packed, whose fingerprint is then the same however many ranks there are.
+    Raises `BaseModelUnsupported` naming the file and field of anything that cannot be served, `ConfigInvalid` where the
+    base cannot be shared out.
     """
     folder = base_folder(config.base)
     decoder_config = DecoderConfig.from_folder(folder)
-    device = resolve_device(config.device)
-    builder = _Builder(decoder_config, Checkpoint(folder, decoder_config), config, device)
+    builder = _Builder(decoder_config, Checkpoint(folder, decoder_config), config, ranks)
     decoder = builder.build()
     return LoadedModel(
         name=base_name(config.base),
@@ -88,11 +92,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def resolve_adapter_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    """What adapters are kept in beside a base in `dtype`."""
+    return torch.int8 if config.adapter_dtype == "int8" else dtype
+
+
 class _Builder:
     """Builds the decoder tensor by tensor, hashing each packed tensor on the way."""
 
     def __init__(
-        self, config: DecoderConfig, checkpoint: Checkpoint, engine: EngineConfig, device: torch.device
+        self, config: DecoderConfig, checkpoint: Checkpoint, engine: EngineConfig, ranks: TensorParallel | None
     ) -> None:
         if engine.quantization == "none" and checkpoint.prequantized:
             raise BaseModelUnsupported(
@@ -100,9 +109,12 @@ class _Builder:
             )
         self.config = config
         self.checkpoint = checkpoint
+        self.ranks = ranks
+        self.shard = ranks.shard if ranks is not None else Shard()
+        self.part = config.divided(self.shard.size)
         self.quantize = engine.quantization == "nf4"
-        self.device = device
-        self.dtype = resolve_dtype(engine.dtype, device)
+        self.device = ranks.device if ranks is not None else resolve_device(engine.device)
+        self.dtype = resolve_dtype(engine.dtype, self.device)
         self._hash = hashlib.sha256(
             json.dumps({"quantization": engine.quantization, "block": 64, "double": True}).encode()
         )
@@ -112,8 +124,8 @@ class _Builder:
         embed = self._tensor("model.embed_tokens.weight", (c.vocab_size, c.hidden_size))
         layers = tuple(self._layer(i) for i in range(c.num_layers))
         norm = self._norm("model.norm.weight", c.hidden_size)
-        head = embed if c.tie_word_embeddings else self._tensor("lm_head.weight", (c.vocab_size, c.hidden_size))
-        return Decoder(c, embed, layers, norm, DenseLinear(head))
+        head = embed if c.tie_word_embeddings else self._read("lm_head.weight", (c.vocab_size, c.hidden_size))
+        return Decoder(self.part, embed, layers, norm, DenseLinear(self._place(self._rows(head))), self.ranks)
 
     def fingerprint(self) -> str:
         """sha256 over the packed base, in the order of loading. Call it once, after `build`."""
@@ -124,7 +136,7 @@ class _Builder:
         has_head_norms = f"{prefix}.self_attn.q_norm.weight" in self.checkpoint
         attention = Attention(
             self._linear(i, "qkv"),
-            self._linear(i, "o"),
+            self._row_parallel(i, "o"),
             head_dim=c.head_dim,
             q_norm=self._norm(f"{prefix}.self_attn.q_norm.weight", c.head_dim) if has_head_norms else None,
             k_norm=self._norm(f"{prefix}.self_attn.k_norm.weight", c.head_dim) if has_head_norms else None,
@@ -134,43 +146,67 @@ class _Builder:
             self._norm(f"{prefix}.input_layernorm.weight", c.hidden_size),
             attention,
             self._norm(f"{prefix}.post_attention_layernorm.weight", c.hidden_size),
-            GatedMLP(self._linear(i, "gate_up"), self._linear(i, "down")),
+            GatedMLP(self._linear(i, "gate_up"), self._row_parallel(i, "down")),
         )
+
+    def _row_parallel(self, layer: int, group: str) -> AdaptedLinear | RowParallelLinear:
+        linear = self._linear(layer, group)
+        return linear if self.ranks is None else RowParallelLinear(linear, self.ranks)
 
     def _linear(self, layer: int, group: str) -> AdaptedLinear:
         names = GROUPS[group]
-        shapes = [self.config.linears[name] for name in names]
-        paths = [module_path(layer, name) for name in names]
-        biases = [
-            self._tensor(f"{path}.bias", (shape[0],))
-            for path, shape in zip(paths, shapes, strict=True)
+        shapes = {name: self.config.linears[name] for name in names}
+        paths = {name: module_path(layer, name) for name in names}
+        whole = {
+            name: self._tensor(f"{path}.bias", shapes[name][:1])
+            for name, path in paths.items()
             if f"{path}.bias" in self.checkpoint
-        ]
+        }
+        biases = [part for name, bias in whole.items() if (part := self.shard.bias(name, bias)) is not None]
         bias = torch.cat(biases) if biases else None
-        pairs = list(zip(paths, shapes, strict=True))
         if self.quantize:
-            base = fuse_nf4([self._nf4(path, shape) for path, shape in pairs], bias, self.dtype)
+            base = fuse_nf4([self._nf4(name, paths[name], shapes[name]) for name in names], bias, self.dtype)
         else:
-            dense = [self._tensor(f"{path}.weight", shape) for path, shape in pairs]
-            base = DenseLinear(torch.cat(dense), bias)
-        return AdaptedLinear(base, layer, group, tuple(shape[0] for shape in shapes))
+            dense = [self.shard.weight(name, self._read(f"{paths[name]}.weight", shapes[name])) for name in names]
+            base = DenseLinear(torch.cat([self._place(part) for part in dense]), bias)
+        return AdaptedLinear(base, layer, group, tuple(self.part.linears[name][0] for name in names))
 
-    def _nf4(self, path: str, shape: tuple[int, int]) -> NF4Weight:
-        if shape[1] % 64:
+    def _nf4(self, name: str, path: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's blocks: the packed ones are the bytes of the whole, the scales are expanded."""
+        if shape[1] % BLOCK:
             raise BaseModelUnsupported(
                 f"{path} has {shape[1]} inputs, not a multiple of 64; serve it with --quantization none."
+            )
+        inputs = self.part.linears[name][1]
+        if inputs % BLOCK:
+            raise ConfigInvalid(
+                f"{path} would have {inputs} inputs on each rank, which cuts NF4's blocks of 64; choose another "
+                "engine.tensor_parallel_size, or quantization none.",
+                param="engine.tensor_parallel_size",
             )
         weight = self.checkpoint.nf4(path, shape, self.device)
         # Not the scales: their offset is a mean, whose last bit depends on the device that took it.
         self._update(path, weight.packed)
-        return weight
+        packed, absmax = blocks_of(weight)
+        return self.shard.weight(name, packed), self.shard.weight(name, absmax)
 
     def _norm(self, name: str, dim: int) -> RMSNorm:
         return RMSNorm(self._tensor(name, (dim,)), self.config.rms_norm_eps)
 
+    def _rows(self, head: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a matrix of the vocabulary, as many as every other's."""
+        missing = -len(head) % self.shard.size
+        return self.shard.part(F.pad(head, (0, 0, 0, missing)) if missing else head, 0)
+
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._place(self._read(name, shape))
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self.checkpoint.checked(name, shape)
         self._update(name, tensor)
+        return tensor
+
+    def _place(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device, self.dtype)
 
     def _update(self, name: str, tensor: torch.Tensor) -> None:

@@ -118,8 +118,9 @@ def _start_app(config: GatewayConfig, deadline: float) -> Running:
 
 
 def replica_deployment(config: GatewayConfig) -> serve.Deployment:
-    """The engine replicas' deployment; its constructor takes the configuration."""
+    """The engine replicas' deployment; its constructor takes the configuration. Raises `ConfigInvalid`."""
     server = config.server
+    _check_gpus(config)
     return serve.deployment(
         EngineReplica,
         name="EngineReplica",
@@ -156,6 +157,16 @@ def _trainer_deployment(config: GatewayConfig) -> serve.Deployment:
         graceful_shutdown_wait_loop_s=0.1,
         logging_config=_QUIET,
     )
+
+
+def _check_gpus(config: GatewayConfig) -> None:
+    """A replica sees the GPUs that Ray gives it, and no others. Raises `ConfigInvalid`."""
+    size, num_gpus = config.engine.tensor_parallel_size, config.server.replica_num_gpus
+    if size > 1 and config.engine.device != "cpu" and num_gpus != size:
+        raise ConfigInvalid(
+            f"server.replica_num_gpus is {num_gpus:g}; engine.tensor_parallel_size {size} takes {size} GPUs a replica.",
+            param="server.replica_num_gpus",
+        )
 
 
 def _check_ports(config: GatewayConfig) -> None:

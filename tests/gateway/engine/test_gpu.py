@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -20,6 +23,7 @@ from gateway.engine.host_tier import HostTier
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
+from gateway.errors import InternalError
 from gateway.layers import attention as attention_layer
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
@@ -28,6 +32,7 @@ from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
 
 pytestmark = pytest.mark.gpu
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 NUM_ADAPTERS = 16
 # Three tokens, each penalized more with every time that it comes: many guesses come true, and many do not.
 TAKING_TURNS: dict[str, Any] = {"logit_bias": {60: 90.0, 61: 90.0, 62: 90.0}, "frequency_penalty": 2.0}
@@ -42,12 +47,17 @@ def generate(
         params = replace(params, num_speculative_tokens=guessed if i % 2 == 0 else 0)
         prompt = list(range(20 + i, 52 + 3 * i))
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
+    tokens = drain(engine)
+    engine.check_integrity()
+    engine.close()
+    return tokens
+
+
+def drain(engine: LLMEngine) -> dict[str, list[TokenLogprob]]:
     tokens: dict[str, list[TokenLogprob]] = {}
     while engine.has_work:
         for delta in engine.step().deltas:
             tokens.setdefault(delta.request_id, []).extend(delta.logprobs)
-    engine.check_integrity()
-    engine.close()
     return tokens
 
 
@@ -56,11 +66,13 @@ def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
     return LLMEngine(config, blobs, lambda: None)
 
 
-def serve(engine: LLMEngine, prompts: list[list[int]], max_tokens: int) -> dict[str, list[int]]:
-    """Greedy tokens of the bare base."""
+def serve(
+    engine: LLMEngine, prompts: list[list[int]], max_tokens: int, refs: Seq[AdapterRef | None] = (None,)
+) -> dict[str, list[int]]:
+    """Greedy tokens of the adapters, or the bare base, in turn."""
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     for i, prompt in enumerate(prompts):
-        engine.add(GenerateRequest(str(i), params, prompt=prompt), prompt)
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
     tokens: dict[str, list[int]] = {}
     while engine.has_work:
         for delta in engine.step().deltas:
@@ -147,12 +159,21 @@ def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, e
     assert ours[1] > fp8[1]
 
 
-@pytest.mark.parametrize(("kv_cache_dtype", "guessed"), [("auto", 0), ("fp8", 0), ("auto", 3)])
+@pytest.mark.parametrize(
+    ("settings", "guessed"),
+    [
+        ({}, 0),
+        ({"kv_cache_dtype": "fp8"}, 0),
+        ({}, 3),
+        pytest.param({"tensor_parallel_size": 2}, 0, marks=two_gpus),
+        pytest.param({"tensor_parallel_size": 2, "kv_cache_dtype": "fp8"}, 3, marks=two_gpus),
+    ],
+)
 def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
-    tmp_path: Path, kv_cache_dtype: str, guessed: int
+    tmp_path: Path, settings: dict[str, Any], guessed: int
 ) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    engine = engine_with(blobs, "embedded", device="cuda", kv_cache_dtype=kv_cache_dtype)
+    engine = engine_with(blobs, "embedded", device="cuda", **settings)
     refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(4)]
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -278,6 +299,108 @@ def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, mon
     print(f"bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
     assert ours[0] <= 2 * allowed[0]
     assert ours[1] >= allowed[1] / 2
+
+
+@two_gpus
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_give_one_gpu_s_tokens(tmp_path: Path, enforce_eager: bool) -> None:
+    torch.manual_seed(0)
+    base = str(write_base(tmp_path / "base", layers=4))
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
+    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    (truth, one), (fp32, two) = (
+        [
+            generate(
+                engine_with(
+                    blobs, base, device="cuda", dtype=d, tensor_parallel_size=size, enforce_eager=enforce_eager
+                ),
+                refs,
+                32,
+            )
+            for d in ("float32", "bfloat16")
+        ]
+        for size in (1, 2)
+    )
+    assert ids(fp32) == ids(truth)
+    ours, allowed = drift(two, truth), drift(one, truth)
+    print(f"bf16 on two GPUs: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; on one {allowed}")
+    assert ours[0] <= 2 * allowed[0]
+    assert ours[1] >= allowed[1] / 2
+
+
+@two_gpus
+def test_a_worker_that_is_killed_ends_the_engine_though_the_device_waits_for_it(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", quantization="none", tensor_parallel_size=2)
+    params = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+    engine.add(GenerateRequest("r", params, prompt=[5, 6, 7]), [5, 6, 7])
+    for _ in range(20):
+        engine.step()
+    assert engine._workers is not None
+    os.kill(engine._workers._processes[0].pid or 0, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(InternalError, match="Rank 1 of the engine has ended"):
+        drain(engine)
+    engine.abort_all("error", None)
+    engine.check_integrity()
+    engine.close()
+    assert time.monotonic() - started < 30
+
+
+@two_gpus
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_swap_adapters_and_blocks_and_give_one_gpu_s_tokens(
+    tmp_path: Path, four_layers: str, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+
+    def engine_of(size: int, tokens: int, slots: int) -> LLMEngine:
+        config = EngineConfig(
+            base=four_layers, device="cuda", dtype="float32", tensor_parallel_size=size, kv_cache_tokens=tokens,
+            kv_host_bytes=1 << 30, num_adapter_slots=slots, host_cache_bytes=256 << 20, max_num_seqs=16,
+            max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        return LLMEngine(config, blobs, lambda: None)
+
+    prompts = random_prompts(12, 250)
+    one = engine_of(1, 16_384, 12)
+    refs = [write_adapter(blobs, tmp_path, one.model.spec, 16, i) for i in range(12)]
+    wanted = serve(one, prompts, 64, refs)
+    one.close()
+    two = engine_of(2, 960, 4)
+    got, again = serve(two, prompts, 64, refs), serve(two, prompts, 64, refs)
+    stats = two.stats()
+    two.close()
+    assert stats.adapter_evictions > 0
+    assert stats.kv_host_saved > 0
+    assert stats.kv_host_loaded > 0  # prefixes of the first turn
+    assert got == again == wanted
+
+
+@two_gpus
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_guess_ahead_as_one_does(tmp_path: Path, enforce_eager: bool) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings = {"device": "cuda", "quantization": "none", "dtype": "float32", "enforce_eager": enforce_eager}
+    one = engine_with(blobs, "embedded", **settings)
+    refs = [write_adapter(blobs, tmp_path, one.model.spec, 8, i) for i in range(6)]
+    wanted = generate(one, refs, 48, **TAKING_TURNS)
+    two = engine_with(blobs, "embedded", tensor_parallel_size=2, **settings)
+    assert ids(generate(two, refs, 48, guessed=4, **TAKING_TURNS)) == ids(wanted)
+    assert 20 < two.stats().num_accepted < two.stats().num_drafts
+
+
+@two_gpus
+def test_two_gpus_take_adapters_in_8_bits_as_two_cpu_ranks_do(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings = {"quantization": "none", "dtype": "float32", "adapter_dtype": "int8", "tensor_parallel_size": 2}
+    on_cpu = engine_with(blobs, "embedded", device="cpu", **settings)
+    refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
+    wanted = generate(on_cpu, refs, 48)
+    on_gpus = engine_with(blobs, "embedded", device="cuda", num_adapter_slots=6, **settings)
+    assert ids(generate(on_gpus, refs, 48)) == ids(wanted)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 from gateway.config import EngineConfig
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.errors import ConfigInvalid
-from gateway.models.config import DecoderConfig
+from gateway.models.decoder import Decoder
+from gateway.models.loader import load_model
 from tests.tiny import make_base
 
 GIB = 1 << 30
@@ -61,38 +62,55 @@ def test_what_does_not_fit_is_refused_with_what_to_lower(free: int, settings: di
         plan(free, **settings)
 
 
+def test_the_plan_of_all_ranks_fits_on_each() -> None:
+    roomy, tight = plan(100 * GIB, num_adapter_pages=10), plan(50 * GIB, num_adapter_pages=30)
+    smallest = MemoryPlan.smallest([roomy, tight])
+    assert (smallest.num_adapter_pages, smallest.num_blocks) == (10, tight.num_blocks)
+
+
 def test_a_plan_says_in_a_line_what_it_is() -> None:
     assert str(plan(None, num_adapter_pages=3, kv_cache_tokens=1600)) == (
         "3 adapter pages of 16 ranks (0.25 GiB) and a KV cache of 1,600 tokens (0.20 GiB)"
     )
 
 
-def measured(base: DecoderConfig, **settings: Any) -> MemoryPlan:
+def measured(decoder: Decoder, **settings: Any) -> MemoryPlan:
     """On the CPU in fp32."""
-    return MemoryPlan.measure(EngineConfig(**settings), base, PAGE, torch.device("cpu"), torch.float32)
+    return MemoryPlan.measure(EngineConfig(**settings), decoder)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> DecoderConfig:
-    return DecoderConfig.from_folder(make_base(tmp_path_factory.mktemp("base")))
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    base = make_base(tmp_path_factory.mktemp("base"))
+    return load_model(EngineConfig(base=str(base), device="cpu")).decoder
 
 
-def test_the_second_tier_takes_whole_blocks_of_what_it_is_given(config: DecoderConfig) -> None:
-    made = measured(config, kv_host_bytes=100_000, block_size=16)
+@pytest.mark.parametrize(("chosen", "dtype"), [("auto", torch.float32), ("int8", torch.int8)])
+def test_pages_are_planned_in_the_adapters_dtype(decoder: Decoder, chosen: str, dtype: torch.dtype) -> None:
+    assert measured(decoder, adapter_dtype=chosen).page_bytes == decoder.lora_layout.page_bytes(dtype)
+
+
+def test_the_second_tier_takes_whole_blocks_of_what_it_is_given(decoder: Decoder) -> None:
+    made = measured(decoder, kv_host_bytes=100_000, block_size=16)
     assert (made.block_bytes, made.num_host_blocks) == (8192, 12)
     assert str(made).endswith(", with 192 more in host memory (0.00 GiB)")
 
 
+def test_each_rank_takes_its_part_of_the_second_tier(decoder: Decoder) -> None:
+    made = measured(decoder, kv_host_bytes=100_000, tensor_parallel_size=3)
+    assert (made.block_bytes, made.num_host_blocks) == (8192, 4)
+
+
 @pytest.mark.parametrize("off", [{}, {"kv_host_bytes": 0}, {"kv_host_bytes": GIB, "enable_prefix_caching": False}])
 def test_there_is_no_second_tier_where_none_is_wanted_or_nothing_would_be_found(
-    config: DecoderConfig, off: dict[str, Any]
+    decoder: Decoder, off: dict[str, Any]
 ) -> None:
-    made = measured(config, **off)
+    made = measured(decoder, **off)
     assert made.num_host_blocks == 0
     assert "host" not in str(made)
 
 
-def test_there_is_no_second_tier_where_computing_is_always_cheaper(config: DecoderConfig) -> None:
+def test_there_is_no_second_tier_where_computing_is_always_cheaper(decoder: Decoder) -> None:
     # So narrow a base with so many heads computes a token sooner than the link carries its keys and values.
-    made = measured(replace(config, hidden_size=16, num_kv_heads=4096), kv_host_bytes=GIB)
-    assert made.num_host_blocks == 0
+    narrow = replace(decoder.config, hidden_size=16, num_kv_heads=4096)
+    assert measured(replace(decoder, config=narrow), kv_host_bytes=GIB).num_host_blocks == 0

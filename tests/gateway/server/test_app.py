@@ -160,3 +160,16 @@ def test_the_builder_reads_a_file_or_a_mapping(tmp_path: Path) -> None:
         assert replicas.num_replicas == 3
     with pytest.raises(ConfigInvalid, match="sever"):
         app.app({"sever": {}})
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "fits"), [("auto", 0, False), ("cuda", 4, False), ("cuda", 2, True), ("cpu", 0, True)]
+)
+def test_a_replica_asks_for_as_many_gpus_as_share_its_base(device: str, num_gpus: float, fits: bool) -> None:
+    args = {"engine": {"device": device, "tensor_parallel_size": 2}, "server": {"replica_num_gpus": num_gpus}}
+    if not fits:
+        with pytest.raises(ConfigInvalid, match="tensor_parallel_size 2 takes 2 GPUs a replica"):
+            app.app(args)
+        return
+    replicas = app.app(args)._bound_deployment.init_args[1]._bound_deployment
+    assert replicas.ray_actor_options["num_gpus"] == num_gpus
