@@ -90,6 +90,7 @@ class LLMEngine:
         self._config = config
         self._overlap = config.overlap_steps if config.overlap_steps is not None else decoder.device.type == "cuda"
         self._in_flight: StepInFlight | None = None
+        self._unfinished: StepOutput | None = None  # what a step hands out, while it runs or has failed
         self._requests: dict[str, RunningRequest] = {}
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -152,8 +153,11 @@ class LLMEngine:
             self._end(running, "cancelled", None, output)
 
     def abort_all(self, reason: FinishReason, error: BaseException | None) -> StepOutput:
-        """End every request, also when the device has failed: a step in flight is dropped, not waited for."""
-        output = StepOutput()
+        """End every request, also when the device has failed: a step in flight is dropped, not waited for.
+
+        Begins with what a step that raised had to hand out.
+        """
+        output, self._unfinished = self._unfinished or StepOutput(), None
         for running in list(self._requests.values()):
             self._end(running, reason, error, output)
         self._in_flight = None
@@ -167,7 +171,7 @@ class LLMEngine:
         With overlapping steps the batch is only launched, and the tokens are those of the one before. After an
         exception the engine can only `abort_all`.
         """
-        output = StepOutput()
+        output = self._unfinished = StepOutput()
         scheduled = self._schedule(output)
         if not scheduled.scheduled and self._in_flight is not None:
             # What is to run next may depend on the tokens, or wait for the blocks, of the step in flight.
@@ -179,6 +183,7 @@ class LLMEngine:
             self._in_flight = launched
             if not self._overlap:
                 self._land(output)
+        self._unfinished = None
         return output
 
     def stats(self) -> EngineStats:
