@@ -215,6 +215,7 @@ class LLMEngine:
         """Assert that an idle engine holds no block and no pin."""
         self.scheduler.check_integrity()
         self.residency.check_integrity()
+        assert self.residency.num_held == 0
         assert not self._requests
 
     def close(self) -> None:
