@@ -80,7 +80,7 @@ class LLMEngine:
         host_tier = HostTier(cache.layers, plan.num_host_blocks) if plan.num_host_blocks else None
         self.runner = ModelRunner(decoder, cache, slots, self.max_model_len, host_tier)
         if decoder.device.type == "cuda" and not config.enforce_eager:
-            self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank)
+            self.runner.capture_graphs(config.max_num_seqs, config.max_lora_rank if config.num_adapter_slots else 0)
         self.prompts = PromptEncoder(
             self.model.tokenizer, decoder.config.vocab_size, self.max_model_len, config.default_max_tokens
         )

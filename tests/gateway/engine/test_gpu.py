@@ -135,6 +135,13 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(tmp_path:
     engine.close()
 
 
+def test_an_engine_without_adapter_slots_records_its_graphs_and_gives_the_cpu_path_s_tokens(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings: dict[str, Any] = {"num_adapter_slots": 0, "dtype": "float32"}
+    wanted = generate(engine_with(blobs, "embedded", device="cpu", **settings), [], 48)
+    assert ids(generate(engine_with(blobs, "embedded", device="cuda", **settings), [], 48)) == ids(wanted)
+
+
 def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Path) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     engine = engine_with(blobs, "embedded", device="cuda", num_adapter_slots=6, host_cache_bytes=64 << 20)
