@@ -147,7 +147,7 @@ def waits() -> Iterator[list[float]]:
         finally:
             seconds.append(time.perf_counter() - begin)
 
-    HostCopy.wait = timed  # type: ignore[method-assign]
+    HostCopy.wait = timed  # type: ignore[method-assign, assignment]
     try:
         yield seconds
     finally:
@@ -246,8 +246,8 @@ def publish(bench: Bench, folder: Path, refs: Sequence[AdapterRef], first: int) 
     for number, ref in enumerate(refs, first):
         path = bench.blobs.local_path(ref.digest)
         spec = adapter_spec(bench.engine.model.spec, ref.rank)
-        sizes = {"num_parameters": path.stat().st_size // 2, "size_bytes": path.stat().st_size}
-        manifest = AdapterManifest(**spec.model_dump(), digest=ref.digest, **sizes)
+        size = path.stat().st_size
+        manifest = AdapterManifest(**spec.model_dump(), digest=ref.digest, num_parameters=size // 2, size_bytes=size)
         registry.publish("t", f"a{number}", StagedAdapter(manifest, path))
     database.dispose()
 

@@ -9,6 +9,7 @@ from itertools import count
 from random import Random
 
 from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.request import FinishReason
 from gateway.engine.stats import StepOutput
 from gateway.errors import GatewayError
 from tests.soak.fault import Fault, fail_next_step
@@ -51,7 +52,7 @@ class ByHand:
 
     def kill(self) -> list[Call]:
         """End everything in flight, by a failing step or without. Returns the calls that were not done."""
-        reason = self._rng.choice(["cancelled", "error"])
+        reason: FinishReason = self._rng.choice(["cancelled", "error"])
         if self._rng.random() < 0.3:
             fail_next_step(self._engine)
             with suppress(Fault):

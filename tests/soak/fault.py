@@ -19,4 +19,4 @@ def fail_next_step(engine: LLMEngine) -> None:
     def fail(*_: Any) -> torch.Tensor:
         raise Fault
 
-    engine.runner.execute = fail  # type: ignore[method-assign]
+    engine.runner.execute = fail  # type: ignore[method-assign, assignment]
