@@ -189,6 +189,11 @@ class AdapterResidency:
         entry = self._resident.get(digest)
         return entry.pins if entry is not None else 0
 
+    @property
+    def num_held(self) -> int:
+        """Adapters on which anyone holds a pin."""
+        return sum(entry.pins > 0 for entry in self._resident.values())
+
     def check_integrity(self) -> None:
         """Assert that slots and pages add up and that each loaded slot belongs to one resident adapter."""
         self._slots.check_integrity()

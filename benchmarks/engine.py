@@ -1,24 +1,33 @@
-"""The engine at Llama-3.1-8B's shape on one GPU: random weights, NF4 base, rank-16 adapters on all seven linears.
+"""The engine at Llama-3.1-8B's shape on one GPU: random weights, rank-16 adapters on all seven linears.
 
-    python -m benchmarks.engine [--layers 32] [--cases 64x0,64x64] [--tensor-parallel-size 2 | --batch-invariant]
-                                [--peer-results FILE]
+    python -m benchmarks.engine [--cases "64x0 nf4,64x64 nf4 adapters8"] [--peer-results FILE] [--scratch DIR]
+                                [--tensor-parallel-size 2 | --batch-invariant]
+    python -m benchmarks.engine --shape tiny --layers 2 --cases "4x2 nf4"     # to see that it works, on a CPU
 
-A case RxK is R greedy requests of 128 prompt tokens, 256 generated each, end-of-sequence ignored, all at once, over K
-distinct adapters. tokens/s is R x 256 over the wall time of the whole call, prefill included, best of 2; the decode
-step is (T(256) - T(16)) / 240. The base is written to disk as bf16 safetensors and loaded as any other folder. A file
-of a peer's results, JSON lines as ours, is printed beside: for each case the peer's best, whatever its base is kept in.
+A case `RxK BASE` is R greedy requests of 128 prompt tokens, 256 generated each, end-of-sequence ignored, all at once,
+over K distinct adapters on a base in nf4 or bf16; `adapters8` keeps adapters in 8 bits. tokens/s is R x 256 over the
+wall time of the whole call, prefill included, best of 2; the decode step is (T(256) - T(16)) / 240. Its floor is what
+one H200 takes to read its bytes once: base, lm_head, adapters, and the cache at the average context. The base is
+written to disk as bf16 safetensors and loaded as any other folder, once for each kind of engine; the adapters of an
+engine are written before its cases and removed after them: 84 MB each on disk, as much in host memory, and again on
+the device. A file of a peer's results, JSON lines as ours, is printed beside: for each case the peer's best, whatever
+its base is kept in.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Self
 
 import torch
 from rich.console import Console
@@ -29,27 +38,81 @@ from transformers import LlamaConfig
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name, module_path
 from adapters_store.blobs import BlobStore
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
+from adapters_store.slots import LoRALayout, num_pages_for
 from benchmarks.record import record, recorded
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
+from gateway.models.config import DecoderConfig
 
-PROMPT, OUTPUT, SHORT = 128, 256, 16
-# Decode step floors in ms on one H200 at 4.3 TB/s: packed base, lm_head, KV of 256 tokens and adapters read once.
-FLOORS = {"64x0": 1.6, "64x64": 2.8}
+PROMPT, OUTPUT, SHORT, RANK = 128, 256, 16, 16
+BANDWIDTH = 4.25e12  # bytes a second: a device copy on one H200, read and written
+NF4_BITS = 4.5  # of a weight as a GPU keeps it: 4, and an fp32 absmax for 64 of them
+START_TARGET = 60.0  # seconds
+TARGETS: Final = {
+    "64x0 nf4": 13_000.0,
+    "64x1 nf4": 12_000.0,
+    "64x64 nf4": 10_000.0,
+    "64x64 nf4 adapters8": 11_500.0,
+    "64x64 bf16": 7_500.0,
+    "256x0 nf4": 20_000.0,
+    "256x64 nf4": 15_000.0,
+    "256x256 nf4": 9_000.0,
+    "1x1 nf4": 400.0,
+}
+"""The cases, and the tokens/s that are asked of one H200."""
+# The tiny one keeps the vocabulary, and so the prompts.
+SHAPES: Final[dict[str, dict[str, int]]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14_336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
 
 
-def write_base(folder: Path, layers: int) -> Path:
-    """A Llama-3.1-8B-shaped checkpoint with random bf16 weights, one safetensors file a layer."""
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: how many requests over how many adapters, and what kind of engine serves them."""
+
+    num_requests: int
+    num_adapters: int
+    base: str = "nf4"
+    adapters8: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From `64x64 nf4 adapters8`; the base may be left out. Raises ValueError for what is no case."""
+        load, *words = text.split()
+        num_requests, num_adapters = map(int, load.split("x"))
+        case = cls(num_requests, num_adapters, "bf16" if "bf16" in words else "nf4", "adapters8" in words)
+        if set(words) - {"nf4", "bf16", "adapters8"}:
+            raise ValueError(f"{text} is no case")
+        return case
+
+    def __str__(self) -> str:
+        """The name under which it is recorded."""
+        return f"{self.num_requests}x{self.num_adapters} {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """Of its engine."""
+        return f"{self.base} adapters8" if self.adapters8 else self.base
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of its engine."""
+        return {
+            "quantization": "nf4" if self.base == "nf4" else "none",
+            "adapter_dtype": "int8" if self.adapters8 else "auto",
+        }
+
+
+def write_base(folder: Path, layers: int, shape: str = "8b") -> Path:
+    """A checkpoint of one of `SHAPES` with random bf16 weights, one safetensors file a layer."""
     config = LlamaConfig(
         vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **SHAPES[shape],
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         eos_token_id=2,
@@ -71,7 +134,8 @@ def write_base(folder: Path, layers: int) -> Path:
 
 
 def _layer_shapes(config: LlamaConfig, i: int) -> dict[str, tuple[int, ...]]:
-    h, kv, inner = config.hidden_size, config.num_key_value_heads * 128, config.intermediate_size
+    h, inner = config.hidden_size, config.intermediate_size
+    kv = config.num_key_value_heads * h // config.num_attention_heads
     outs = dict(zip(LINEARS, ((h, h), (kv, h), (kv, h), (h, h), (inner, h), (inner, h), (h, inner)), strict=True))
     shapes: dict[str, tuple[int, ...]] = {f"{module_path(i, name)}.weight": shape for name, shape in outs.items()}
     norms = {f"model.layers.{i}.{name}.weight": (h,) for name in ("input_layernorm", "post_attention_layernorm")}
@@ -90,7 +154,9 @@ def _write_shard(folder: Path, file: str, shapes: dict[str, tuple[int, ...]], we
     weight_map.update(dict.fromkeys(tensors, file))
 
 
-def write_adapter(blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, seed: int) -> AdapterRef:
+def write_adapter(
+    blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, seed: int, std: float = 0.02
+) -> AdapterRef:
     """A random bf16 adapter on all seven linears, put into the blob store."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
@@ -98,12 +164,10 @@ def write_adapter(blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, see
     for layer in range(spec.num_layers):
         for linear, (out, inner) in spec.linears.items():
             for side, shape in (("A", (rank, inner)), ("B", (out, rank))):
-                values = torch.randn(shape, device=device, generator=generator) * 0.02
+                values = torch.randn(shape, device=device, generator=generator) * std
                 tensors[lora_tensor_name(layer, linear, side)] = values.to(torch.bfloat16).cpu()
-    layers = tuple(range(spec.num_layers))
-    deltas = tuple(LoRADelta(linear=name, rank=rank, scale=1.0, layers=layers) for name in spec.linears)
-    adapter = AdapterSpec(base_fingerprint=spec.fingerprint, deltas=deltas)
     path = folder / f"adapter{seed}.safetensors"
+    adapter = adapter_spec(spec, rank)
     save_file(tensors, path, metadata={ADAPTER_METADATA_KEY: adapter.canonical_json()})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     blobs.put(digest, path)
@@ -111,23 +175,61 @@ def write_adapter(blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, see
     return AdapterRef(f"bench/adapter{seed}:1", digest, rank)
 
 
-def bench_config(base: Path, **settings: Any) -> EngineConfig:
-    """The engine of every case."""
+def adapter_spec(spec: BaseSpec, rank: int) -> AdapterSpec:
+    """What `write_adapter` says of its adapters."""
+    layers = tuple(range(spec.num_layers))
+    deltas = tuple(LoRADelta(linear=name, rank=rank, scale=1.0, layers=layers) for name in spec.linears)
+    return AdapterSpec(base_fingerprint=spec.fingerprint, deltas=deltas)
+
+
+def write_adapters(blobs: BlobStore, folder: Path, spec: BaseSpec, ranks: Sequence[int]) -> list[AdapterRef]:
+    """An adapter for each rank, several at a time."""
+    with ThreadPoolExecutor(8) as threads:
+        return list(threads.map(lambda i: write_adapter(blobs, folder, spec, ranks[i], i), range(len(ranks))))
+
+
+def bench_config(base: Path) -> EngineConfig:
+    """The engine of every case, with room for 64 adapters."""
     return EngineConfig(
         base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=8192, enable_prefix_caching=False,
-        num_adapter_slots=64, max_lora_rank=16, host_cache_bytes=16 << 30, **settings,
+        num_adapter_slots=64, max_lora_rank=RANK, host_cache_bytes=16 << 30,
     )  # fmt: skip
 
 
+def build_engine(config: EngineConfig, blobs: BlobStore, case: str, target: float | None = None) -> LLMEngine:
+    """An engine, and a record of how long it took from safetensors to ready."""
+    start = time.perf_counter()
+    engine = LLMEngine(config, blobs, lambda: None)
+    record("engine", case, "load_seconds", time.perf_counter() - start, "s", target=target)
+    return engine
+
+
+def free_device() -> None:
+    """Give back what closed engines held, after the last reference to them is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def page_bytes(base: Path) -> int:
+    """Bytes of a page of 16 ranks in bf16."""
+    config = DecoderConfig.from_folder(base)
+    return LoRALayout.from_linears(config.linears, config.num_layers).page_bytes(torch.bfloat16)
+
+
 def make_requests(
-    refs: list[AdapterRef | None], num_requests: int, output: int, num_speculative_tokens: int = 0
+    refs: Sequence[AdapterRef | None],
+    num_requests: int,
+    output: int,
+    prompt_tokens: int = PROMPT,
+    num_speculative_tokens: int = 0,
 ) -> list[tuple[GenerateRequest, list[int]]]:
     """The requests of one case, and their prompts."""
     params = SamplingParams(
         temperature=0, max_tokens=output, ignore_eos=True, num_speculative_tokens=num_speculative_tokens
     )
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(10, 100_000, (PROMPT,), generator=generator).tolist() for _ in range(num_requests)]
+    prompts = [torch.randint(10, 100_000, (prompt_tokens,), generator=generator).tolist() for _ in range(num_requests)]
     run_id = time.monotonic()
     return [
         (GenerateRequest(f"{run_id}-{i}", params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
@@ -135,51 +237,94 @@ def make_requests(
     ]
 
 
-def run(engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, output: int) -> float:
+def run(
+    engine: LLMEngine, refs: Sequence[AdapterRef | None], num_requests: int, output: int, prompt_tokens: int = PROMPT
+) -> float:
     """Serve one case to its end. Returns seconds."""
-    requests = make_requests(refs, num_requests, output)
-    torch.cuda.synchronize()
+    requests = make_requests(refs, num_requests, output, prompt_tokens)
+    synchronize()
     start = time.perf_counter()
     for request, prompt in requests:
         engine.add(request, prompt)
     while engine.has_work:
         engine.step()
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter() - start
 
 
+def synchronize() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def main() -> None:
-    """Build the base and the adapters, run the cases, record them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--cases", default="64x0,64x1,64x64,128x64,256x0,256x64,1x1")
+    """Build the base, then an engine and its adapters for the cases that it serves; record them."""
+    parser = make_parser(__doc__, ",".join(TARGETS))
+    parser.add_argument("--peer-results", type=Path, help="JSON lines of another system's")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="above 1 it is in the cases' names")
     parser.add_argument("--batch-invariant", action="store_true", help="a mode of its own in the cases' names")
-    parser.add_argument("--peer-results", type=Path, help="JSON lines of another system's")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = write_base(folder / "base", args.layers)
-        blobs = BlobStore(f"file://{folder / 'blobs'}")
-        start = time.perf_counter()
-        settings = {"tensor_parallel_size": args.tensor_parallel_size, "batch_invariant": args.batch_invariant}
-        engine = LLMEngine(bench_config(base, **settings), blobs, lambda: None)
-        mode = f" tp{args.tensor_parallel_size}" if args.tensor_parallel_size > 1 else ""
-        record("engine", f"{args.layers} layers{mode}", "load_seconds", time.perf_counter() - start, "s")
-        mode += " batch-invariant" if args.batch_invariant else ""
-        cases = [tuple(map(int, case.split("x"))) for case in args.cases.split(",")]
-        refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(max(k for _, k in cases))]
-        for num_requests, num_adapters in cases:
-            measure(engine, list(refs[:num_adapters]) or [None], num_requests, num_adapters, mode)
-        engine.close()
+    mode = {"tensor_parallel_size": args.tensor_parallel_size, "batch_invariant": args.batch_invariant}
+    suffix = f" tp{args.tensor_parallel_size}" if args.tensor_parallel_size > 1 else ""
+    suffix += (" batch-invariant" if args.batch_invariant else "") + label(args)
+    cases = [Case.parse(text) for text in args.cases.split(",")]
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        base = write_base(Path(name) / "base", args.layers, args.shape)
+        for settings in unique(case.settings for case in cases):
+            same = [case for case in cases if case.settings == settings]
+            serve_cases(base, same, settings | mode, suffix, args.scratch)
+            free_device()
     if args.peer_results:
         peers = [json.loads(line) for line in args.peer_results.read_text().splitlines()]
         Console(width=100).print(side_by_side(recorded(), peers))
 
 
+def make_parser(doc: str | None, cases: str) -> argparse.ArgumentParser:
+    """The options of the engine's benchmarks."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shape", choices=SHAPES, default="8b")
+    parser.add_argument("--cases", default=cases)
+    parser.add_argument(
+        "--scratch", type=Path, help="where base and adapters are written, for so long as they are used"
+    )
+    return parser
+
+
+def label(args: argparse.Namespace) -> str:
+    """What a case is called after its name, when it is not of the whole 8B shape, for which the targets are."""
+    return "" if (args.layers, args.shape) == (32, "8b") else f" {args.shape} {args.layers} layers"
+
+
+def unique(settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each of them once, in their order."""
+    seen: list[dict[str, Any]] = []
+    for one in settings:
+        if one not in seen:
+            seen.append(one)
+    return seen
+
+
+def serve_cases(base: Path, cases: Sequence[Case], settings: dict[str, Any], suffix: str, scratch: Path | None) -> None:
+    """Measure cases of one engine, which has room for the most adapters of any of them."""
+    most = max(case.num_adapters for case in cases)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        blobs = BlobStore(f"file://{folder / 'blobs'}")
+        host_bytes = most * num_pages_for(RANK) * page_bytes(base)
+        room: dict[str, Any] = {"num_adapter_slots": max(most, 1), "host_cache_bytes": host_bytes}
+        config = replace(bench_config(base), **room, **settings)
+        engine = build_engine(config, blobs, f"start {cases[0].kind}{suffix}", None if suffix else START_TARGET)
+        refs = write_adapters(blobs, folder, engine.model.spec, [RANK] * most)
+        for case in cases:
+            measure(engine, refs[: case.num_adapters] or [None], case, suffix)
+        engine.close()
+
+
 def side_by_side(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Table:
     """tokens/s of every case of ours beside the best of the peers' for as many requests and adapters."""
-    table = Table("requests x adapters", "tokens/s", "peer", "its tokens/s", "times")
+    table = Table("case", "tokens/s", "peer", "its tokens/s", "times")
     for line in (line for line in ours if line["metric"] == "tokens_per_s"):
         load = line["case"].split()[0]
         same = [peer for peer in peers if peer["metric"] == "tokens_per_s" and peer["case"].split()[0] == load]
@@ -188,23 +333,35 @@ def side_by_side(ours: list[dict[str, Any]], peers: list[dict[str, Any]]) -> Tab
         if best is not None:
             name = f"{best['system']}, {best['case'].split()[1]}"
             theirs = (name, f"{best['value']:,.0f}", f"{line['value'] / best['value']:.2f}")
-        table.add_row(load, f"{line['value']:,.0f}", *theirs)
+        table.add_row(line["case"], f"{line['value']:,.0f}", *theirs)
     return table
 
 
-def measure(
-    engine: LLMEngine, refs: list[AdapterRef | None], num_requests: int, num_adapters: int, mode: str = ""
-) -> None:
-    """One case, with the mode in its name."""
-    case = f"{num_requests}x{num_adapters} nf4{mode}"
-    run(engine, refs, num_requests, SHORT)
-    short = min(run(engine, refs, num_requests, SHORT) for _ in range(2))
-    long = min(run(engine, refs, num_requests, OUTPUT) for _ in range(2))
-    note = "128 in, 256 out, rank 16, best of 2"
-    record("engine", case, "tokens_per_s", num_requests * OUTPUT / long, "1/s", note=note)
-    step = (long - short) / (OUTPUT - SHORT) * 1e3
-    floor = FLOORS.get(f"{num_requests}x{num_adapters}") if " tp" not in mode else None  # they are one GPU's
-    record("engine", case, "decode_step_ms", step, "ms", floor=floor, note=note)
+def measure(engine: LLMEngine, refs: Sequence[AdapterRef | None], case: Case, suffix: str) -> None:
+    """One case."""
+    name, rows = f"{case}{suffix}", case.num_requests
+    run(engine, refs, rows, SHORT)
+    short = min(run(engine, refs, rows, SHORT) for _ in range(2))
+    long = min(run(engine, refs, rows, OUTPUT) for _ in range(2))
+    note = f"{PROMPT} in, {OUTPUT} out, rank {RANK}, best of 2"
+    target = TARGETS.get(name)
+    record("engine", name, "tokens_per_s", rows * OUTPUT / long, "1/s", target=target, note=note)
+    step, floor = (long - short) / (OUTPUT - SHORT) * 1e3, step_bytes(engine, case) / BANDWIDTH * 1e3
+    record("engine", name, "decode_step_ms", step, "ms", floor=round(floor, 4), note=note)
+    by_bytes = f"{step_bytes(engine, case) / 1e9:.2f} GB at a stated {BANDWIDTH / 1e12:.2f} TB/s, over the step"
+    record("engine", name, "share_of_floor", floor / step, "x", note=by_bytes)
+
+
+def step_bytes(engine: LLMEngine, case: Case) -> float:
+    """What a decode step in the middle of the output must read: base, lm_head, adapters, keys and values."""
+    decoder, slots = engine.model.decoder, engine.runner.slots
+    num_weights = decoder.config.num_layers * sum(out * inner for out, inner in decoder.config.linears.values())
+    base = num_weights * (NF4_BITS if case.base == "nf4" else 8 * decoder.dtype.itemsize) / 8
+    adapter_dtype = torch.int8 if case.adapters8 else decoder.dtype
+    adapters = case.num_adapters * num_pages_for(RANK) * slots.layout.page_bytes(adapter_dtype)
+    block = sum(tensor[0].nbytes for layer in engine.runner.cache.layers for tensor in layer.tensors)
+    context = case.num_requests * (PROMPT + OUTPUT / 2) * block / engine.blocks.block_size
+    return base + decoder.lm_head.weight.nbytes + adapters + context
 
 
 if __name__ == "__main__":

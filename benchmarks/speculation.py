@@ -78,7 +78,7 @@ def measure_cost(cases: list[tuple[int, int]], layers: int) -> None:
 
 def _run(engine: LLMEngine, num_requests: int, guessed: int, output: int) -> float:
     """Serve one case to its end. Returns seconds."""
-    for request, prompt in make_requests([None], num_requests, output, guessed):
+    for request, prompt in make_requests([None], num_requests, output, num_speculative_tokens=guessed):
         engine.add(request, prompt)
     for sequence in engine.scheduler.waiting if guessed else ():
         sequence.lookup = WrongGuesses(sequence.token_ids, guessed)

@@ -95,6 +95,7 @@ class LLMEngine:
         self._config = config
         self._overlap = config.overlap_steps if config.overlap_steps is not None else decoder.device.type == "cuda"
         self._in_flight: StepInFlight | None = None
+        self._unfinished: StepOutput | None = None  # what a step hands out, while it runs or has failed
         self._requests: dict[str, RunningRequest] = {}
         self._prompt_tokens = 0
         self._generation_tokens = 0
@@ -169,8 +170,11 @@ class LLMEngine:
             self._end(running, "cancelled", None, output)
 
     def abort_all(self, reason: FinishReason, error: BaseException | None) -> StepOutput:
-        """End every request, also when the device has failed: a step in flight is dropped, not waited for."""
-        output = StepOutput()
+        """End every request, also when the device has failed: a step in flight is dropped, not waited for.
+
+        Begins with what a step that raised had to hand out.
+        """
+        output, self._unfinished = self._unfinished or StepOutput(), None
         for running in list(self._requests.values()):
             self._end(running, reason, error, output)
         self._in_flight = None
@@ -190,7 +194,7 @@ class LLMEngine:
             return self._step()
 
     def _step(self) -> StepOutput:
-        output = StepOutput()
+        output = self._unfinished = StepOutput()
         scheduled = self._schedule(output)
         if not scheduled.scheduled and self._in_flight is not None:
             # What is to run next may depend on the tokens, or wait for the blocks, of the step in flight.
@@ -202,6 +206,7 @@ class LLMEngine:
             self._in_flight = launched
             if not self._overlap:
                 self._land(output)
+        self._unfinished = None
         return output
 
     def stats(self) -> EngineStats:
@@ -235,6 +240,7 @@ class LLMEngine:
         """Assert that an idle engine holds no block and no pin."""
         self.scheduler.check_integrity()
         self.residency.check_integrity()
+        assert self.residency.num_held == 0
         assert not self._requests
 
     def close(self) -> None:

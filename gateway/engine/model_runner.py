@@ -75,7 +75,7 @@ class ModelRunner:
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture_graphs(config.max_rows, config.max_lora_rank)
+            runner.capture_graphs(config.max_rows, config.max_lora_rank if config.num_adapter_slots else 0)
         return runner
 
     def capture_graphs(self, max_rows: int, max_rank: int) -> None:

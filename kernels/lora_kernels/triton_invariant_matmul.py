@@ -28,7 +28,8 @@ def _matmul_kernel(
     """y[tokens, out] = x[tokens] W[out]^T + bias[out]; one program a tile, which sums all inputs in their order.
 
     SPAN: so many inputs, where not None, have a sum of their own, which is added to that of those before: one chain of
-    14,336 fp32 additions has rounded twice as far as cuBLAS. Tiles of tokens over the same rows of W lie beside each other, so that W comes from memory once.
+    14,336 fp32 additions has rounded twice as far as cuBLAS. Tiles of tokens over the same rows of W lie beside each
+    other, so that W comes from memory once.
     """
     num_tiles = tl.cdiv(num_tokens, TOKENS)
     token = (tl.program_id(0) % num_tiles * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]

@@ -149,7 +149,8 @@ def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, e
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     on_cpu = engine_with(blobs, "embedded", device="cpu", kv_cache_dtype="fp8")
     refs = [write_adapter(blobs, tmp_path, on_cpu.model.spec, 8, i) for i in range(NUM_ADAPTERS)]
-    wanted, exact = generate(on_cpu, refs, 48), generate(engine_with(blobs, "embedded", device="cpu"), refs, 48)
+    wanted = generate(on_cpu, refs, 48)
+    exact = generate(engine_with(blobs, "embedded", device="cpu"), refs, 48)
     settings = {"dtype": "float32", "kv_cache_dtype": "fp8", "enforce_eager": enforce_eager}
     got = generate(engine_with(blobs, "embedded", device="cuda", **settings), refs, 48)
     # Sums in another order turn some number of fp8 into its neighbour: not the same bits, but nearer than fp8 is itself.
@@ -199,6 +200,13 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
     assert (engine.stats().num_accepted > 100) == bool(guessed)
     engine.check_integrity()
     engine.close()
+
+
+def test_an_engine_without_adapter_slots_records_its_graphs_and_gives_the_cpu_path_s_tokens(tmp_path: Path) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings: dict[str, Any] = {"num_adapter_slots": 0, "dtype": "float32"}
+    wanted = generate(engine_with(blobs, "embedded", device="cpu", **settings), [], 48)
+    assert ids(generate(engine_with(blobs, "embedded", device="cuda", **settings), [], 48)) == ids(wanted)
 
 
 def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Path) -> None:

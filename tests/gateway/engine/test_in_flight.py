@@ -321,6 +321,27 @@ def test_a_failing_step_ends_everything_in_flight_once(
     assert ends == {("a", 0): ["error"], ("a", 1): ["error"], ("b", 0): ["error"], ("c", 0): ["error"]}
 
 
+def test_what_a_failing_step_had_to_hand_out_is_not_lost(
+    build_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(overlap_steps=True, max_num_seqs=1)
+    for name in ("done", "next"):
+        one = call(GREEDY | {"max_tokens": 1}, name)
+        engine.add(one, engine.encode(one))
+    assert engine.step().deltas == []
+
+    def fail(scheduled: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine.runner, "execute", fail)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        engine.step()  # hands out the first step's token, and so has room for the next request, whose step fails
+    output = engine.abort_all("error", None)
+    assert [(d.request_id, d.finish_reason) for d in output.deltas] == [("done", "length"), ("next", "error")]
+    assert [timings.finish_reason for timings in output.finished] == ["length", "error"]
+    assert engine.abort_all("error", None).deltas == []
+
+
 def test_a_row_of_bad_logits_ends_alone_though_its_next_step_is_in_flight(
     build_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

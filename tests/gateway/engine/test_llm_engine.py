@@ -193,6 +193,14 @@ def test_cancelling_at_any_stage_frees_everything(world: TinyWorld, make_engine:
     assert {d.finish_reason for d in ends if d.request_id == "x"} == {"cancelled"}
 
 
+def test_an_idle_engine_with_a_pin_is_not_whole(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    run(engine, request(world, "r", adapter="a4"))
+    engine.residency.acquire(world.refs["a4"])
+    with pytest.raises(AssertionError):
+        engine.check_integrity()
+
+
 def test_n_sequences_share_the_prompt_and_each_ends_once(world: TinyWorld, make_engine: MakeEngine) -> None:
     engine = make_engine()
     done = run(engine, request(world, "r", n=3, temperature=1.0, seed=7))["r"]
