@@ -153,7 +153,7 @@ def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, e
     exact = generate(engine_with(blobs, "embedded", device="cpu"), refs, 48)
     settings = {"dtype": "float32", "kv_cache_dtype": "fp8", "enforce_eager": enforce_eager}
     got = generate(engine_with(blobs, "embedded", device="cuda", **settings), refs, 48)
-    # Sums in another order turn some number of fp8 into its neighbour: not the same bits, but nearer than fp8 is itself.
+    # Sums in another order turn some number of fp8 into its neighbour: other bits, but nearer than fp8 itself is.
     ours, fp8 = drift(got, wanted), drift(wanted, exact)
     print(f"fp8: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; of fp8 itself {fp8}")
     assert ours[0] < fp8[0]
