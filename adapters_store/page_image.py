@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from adapters_store.slots import LoRAGroup, LoRALayout, PagePools
+from adapters_store.slots import LoRAGroup, LoRALayout, PagePools, num_pages_for
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK
 
@@ -50,35 +50,45 @@ def fill_pages(pages: tuple[Tensor, ...], weights: AdapterWeights, layout: LoRAL
     """Write checked weights into the pages of an image, uint8 [page_bytes] each, whatever they held before.
 
     A page has 16 rows of A and of B^T of every linear, zeros beyond the adapter's rank and where it has no matrices.
-    In int8 each rank of each has a scale of its own.
+    In int8 each rank of each has a scale of its own. All layers of a linear are written at once: every operation gives
+    Python's lock away, and beside a busy thread waits milliseconds to have it back.
     """
-    for index, page in enumerate(pages):
-        page.zero_()
-        rows = slice(index * PAGE_RANK, (index + 1) * PAGE_RANK)
-        for group, arrays in zip(layout.groups, layout.split(page, dtype), strict=True):
-            for layer in range(layout.num_layers):
-                for linear in group.linears:
-                    if (pair := weights.tensors.get((layer, linear))) is not None:
-                        _write(arrays, layer, group, linear, pair[0][rows], pair[1][:, rows].T)
+    arrays = [layout.split(page.zero_(), dtype) for page in pages]
+    for place, group in enumerate(layout.groups):
+        for linear in group.linears:
+            for rank, layers in _layers_by_rank(weights, layout, linear).items():
+                pairs = (weights.tensors[layer, linear] for layer in layers)
+                a, b = map(torch.stack, zip(*pairs, strict=True))
+                for index in range(num_pages_for(rank)):
+                    rows = slice(index * PAGE_RANK, (index + 1) * PAGE_RANK)
+                    _write(arrays[index][place], layers, group, linear, a[:, rows], b[:, :, rows].transpose(1, 2))
 
 
-def _write(arrays: PagePools, layer: int, group: LoRAGroup, linear: str, a: Tensor, b: Tensor) -> None:
-    """The rows a [r, in] and b [r, out] of one linear into a page of all layers."""
-    index, ranks = group.linears.index(linear), len(a)
-    to_a, to_b = arrays.a[layer, index, :ranks], arrays.b[layer, :ranks, group.columns(linear)]
-    if arrays.a_scales is None or arrays.b_scales is None:
-        to_a.copy_(a)
-        to_b.copy_(b)
-    else:
-        _write_int8(a, to_a, arrays.a_scales[layer, index, :ranks])
-        _write_int8(b, to_b, arrays.b_scales[layer, index, :ranks])
+def _layers_by_rank(weights: AdapterWeights, layout: LoRALayout, linear: str) -> dict[int, list[int]]:
+    """The layers that have matrices of a linear, those of one rank together."""
+    layers: dict[int, list[int]] = {}
+    for layer in range(layout.num_layers):
+        if (pair := weights.tensors.get((layer, linear))) is not None:
+            layers.setdefault(len(pair[0]), []).append(layer)
+    return layers
 
 
-def _write_int8(rows: Tensor, to_rows: Tensor, to_scales: Tensor) -> None:
-    """[r, n] -> int8 [r, n] and fp32 scales [r], symmetric."""
+def _write(arrays: PagePools, layers: list[int], group: LoRAGroup, linear: str, a: Tensor, b: Tensor) -> None:
+    """The rows a [num_layers, r, in] and b [num_layers, r, out] of these layers of one linear into a page."""
+    index, ranks, where = group.linears.index(linear), a.shape[1], torch.tensor(layers)
+    to_a, to_b = arrays.a[:, index, :ranks], arrays.b[:, :ranks, group.columns(linear)]
+    for rows, to_rows, scales in ((a, to_a, arrays.a_scales), (b, to_b, arrays.b_scales)):
+        if scales is not None:
+            rows, own = _in_int8(rows)
+            scales[:, index, :ranks].index_copy_(0, where, own)
+        to_rows.index_copy_(0, where, rows.to(to_rows.dtype))
+
+
+def _in_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., r, n] -> whole numbers of int8's range in fp32 [..., r, n] and fp32 scales [..., r], symmetric."""
     rows = rows.float()
-    torch.div(rows.abs().amax(-1), 127, out=to_scales)
-    to_rows.copy_(torch.round(rows / to_scales.clamp_min(1e-30)[:, None]))
+    scales = rows.abs().amax(-1) / 127
+    return torch.round(rows / scales.clamp_min(1e-30)[..., None]), scales
 
 
 def _widths(group: LoRAGroup) -> dict[str, int]:

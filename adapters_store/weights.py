@@ -49,5 +49,7 @@ def _read_pair(file: Any, layer: int, delta: LoRADelta) -> tuple[torch.Tensor, t
 
 def fold_scale(b: torch.Tensor, scale: float) -> torch.Tensor:
     """B [out, r] times `scale`, exactly: in B's dtype when the scale is a power of two, else in fp32."""
+    if scale == 1.0:
+        return b
     is_power_of_two = math.frexp(scale)[0] == 0.5
     return b * scale if is_power_of_two else b.float() * scale

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from adapters_store.blobs import BlobStore
-from benchmarks.engine import bench_config, make_requests, write_adapter, write_base
+from benchmarks.engine import bench_config, drain, make_requests, write_adapter, write_base
 from benchmarks.record import record
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef
@@ -130,7 +130,7 @@ def steps_beside(
     for request, prompt in make_requests(list(running), NUM_ROWS, num_steps + 8):
         engine.add(request, [10 + token % 1000 for token in prompt])  # the embedded base has few tokens
     while engine.step().num_tokens != NUM_ROWS:
-        pass
+        time.sleep(engine.poll_interval)
     asked = ask_for(engine, coming)
     seconds = []
     for _ in range(num_steps):
@@ -138,8 +138,7 @@ def steps_beside(
         next(asked)
         engine.step()
         seconds.append(time.perf_counter() - begin)
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     return seconds
 
 

@@ -246,10 +246,16 @@ def run(
     start = time.perf_counter()
     for request, prompt in requests:
         engine.add(request, prompt)
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     synchronize()
     return time.perf_counter() - start
+
+
+def drain(engine: LLMEngine) -> None:
+    """Step until nothing is left to do; sleep where nothing can be done, as threads that load need Python's lock."""
+    while engine.has_work:
+        if engine.step().num_tokens == 0 and engine.has_work:
+            time.sleep(engine.poll_interval)
 
 
 def synchronize() -> None:

@@ -27,6 +27,7 @@ from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.registry import AdapterRegistry
 from adapters_store.upload import Staging
+from benchmarks.engine import drain
 from benchmarks.record import record
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
@@ -101,8 +102,7 @@ def engine_run(engine: LLMEngine, refs: list[AdapterRef | None]) -> None:
     for i, prompt in enumerate(prompts()):
         request = GenerateRequest(f"{time.monotonic_ns()}-{i}", params, prompt=prompt, adapter=refs[i % len(refs)])
         engine.add(request, engine.encode(request))
-    while engine.has_work:
-        engine.step()
+    drain(engine)
 
 
 def rates(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 from adapters_store.blobs import BlobStore
-from benchmarks.engine import write_base
+from benchmarks.engine import drain, write_base
 from benchmarks.record import record
 from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
@@ -82,8 +82,7 @@ def first_token(engine: LLMEngine, prompt: list[int]) -> float:
     start = time.perf_counter()
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     engine.add(GenerateRequest(str(start), params, prompt=prompt), prompt)
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     return time.perf_counter() - start
 
 

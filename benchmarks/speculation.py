@@ -23,7 +23,7 @@ from typing import Final
 import torch
 
 from adapters_store.blobs import BlobStore
-from benchmarks.engine import OUTPUT, SHORT, bench_config, make_requests, write_base
+from benchmarks.engine import OUTPUT, SHORT, bench_config, drain, make_requests, write_base
 from benchmarks.record import record
 from gateway.embedded.vocabulary import ADJECTIVES, ANIMALS, THINGS
 from gateway.engine.llm_engine import LLMEngine
@@ -84,8 +84,7 @@ def _run(engine: LLMEngine, num_requests: int, guessed: int, output: int) -> flo
         sequence.lookup = WrongGuesses(sequence.token_ids, guessed)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     torch.cuda.synchronize()
     return time.perf_counter() - start
 

@@ -21,7 +21,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from adapters_store.blobs import BlobStore
-from benchmarks.engine import OUTPUT, bench_config, make_requests, write_adapter, write_base
+from benchmarks.engine import OUTPUT, bench_config, drain, make_requests, run, write_adapter, write_base
 from gateway.engine.llm_engine import LLMEngine
 
 WARM, TIMED, PROFILED = 100, 20, 6  # steps: by then all rows decode, and half of the output is left
@@ -42,7 +42,9 @@ def main() -> None:
         most = max(num_adapters for _, num_adapters in cases)
         refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(most)]
         for num_requests, num_adapters in cases:
-            for request, prompt in make_requests(list(refs[:num_adapters]) or [None], num_requests, OUTPUT):
+            chosen = list(refs[:num_adapters]) or [None]
+            run(engine, chosen, num_requests, 2)  # the adapters come in
+            for request, prompt in make_requests(chosen, num_requests, OUTPUT):
                 engine.add(request, prompt)
             _profile(engine, f"{num_requests}x{num_adapters}")
         engine.close()
@@ -61,8 +63,7 @@ def _profile(engine: LLMEngine, case: str) -> None:
         for _ in range(PROFILED):
             engine.step()
         torch.cuda.synchronize()
-    while engine.has_work:
-        engine.step()
+    drain(engine)
     spans = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events() or []

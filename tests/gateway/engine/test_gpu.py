@@ -56,8 +56,11 @@ def generate(
 def drain(engine: LLMEngine) -> dict[str, list[TokenLogprob]]:
     tokens: dict[str, list[TokenLogprob]] = {}
     while engine.has_work:
-        for delta in engine.step().deltas:
+        output = engine.step()
+        for delta in output.deltas:
             tokens.setdefault(delta.request_id, []).extend(delta.logprobs)
+        if output.num_tokens == 0:
+            time.sleep(engine.poll_interval)  # threads that load adapters need Python's lock
     return tokens
 
 
