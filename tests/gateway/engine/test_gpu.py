@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgm
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
 NUM_ADAPTERS = 16
+Adapted = tuple[str, BlobStore, list[AdapterRef]]
 # Three tokens, each penalized more with every time that it comes: many guesses come true, and many do not.
 TAKING_TURNS: dict[str, Any] = {"logit_bias": {60: 90.0, 61: 90.0, 62: 90.0}, "frequency_penalty": 2.0}
 
@@ -62,6 +64,26 @@ def drain(engine: LLMEngine) -> dict[str, list[TokenLogprob]]:
         if output.num_tokens == 0:
             time.sleep(engine.poll_interval)  # threads that load adapters need Python's lock
     return tokens
+
+
+def assert_as_near(
+    ours: dict[str, list[TokenLogprob]], other: dict[str, list[TokenLogprob]], truth: dict[str, list[TokenLogprob]]
+) -> None:
+    """Near-ties of random weights break either way: ours may be as far from the truth as the other way is."""
+    own, allowed = drift(ours, truth), drift(other, truth)
+    print(f"log-probabilities within {own[0]:.4f} over {own[1]} positions; the other way {allowed}")
+    assert own[0] <= 2 * allowed[0]
+    assert own[1] >= allowed[1] / 2
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """The host may not wait for the device, but where it asks for a step's tokens."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
@@ -117,6 +139,21 @@ def drift(a: dict[str, list[TokenLogprob]], b: dict[str, list[TokenLogprob]]) ->
     return worst, positions
 
 
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    return str(write_base(tmp_path_factory.mktemp("base"), layers=4))
+
+
+@pytest.fixture(scope="module")
+def adapted(four_layers: str, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
+    """A base of four layers of Llama-3.1-8B's shape, and adapters of it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    blobs = BlobStore(f"file://{folder / 'blobs'}")
+    spec = load_model(EngineConfig(base=four_layers, device="cuda")).spec
+    return four_layers, blobs, [write_adapter(blobs, folder, spec, 16, i) for i in range(NUM_ADAPTERS)]
+
+
 @pytest.mark.parametrize("overlap_steps", [False, True])
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_the_embedded_base_gives_the_cpu_path_s_tokens(
@@ -169,8 +206,9 @@ def test_fp8_pages_give_what_the_cpu_path_gives_from_fp8_pages(tmp_path: Path, e
         ({}, 0),
         ({"kv_cache_dtype": "fp8"}, 0),
         ({}, 3),
-        pytest.param({"tensor_parallel_size": 2}, 0, marks=two_gpus),
-        pytest.param({"tensor_parallel_size": 2, "kv_cache_dtype": "fp8"}, 3, marks=two_gpus),
+        # In NF4 two ranks would cut the embedded base's blocks of 64.
+        pytest.param({"tensor_parallel_size": 2, "quantization": "none"}, 0, marks=two_gpus),
+        pytest.param({"tensor_parallel_size": 2, "quantization": "none", "kv_cache_dtype": "fp8"}, 3, marks=two_gpus),
     ],
 )
 def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
@@ -194,12 +232,8 @@ def test_the_host_never_waits_in_a_decode_step_but_for_the_step_before(
     while engine.scheduler.waiting or any(sequence.num_uncomputed > 1 for sequence in engine.scheduler.running):
         engine.step()
     engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        while engine.has_work:
-            engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        drain(engine)
     assert (engine.stats().num_accepted > 100) == bool(guessed)
     engine.check_integrity()
     engine.close()
@@ -226,16 +260,13 @@ def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Pat
     while engine.step().num_tokens != 8:
         pass
     engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         while engine.has_work:
             if coming:
                 engine.residency.prefetch(coming[:1])
             engine.step()
             if coming and coming[0].name in engine.residency.stats.resident:
                 coming.pop(0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert not coming
     assert engine.stats().adapter_evictions == NUM_ADAPTERS - 6
     engine.check_integrity()
@@ -292,12 +323,8 @@ def test_siblings_share_the_prompt_and_copy_its_last_block(
     on_cpu.close()
 
 
-def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    base = str(write_base(tmp_path / "base", layers=4))
-    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
-    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(adapted: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, blobs, refs = adapted
     fp32, bf16 = (generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16"))
     use_references(monkeypatch)
     truth, plain = (
@@ -305,21 +332,13 @@ def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(tmp_path: Path, mon
         for d in ("float32", "bfloat16")
     )
     assert ids(fp32) == ids(truth)
-    # In bf16 near-ties of random weights break either way: the kernels may be as far from fp32 as plain PyTorch is.
-    ours, allowed = drift(bf16, truth), drift(plain, truth)
-    print(f"bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
-    assert ours[0] <= 2 * allowed[0]
-    assert ours[1] >= allowed[1] / 2
+    assert_as_near(bf16, plain, truth)
 
 
 @two_gpus
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_two_gpus_give_one_gpu_s_tokens(tmp_path: Path, enforce_eager: bool) -> None:
-    torch.manual_seed(0)
-    base = str(write_base(tmp_path / "base", layers=4))
-    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
-    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+def test_two_gpus_give_one_gpu_s_tokens(adapted: Adapted, enforce_eager: bool) -> None:
+    base, blobs, refs = adapted
     (truth, one), (fp32, two) = (
         [
             generate(
@@ -334,10 +353,7 @@ def test_two_gpus_give_one_gpu_s_tokens(tmp_path: Path, enforce_eager: bool) -> 
         for size in (1, 2)
     )
     assert ids(fp32) == ids(truth)
-    ours, allowed = drift(two, truth), drift(one, truth)
-    print(f"bf16 on two GPUs: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; on one {allowed}")
-    assert ours[0] <= 2 * allowed[0]
-    assert ours[1] >= allowed[1] / 2
+    assert_as_near(two, one, truth)
 
 
 @two_gpus
@@ -414,12 +430,6 @@ def test_two_gpus_take_adapters_in_8_bits_as_two_cpu_ranks_do(tmp_path: Path) ->
     assert ids(generate(on_gpus, refs, 48)) == ids(wanted)
 
 
-@pytest.fixture(scope="module")
-def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    return str(write_base(tmp_path_factory.mktemp("base"), layers=4))
-
-
 @pytest.mark.parametrize("overlap_steps", [False, True])
 @pytest.mark.parametrize("enforce_eager", [False, True])
 def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_for_no_copy(
@@ -441,11 +451,8 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
     move = tier.move
 
     def move_without_waiting(saves: Seq[BlockCopy], loads: Seq[BlockCopy]) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             move(saves, loads)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(tier, "move", move_without_waiting)
     wanted, got = serve(ample, prompts, 80), serve(tight, prompts, 80)
@@ -475,25 +482,17 @@ def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
         pass
     engine.step()
     saved = engine.stats().kv_host_saved
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        while engine.has_work:
-            engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        drain(engine)
     assert engine.stats().kv_host_saved > saved
     engine.check_integrity()
     engine.close()
 
 
 def test_an_8b_shaped_base_over_fp8_pages_is_as_exact_as_the_reference_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapted: Adapted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    base = str(write_base(tmp_path / "base", layers=4))
-    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    spec = engine_with(blobs, base, device="cuda", enforce_eager=True).model.spec
-    refs = [write_adapter(blobs, tmp_path, spec, 16, i) for i in range(NUM_ADAPTERS)]
+    base, blobs, refs = adapted
     settings = {"device": "cuda", "kv_cache_dtype": "fp8"}
     bf16 = generate(engine_with(blobs, base, dtype="bfloat16", **settings), refs, 32)
     use_references(monkeypatch)
@@ -501,10 +500,7 @@ def test_an_8b_shaped_base_over_fp8_pages_is_as_exact_as_the_reference_path(
         generate(engine_with(blobs, base, dtype=dtype, enforce_eager=True, **settings), refs, 32)
         for dtype in ("float32", "bfloat16")
     )
-    ours, allowed = drift(bf16, truth), drift(plain, truth)
-    print(f"fp8 pages, bf16: log-probabilities within {ours[0]:.4f} over {ours[1]} positions; the plain path {allowed}")
-    assert ours[0] <= 2 * allowed[0]
-    assert ours[1] >= allowed[1] / 2
+    assert_as_near(bf16, plain, truth)
 
 
 def test_fp8_pages_of_an_8b_shaped_base_stay_near_bf16(tmp_path: Path) -> None:
@@ -574,11 +570,7 @@ def test_the_host_never_waits_in_a_batch_invariant_decode_step(tmp_path: Path) -
     while engine.step().num_tokens != 12:
         pass
     engine.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        while engine.has_work:
-            engine.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        drain(engine)
     engine.check_integrity()
     engine.close()
