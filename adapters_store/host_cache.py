@@ -12,8 +12,8 @@ import torch
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
+from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.page_image import PageImage, check_weights, fill_pages
-from adapters_store.slots import LoRALayout, num_pages_for
 from adapters_store.weights import AdapterWeights, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]

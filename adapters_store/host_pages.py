@@ -7,8 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
+from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_image import PageImage
-from adapters_store.slots import num_pages_for
 
 
 class HostPages:

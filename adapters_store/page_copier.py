@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from adapters_store.page_image import PageImage
-    from adapters_store.slots import LoRALayout, PagePools
+from adapters_store.lora_layout import LoRALayout, PagePools
+from adapters_store.page_image import PageImage
 
 
 class PageCopy:

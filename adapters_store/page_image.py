@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from adapters_store.slots import LoRAGroup, LoRALayout, PagePools, num_pages_for
+from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools, num_pages_for
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
+from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
-from adapters_store.slots import AdapterSlots, num_pages_for
+from adapters_store.slots import AdapterSlots
 
 
 class LoadableAdapter(Protocol):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import read_adapter
+from adapters_store.lora_layout import LoRALayout
 from adapters_store.page_image import check_weights
-from adapters_store.slots import LoRALayout
 from adapters_store.weights import AdapterWeights
 
 _INPUTS_SPLIT: Final = frozenset({"o_proj", "down_proj"})

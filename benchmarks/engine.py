@@ -37,8 +37,8 @@ from transformers import LlamaConfig
 
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name, module_path
 from adapters_store.blobs import BlobStore
+from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
-from adapters_store.slots import LoRALayout, num_pages_for
 from benchmarks.record import record, recorded
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters_store.slots import AdapterSlots, LoRALayout
+from adapters_store.lora_layout import LoRALayout
+from adapters_store.slots import AdapterSlots
 from benchmarks.record import record
 from gateway.config import EngineConfig
 from gateway.embedded import demo_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Final
 
-from adapters_store.slots import num_pages_for
+from adapters_store.lora_layout import num_pages_for
 from gateway.engine.request import AdapterRef
 from gateway.engine.sequence import Sequence
 

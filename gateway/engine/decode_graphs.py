@@ -7,7 +7,8 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import torch
 
-from adapters_store.slots import AdapterSlots, num_pages_for
+from adapters_store.lora_layout import num_pages_for
+from adapters_store.slots import AdapterSlots
 from gateway.engine.decode_inputs import DecodeInputs
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.pending import PendingTokens

@@ -8,7 +8,7 @@ from typing import Final, Self
 
 import torch
 
-from adapters_store.slots import num_pages_for
+from adapters_store.lora_layout import num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import least_fetch
 from gateway.engine.host_tier import STAGING_BYTES

@@ -19,9 +19,10 @@ import torch
 
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import AdapterReader, HostCache
+from adapters_store.lora_layout import LoRALayout
 from adapters_store.page_copier import PageCopy
 from adapters_store.shard import Shard, read_share
-from adapters_store.slots import AdapterSlots, LoRALayout
+from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.mirror import Mirror, StepNews

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from adapters_store.slots import LoRALayout
+from adapters_store.lora_layout import LoRALayout
 from gateway.layers.attention import Attention
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.linear import DenseLinear

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer
 
 from adapters_store.base_spec import BaseSpec, module_path
+from adapters_store.lora_layout import GROUPS
 from adapters_store.shard import Shard
-from adapters_store.slots import GROUPS
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
 from gateway.errors import BaseModelUnsupported, ConfigInvalid

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from adapters_store.base_spec import lora_tensor_name
 from adapters_store.blobs import BlobStore
+from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
 from adapters_store.page_image import PageImage, fill_pages
-from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
+from adapters_store.slots import AdapterSlots
 from adapters_store.weights import AdapterWeights
 
 NUM_LAYERS = 2

@@ -13,7 +13,7 @@ import torch
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
-from adapters_store.slots import LoRALayout
+from adapters_store.lora_layout import LoRALayout
 
 from .random_adapters import LAYOUT, SHAPES, GatedBlobStore, make_image, put_adapter, random_weights
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from adapters_store.host_pages import HostPages
+from adapters_store.lora_layout import LoRALayout
 from adapters_store.page_image import PageImage, fill_pages
-from adapters_store.slots import AdapterSlots, LoRALayout
+from adapters_store.slots import AdapterSlots
 
 from .random_adapters import LAYOUT, SHAPES, make_image, random_weights
 

@@ -19,10 +19,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
+from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
 from adapters_store.residency import AdapterResidency
-from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
+from adapters_store.slots import AdapterSlots
 
 from .random_adapters import (
     LAYOUT,

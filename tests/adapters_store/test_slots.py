@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapters_store.slots import AdapterSlots, LoRALayout, num_pages_for
+from adapters_store.lora_layout import LoRALayout, num_pages_for
+from adapters_store.slots import AdapterSlots
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK
 

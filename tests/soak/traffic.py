@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters_store.base_spec import BaseSpec
 from adapters_store.blobs import BlobStore
-from adapters_store.slots import num_pages_for
+from adapters_store.lora_layout import num_pages_for
 from benchmarks.engine import write_adapter
 from gateway.config import EngineConfig
 from gateway.engine.request import AdapterRef, GenerateRequest

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from adapters_store.slots import num_pages_for
+from adapters_store.lora_layout import num_pages_for
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest, TokenDelta
