@@ -21,7 +21,6 @@ from gateway.engine.waiting_queue import WaitingQueue
 _PROMPT_COST: Final = 1
 _OUTPUT_COST: Final = 2
 _BY_PRIORITY: Final = attrgetter("priority")
-
 _LOOKAHEAD: Final = 32  # waiting sequences whose adapters are brought in before their turn
 
 
@@ -107,11 +106,10 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # by priority, then by admission
         self.num_preemptions = 0
-        self.max_adapter_pages = max_adapter_pages
-        self._adapters = BatchAdapters(max_adapter_pages)
-        self._waits_to_preempt = False
         self.num_drafts = 0
         self.num_accepted = 0
+        self._adapters = BatchAdapters(max_adapter_pages)
+        self._waits_to_preempt = False
         self._num_speculating = 0
         self._room_for_drafts = max_rows
         self._num_scheduled = 0  # steps

@@ -120,7 +120,7 @@ def serve(engine: LLMEngine, world: TinyWorld, calls: list[Call]) -> Run:
 
 def check_batch(engine: LLMEngine) -> None:
     """What is true of the running sequences after every step."""
-    running, limit = engine.scheduler.running, engine.scheduler.max_adapter_pages
+    running, limit = engine.scheduler.running, engine._config.max_adapter_pages_per_step
     assert running == sorted(running, key=lambda s: s.priority)
     pages = {s.adapter.digest: num_pages_for(s.adapter.rank) for s in running if s.adapter is not None}
     assert limit is None or len(pages) <= 1 or sum(pages.values()) <= limit
