@@ -56,8 +56,8 @@ class DecodeGraphs:
             max_pending=max_rows,
             invariant=invariant,
         )
-        # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 1.3 GB together.
-        self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=torch.float32, device=decoder.device)
+        # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 0.7 GB together.
+        self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=decoder.dtype, device=decoder.device)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and most pages
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class DecodeGraphs:
                 self._graphs[size, most_pages] = graph
 
     def run(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor | None:
-        """The fp32 logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
+        """The logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
 
         None where no graph fits: too many rows, or an adapter above the engine's highest rank.
         """

@@ -97,7 +97,7 @@ class ModelRunner:
         self._graphs = None
 
     def execute(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
-        """Run the step. Returns the fp32 logits of `output.sampled`: [num_sampled, vocab], on rank 0.
+        """Run the step. Returns the logits of `output.sampled` in the decoder's dtype: [num_sampled, vocab], on rank 0.
 
         pending: where the last tokens of `output.scheduled` are, unless the host knows them all.
         """
@@ -112,11 +112,11 @@ class ModelRunner:
                 return logits
         if self.invariant and self.decoder.device.type == "cpu":
             return self._execute_by_token(output, pending)
-        return self.decoder(self._batch(output, pending), self.cache.layers).float()
+        return self.decoder(self._batch(output, pending), self.cache.layers)
 
     def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
         """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""
-        logits = [torch.empty((0, self.decoder.config.vocab_size))]
+        logits = [torch.empty((0, self.decoder.config.vocab_size), dtype=self.decoder.dtype)]
         sampled = set(output.sampled)
         for row, (sequence, start, num_tokens) in enumerate(output.scheduled):
             own = None if pending is None else PendingTokens(pending.token_ids, pending.sources[row : row + 1])
@@ -124,7 +124,7 @@ class ModelRunner:
                 step = SchedulerOutput(output.number, [Chunk(sequence, position, 1)])
                 if sequence in sampled and position == start + num_tokens - 1:
                     step.sampled.append(sequence)
-                logits.append(self.decoder(self._batch(step, own), self.cache.layers).float())
+                logits.append(self.decoder(self._batch(step, own), self.cache.layers))
         return torch.cat(logits)
 
     def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:

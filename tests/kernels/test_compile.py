@@ -35,7 +35,7 @@ build(triton_nf4._unpack_kernel, nf4, {"BLOCKS": 32}, 4)
 sgmv = {"order_ptr": "*i32", "table_ptr": "*i32", "h_ptr": "*fp32"}
 sgmv |= {"x_ptr": "*bf16", "a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16"}
 flags = {"PDL": CAPABILITY >= 90, "HAS_SCALES": False, "HAS_BIAS": False, "ACTIVATION": "none"}
-flags |= {"scale_ptr": None, "bias_ptr": None, "Y_FIRST": True}
+flags |= {"scale_ptr": None, "bias_ptr": None}
 for chunk, shrink, expand in (
     (16, triton_shrink._SHRINK_FEW, triton_expand._EXPAND_SHORT),
     (16, triton_shrink._SHRINK_MANY, triton_expand._EXPAND_SHORT),
@@ -66,6 +66,10 @@ for vectors in ({}, {"slot_ptr": None, "scale_ptr": None, "bias_ptr": None}):
             build(rotary, rows | {"k_cache_ptr": "*fp8e4nv", "v_cache_ptr": "*fp8e4nv"}, sizes, 4)
     build(gate, rows, vectors | {"BLOCK": triton_activation._BLOCK}, 4)
 build(affine, rows, {"BLOCK": triton_vectors._BLOCK}, 4)
+
+from lora_kernels import triton_argmax
+largest = {"logits_ptr": "*bf16", "highest_ptr": "*fp32", "index_ptr": "*i64"}
+build(triton_argmax._argmax_kernel, largest, {"BLOCK": triton_argmax._BLOCK}, 16)
 
 from lora_kernels import triton_blocks
 for word in ("*i64", "*u8"):
