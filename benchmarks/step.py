@@ -1,6 +1,6 @@
 """Where the time of a decode step goes on one GPU, kernel by kernel, at Llama-3.1-8B's shape.
 
-    python -m benchmarks.step [--layers 32] [--cases 64x0,64x64]
+    python -m benchmarks.step [--layers 32] [--cases 64x0,64x64] [--adapter-dtype int8]
 
 Prints, for each case of `benchmarks.engine`, the step's wall time, how long the device was busy and idle in it, and the
 kernels by their time. Kernels may overlap (programmatic dependent launch), so that theirs add up to more than the step.
@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,12 +34,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--cases", default="64x0,64x64")
+    parser.add_argument("--adapter-dtype", default="auto")
     args = parser.parse_args()
     cases = [tuple(map(int, case.split("x"))) for case in args.cases.split(",")]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         blobs = BlobStore(f"file://{folder / 'blobs'}")
-        engine = LLMEngine(bench_config(write_base(folder / "base", args.layers)), blobs, lambda: None)
+        config = replace(bench_config(write_base(folder / "base", args.layers)), adapter_dtype=args.adapter_dtype)
+        engine = LLMEngine(config, blobs, lambda: None)
         most = max(num_adapters for _, num_adapters in cases)
         refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(most)]
         for num_requests, num_adapters in cases:

@@ -83,12 +83,13 @@ class AdaptedLinear:
         if batch.segments is None:
             return self.base(x, batch.invariant)
         pools = batch.adapters.pools(self.layer, self.group)
-        if isinstance(self.base, NF4Linear) and pools.a_scales is None and not batch.invariant:
+        scales = pools.a_scales, pools.b_scales
+        if isinstance(self.base, NF4Linear) and not batch.invariant:
             weight, bias = self.base.weight, self.base.bias
-            return nf4_lora_matmul(x, weight, bias, pools.a, pools.b, batch.segments, self.widths)
+            return nf4_lora_matmul(x, weight, bias, pools.a, pools.b, batch.segments, self.widths, *scales)
         y = self.base(x, batch.invariant)
-        h = sgmv_shrink(x, pools.a, batch.segments, pools.a_scales)
-        sgmv_expand(h, pools.b, batch.segments, y, self.widths, pools.b_scales)
+        h = sgmv_shrink(x, pools.a, batch.segments, scales[0])
+        sgmv_expand(h, pools.b, batch.segments, y, self.widths, scales[1])
         return y
 
 

@@ -116,14 +116,15 @@ def launch_wide(
     bias: Tensor | None,
     out: Tensor,
     adapters: ctypes.Structure | None = None,
+    a_size: int = 2,
 ) -> None:
-    """out = x W^T + bias by nf4_wide.cu, and what `adapters` (its struct of that name) adds."""
+    """out = x W^T + bias by nf4_wide.cu, and what `adapters` (its struct of that name, A of so many bytes) adds."""
     row_tiles, num_blocks, _ = weight.tiles.shape
     num_tiles, processors = -(-row_tiles // plan.row_groups) * -(-len(x) // plan.tokens), num_processors(x.device)
     stages = num_blocks // (plan.in_groups * plan.span)
     sharing = _Sharing.of(num_tiles, stages, processors) if plan.share else _Sharing()
     # For adapters there is work without a tile too.
-    _wide_kernel(plan, x.dtype, x.device, adapters is not None)(
+    _wide_kernel(plan, x.dtype, x.device, 3 - a_size if adapters else 0)(
         processors if adapters else min(sharing.blocks or num_tiles, processors),
         128 * (plan.row_groups * plan.in_groups + 1),
         [
@@ -139,12 +140,12 @@ def _narrow_kernel(plan: NarrowPlan, dtype: torch.dtype, device: torch.device) -
 
 
 @cache
-def _wide_kernel(plan: WidePlan, dtype: torch.dtype, device: torch.device, adapted: bool) -> CudaKernel:
+def _wide_kernel(plan: WidePlan, dtype: torch.dtype, device: torch.device, adapted: int) -> CudaKernel:
     blocks = plan.in_groups * plan.span
     stage = blocks * (plan.tokens * 128 + plan.row_groups * (2048 + 256)) + 16
     staged_out = plan.row_groups * min(plan.tokens, 64) * 128
     shared_bytes = _TABLE_BYTES + plan.stages * stage + staged_out + (4 * FEW_PAGES if adapted else 0)
-    macros = _macros(plan, dtype) | {"ADAPTED": int(adapted)}
+    macros = _macros(plan, dtype) | {"ADAPTED": adapted}
     return CudaKernel("nf4_wide.cu", "nf4_matmul_wide", macros, device, shared_bytes)
 
 

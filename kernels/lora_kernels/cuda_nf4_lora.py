@@ -30,10 +30,10 @@ class _Adapters(ctypes.Structure):
         ("h_map", ctypes.c_uint64 * 16),
         ("pages_map", ctypes.c_uint64 * 16),
         *((name, ctypes.c_void_p) for name in ("x", "a", "h", "order", "table", "page_ids")),
-        *((name, ctypes.c_void_p) for name in ("sums", "progress", "planes")),
+        *((name, ctypes.c_void_p) for name in ("sums", "progress", "planes", "scales")),
         *((name, ctypes.c_int) for name in ("stride_x", "slice_columns", "slices", "second", "third", "parts")),
         *((name, ctypes.c_int) for name in ("plane_stride", "ranks")),
-        ("padding", ctypes.c_int * 6),
+        ("padding", ctypes.c_int * 4),
     )
 
 
@@ -45,13 +45,15 @@ def nf4_lora_matmul_cuda(
     b_pages: Tensor,
     segments: LoRASegments,
     slice_widths: tuple[int, ...],
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
 ) -> Tensor | None:
     """`lora_kernels.nf4_lora.nf4_lora_matmul` with A x beside the base's product; None where that does not fit."""
     plan, num_slices = fused_plan(x, weight), len(slice_widths)
-    if not isinstance(plan, WidePlan) or a_pages.dtype != x.dtype:
+    if not isinstance(plan, WidePlan) or a_pages.dtype not in (x.dtype, torch.int8):
         return None
     is_whole = num_slices <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
-    in_columns = is_whole and segments.most_pages <= most_column_pages(len(x))
+    in_columns = is_whole and a_scales is None and segments.most_pages <= most_column_pages(len(x))
     if not in_columns and not hides_shrink(len(x), segments.most_pages, weight.shape[0], num_slices):
         return None
     x = readable(x)
@@ -62,8 +64,9 @@ def nf4_lora_matmul_cuda(
         launch_wide(plan, x, weight, bias, out, adapters)
     else:
         h = _set_planes(adapters, a_pages, segments)
-        launch_wide(plan, x, weight, bias, out, adapters)
-        sgmv_expand_triton(h, b_pages, segments, out, slice_widths)
+        adapters.scales = None if a_scales is None else a_scales.data_ptr()
+        launch_wide(plan, x, weight, bias, out, adapters, a_pages.element_size())
+        sgmv_expand_triton(h, b_pages, segments, out, slice_widths, b_scales)
     return out
 
 

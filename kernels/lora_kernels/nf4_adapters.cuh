@@ -8,32 +8,39 @@
 // bit pattern that no sum has. Then it writes its tokens' columns of h and counts up; who reads h waits for the count.
 // That takes all thread blocks running at once: there are no more than multiprocessors.
 //
-// Where there are many pages, h is for a kernel behind (sgmv_expand) instead: each part is a plane of it, and nobody
-// waits.
+// Where there are many pages, or pages in 8 bits, h is for a kernel behind (sgmv_expand) instead: each part is a plane of
+// it, and nobody waits.
 #pragma once
 
 constexpr int FIELDS = 8, NUM_ROWS = 1, NUM_PAGES = 4;   // of the routing table
 constexpr int PAGE_BYTES = 2048, H_BYTES = TOKENS * 32;  // of B for 64 rows of W, and of h
 constexpr int TILE = 16;                                 // tokens and ranks of the matrix unit
-constexpr int STEPS = FEW_REGISTERS > 64 ? 4 : 2;        // times 32 inputs on their way, a half more of few tokens
+constexpr int A_SIZE = ADAPTED == 2 ? 1 : 2;             // bytes of a number of A
+constexpr int INPUTS = 64 / A_SIZE;                      // that a warp multiplies at a time: 16 bytes of A a lane
+constexpr int X_LOADS = 2 / A_SIZE;                      // of 16 bytes, for those of A
+constexpr int ON_THEIR_WAY = FEW_REGISTERS > 64 ? 4 : 2;
+constexpr int STEPS = ON_THEIR_WAY * A_SIZE / 2;  // times INPUTS on their way, of many tokens and of few
+constexpr int FEW_STEPS = A_SIZE == 2 ? ON_THEIR_WAY * 3 / 2 : ON_THEIR_WAY;
 constexpr int PARTS_AT_ONCE = FEW_REGISTERS > 64 ? 5 : 3;
 constexpr int SHRINKERS = 3;  // warps of a thread block
 
 // Maps of h [num_tokens, slices * slice_columns] in boxes of TOKENS by 16, swizzled by 32 bytes, and of the pages of B
 // [num_pages * 16, out] in boxes of 16 by 64, swizzled by 128 bytes. x: its rows are stride_x apart. a: [num_pages,
-// slices, 16, in]. h: rows hold zeros for the pages of others' adapters, whose numbers are finite. order, table,
+// slices, 16, in], 16 or 8 bits a number; scales: of the latter, fp32 [num_pages, slices, 16]. h: rows hold zeros for the pages of others' adapters, whose numbers are finite. order, table,
 // page_ids: Routing's, of chunks of up to 16 tokens. sums: float4 [pieces, 2, 32], ABSENT before and after. progress:
 // the rows and slices of h that are there, and the blocks that will not ask any more; zeros before and after. second,
 // third: where these slices of W begin, multiples of 64. parts: 0 where h is there already.
 // planes: fp32 [parts, num_tokens, slices, ranks], as sgmv_shrink's, or null; plane_stride: numbers of a plane.
 struct Adapters {
     TensorMap h_map, pages_map;
-    const u16 *x, *a;
+    const u16* x;
+    const u8* a;
     u16* h;
     const int *order, *table, *page_ids;
     float4* sums;
     int* progress;
     float* planes;
+    const float* scales;
     int stride_x, slice_columns, slices, second, third, parts, plane_stride, ranks;
 
     __device__ __forceinline__ int slice(int row_tile) const {
@@ -67,35 +74,60 @@ __device__ __forceinline__ void load_transposed(u32 (&a)[4], u32 page, int strip
                  : "memory");
 }
 
-// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of 32, of which STEPS times
-// 32 are on their way at once. from_x: of the first HALVES times 8 tokens, lane / 4 and that + 8, null for none;
-// from_a: of these ranks; each at the lane's inputs.
+// Numbers 2n and 2n + 1 of a word of four, of 8 bits, as 16-bit numbers.
+__device__ __forceinline__ u32 widen_pair(u32 word, int n) {
+    const u32 pair = __byte_perm(word, 0, n ? 0x4342 : 0x4140);
+    u32 widened;
+#if BF16
+    const u32 low = pair & 0x007F007F | 0x43004300, sign = pair & 0x00800080 | 0x43004300;  // 128 + x, and 128 or 256
+    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(widened) : "r"(low), "r"(sign));
+#else
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(widened) : "r"(pair ^ 0x64806480), "r"(0x64806480));  // 1152 + x, less 1152
+#endif
+    return widened;
+}
+// Eight numbers of A, the first or the second of those in 16 bytes, as four fragments of the matrix unit.
+__device__ __forceinline__ void fragments(u32 (&pairs)[4], const uint4& a, int half) {
+    const u32 words[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = A_SIZE == 2 ? words[i] : widen_pair(words[half * 2 + i / 2], i % 2);
+}
+
+// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of INPUTS, of which STEPS
+// times INPUTS are on their way at once. from_x: of the first HALVES times 8 tokens, lane / 4 and that + 8, null for
+// none; from_a: of these ranks; each at the lane's inputs.
 template <int HALVES, int STEPS>
 __device__ __forceinline__ void multiply_inputs(float (&sum)[2][4], const u16* const (&from_x)[2],
-                                                const u16* const (&from_a)[2], int begin, int end) {
+                                                const u8* const (&from_a)[2], int begin, int end) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
-    for (int at = begin; at < end; at += STEPS * 32) {
-        uint4 x[STEPS][2], a[STEPS][2];
+    for (int at = begin; at < end; at += STEPS * INPUTS) {
+        uint4 x[STEPS][X_LOADS][2], a[STEPS][2];
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const int input = at + s * 32;
-                a[s][n] = from_a[n] && input < end ? load_once(from_a[n] + input) : zero;
-                x[s][n] = n < HALVES && from_x[n] && input < end
-                              ? __ldcg(reinterpret_cast<const uint4*>(from_x[n] + input))
-                              : zero;
+                const int input = at + s * INPUTS;
+                a[s][n] = from_a[n] && input < end ? load_once(from_a[n] + input * A_SIZE) : zero;
+#pragma unroll
+                for (int half = 0; half < X_LOADS; ++half)
+                    x[s][half][n] = n < HALVES && from_x[n] && input < end
+                                        ? __ldcg(reinterpret_cast<const uint4*>(from_x[n] + input) + half)
+                                        : zero;
             }
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s) {
-            const u32 near[4] = {x[s][0].x, x[s][1].x, x[s][0].y, x[s][1].y};
-            const u32 far[4] = {x[s][0].z, x[s][1].z, x[s][0].w, x[s][1].w};
+        for (int s = 0; s < STEPS; ++s)
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                multiply(sum[n], near, a[s][n].x, a[s][n].y);
-                multiply(sum[n], far, a[s][n].z, a[s][n].w);
+            for (int half = 0; half < X_LOADS; ++half) {
+                const uint4 x0 = x[s][half][0], x1 = x[s][half][1];
+                const u32 near[4] = {x0.x, x1.x, x0.y, x1.y}, far[4] = {x0.z, x1.z, x0.w, x1.w};
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    u32 pairs[4];
+                    fragments(pairs, a[s][n], half);
+                    multiply(sum[n], near, pairs[0], pairs[1]);
+                    multiply(sum[n], far, pairs[2], pairs[3]);
+                }
             }
-        }
     }
 }
 
@@ -141,23 +173,34 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, int num_blocks,
         const int4 head = *reinterpret_cast<const int4*>(adapters.table + (1 + row) * FIELDS);
         const int4 tail = *reinterpret_cast<const int4*>(adapters.table + (1 + row) * FIELDS + 4);
         const int first = head.x, length = head.y, ranks = head.z - tail.y * TILE, page = tail.x;
-        const int begin = inputs / 32 * part / parts * 32, end = inputs / 32 * (part + 1) / parts * 32;
-        const u16* a = adapters.a + ((long long)(page * slices + slice) * TILE + group) * inputs + lane % 4 * 8;
-        const u16* const from_a[2] = {group < ranks ? a : nullptr, group + 8 < ranks ? a + 8 * inputs : nullptr};
+        const int begin = inputs / INPUTS * part / parts * INPUTS, end = inputs / INPUTS * (part + 1) / parts * INPUTS;
+        const long long first_rank = (long long)(page * slices + slice) * TILE;
+        const u8* a = adapters.a + (first_rank + group) * inputs * A_SIZE + lane % 4 * 16;
+        const u8* const from_a[2] = {group < ranks ? a : nullptr,
+                                     group + 8 < ranks ? a + 8 * inputs * A_SIZE : nullptr};
         int token[2];
         const u16* from_x[2];
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
             const int at = group + m * 8;
             token[m] = at < length ? adapters.order[first + at] : -1;
-            from_x[m] = token[m] >= 0 ? adapters.x + (long long)token[m] * adapters.stride_x + lane % 4 * 8 : nullptr;
+            const u16* row = adapters.x + (long long)token[m] * adapters.stride_x;
+            from_x[m] = token[m] >= 0 ? row + lane % 4 * (16 / A_SIZE) : nullptr;
         }
         wait_for_kernel_before();  // x is its result
         float sum[2][4] = {};
         if (length > 8)
             multiply_inputs<2, STEPS>(sum, from_x, from_a, begin, end);
         else
-            multiply_inputs<1, STEPS * 3 / 2>(sum, from_x, from_a, begin, end);
+            multiply_inputs<1, FEW_STEPS>(sum, from_x, from_a, begin, end);
+#if ADAPTED == 2
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            const float2 scale =
+                *reinterpret_cast<const float2*>(adapters.scales + first_rank + n * 8 + lane % 4 * 2);
+            sum[n][0] *= scale.x, sum[n][1] *= scale.y, sum[n][2] *= scale.x, sum[n][3] *= scale.y;
+        }
+#endif
         if (adapters.planes) {
             float* plane = adapters.planes + part * adapters.plane_stride + slice * adapters.ranks + tail.y * TILE;
 #pragma unroll

@@ -18,10 +18,12 @@ def nf4_lora_matmul_ref(
     b_pages: Tensor,
     segments: LoRASegments,
     slice_widths: tuple[int, ...],
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
 ) -> Tensor:
     """`nf4_lora_matmul` in plain PyTorch."""
     y = nf4_matmul_ref(x, weight, bias)
-    sgmv_expand_ref(sgmv_shrink_ref(x, a_pages, segments), b_pages, segments, y, slice_widths)
+    sgmv_expand_ref(sgmv_shrink_ref(x, a_pages, segments, a_scales), b_pages, segments, y, slice_widths, b_scales)
     return y
 
 
@@ -33,22 +35,24 @@ def nf4_lora_matmul(
     b_pages: Tensor,
     segments: LoRASegments,
     slice_widths: tuple[int, ...],
+    a_scales: Tensor | None = None,
+    b_scales: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + b + B (A x) in x's dtype [num_tokens, out].
 
-    x, weight, bias: `nf4_matmul`'s. a_pages, b_pages, segments, slice_widths: `sgmv_shrink`'s and `sgmv_expand`'s, in
-    x's dtype; every number of b_pages is finite. On Hopper A x is computed beside the base's product; few pages are
-    columns of that, [x | A x] [W | B]^T, rounded once, others an expand behind it. Elsewhere: the base's product, a
-    shrink and an expand.
+    x, weight, bias: `nf4_matmul`'s. The others: `sgmv_shrink`'s and `sgmv_expand`'s, pages in x's dtype or int8; every
+    number of b_pages is finite. On Hopper A x is computed beside the base's product; few pages in x's dtype are columns
+    of that, [x | A x] [W | B]^T, rounded once, others an expand behind it. Elsewhere: the base's product, a shrink and
+    an expand.
     """
     if x.is_cuda:
         from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
 
-        fused = nf4_lora_matmul_cuda(x, weight, bias, a_pages, b_pages, segments, slice_widths)
+        fused = nf4_lora_matmul_cuda(x, weight, bias, a_pages, b_pages, segments, slice_widths, a_scales, b_scales)
         if fused is not None:
             return fused
     y = nf4_matmul(x, weight, bias)
-    sgmv_expand(sgmv_shrink(x, a_pages, segments), b_pages, segments, y, slice_widths)
+    sgmv_expand(sgmv_shrink(x, a_pages, segments, a_scales), b_pages, segments, y, slice_widths, b_scales)
     return y
 
 

@@ -7,7 +7,7 @@
 //   IN_GROUPS   warpgroups that share rows, each with its own columns
 //   SPAN        blocks of 64 columns that a warpgroup decodes at a time
 //   STAGES      depth of the pipeline from memory to shared memory
-//   ADAPTED     1: with the adapters of the step, y = x W^T + B (A x); 0: x W^T
+//   ADAPTED     1: with the adapters of the step, y = x W^T + B (A x); 2: the same with A in 8 bits; 0: x W^T
 //
 // A thread block goes through tiles of 64 ROW_GROUPS rows of W by TOKENS rows of x, in stages of 64 IN_GROUPS SPAN
 // columns. One thread has the copy engine fetch x and the packed weights; each warpgroup decodes 64 rows by 64 SPAN

@@ -24,6 +24,7 @@ from lora_kernels.triton_routing import (
     load_tokens,
     pass_on,
     wait,
+    widen,
 )
 
 
@@ -138,6 +139,9 @@ def _expand_vector(
     more_ptr = table_ptr + (1 + tl.load(row_ptr + MORE)) * ROW_FIELDS + PAGE
     rank = tl.arange(0, RANK)
     column = begin + tl.arange(0, BLOCK)
+    if b_ptr.dtype.element_ty == tl.int8:
+        # A thread loads so many, not 16, of which half of the threads would begin another rank.
+        column = tl.max_contiguous(column, 8)
     column_ok = _inside_slice(column, end, BLOCK, WIDTH_0, WIDTH_1, WIDTH_2)
     plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None]
     h_rows = h_ptr + slice_id * stride_slice + token * stride_token + plane * stride_plane
@@ -154,7 +158,7 @@ def _expand_vector(
         at = (page * NUM_SLICES + slice_id) * RANK + rank
         h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at, ACTIVATION, HAS_BIAS, HAS_SCALES)
         h = _rounded(h, b_ptr.dtype.element_ty, y_ptr.dtype.element_ty).to(tl.float32)
-        y += tl.sum(b.to(tl.float32) * h[:, None], 0)
+        y += tl.sum(widen(b) * h[:, None], 0)
     tl.store(y_row, y.to(y_ptr.dtype.element_ty), mask=column_ok)
 
 
@@ -343,19 +347,15 @@ class _Expand:
     registers: int
 
 
-# Found on one H200; no other card has been tuned, so that all run these. In 8 bits a thread loads 16 columns: by 1,024
-# half of the threads would begin another rank, and the sum over ranks would go through shared memory.
-_EXPAND_INT8 = _Expand(2048, 128, 512, 8, 128)
+# Found on one H200; no other card has been tuned, so that all run these.
 _EXPAND_SHORT = _Expand(1024, 128, 512, 8, 128)
 _EXPAND_LONG = _Expand(1024, 128, 512, 4, 128)
 _EXPAND_FP32 = _Expand(512, 64, 64, 4, 255)
 
 
-def _expand_config(y: Tensor, b_pages: Tensor, chunk_tokens: int) -> _Expand:
+def _expand_config(y: Tensor, chunk_tokens: int) -> _Expand:
     if y.dtype == torch.float32:
         return _EXPAND_FP32
-    if b_pages.dtype == torch.int8 and chunk_tokens <= 16:
-        return _EXPAND_INT8
     return _EXPAND_LONG if chunk_tokens > 16 else _EXPAND_SHORT
 
 
@@ -372,7 +372,7 @@ def sgmv_expand_triton(
     """`lora_kernels.sgmv.sgmv_expand`."""
     assert len(slice_widths) <= 3, "at most three linears are fused"
     routing = segments.routing
-    config = _expand_config(y, b_pages, routing.chunk_tokens)
+    config = _expand_config(y, routing.chunk_tokens)
     width_0, width_1, width_2 = (*slice_widths, 0, 0)[:3]
     rows = min(routing.chunk_tokens, 32)
     pdl, num_processors = card(y.device)

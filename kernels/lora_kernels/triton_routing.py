@@ -1,4 +1,4 @@
-"""What the Triton kernels of `lora_kernels.sgmv` share: the routing table's columns, and how launches follow another.
+"""What the Triton kernels of `lora_kernels.sgmv` share: the routing table's columns, launches after another, 8 bits.
 
 Both walk `Routing.table` with a number of programs that does not depend on the routing, so that a CUDA graph can replay
 them. They begin before the kernel in front ends (programmatic dependent launch) and read routing and weights before
@@ -17,6 +17,8 @@ from lora_kernels.segments import FIELDS, PAGE_RANK
 NUM_WARPS = 4
 RANK = tl.constexpr(PAGE_RANK)
 ROW_FIELDS = tl.constexpr(FIELDS)
+# Triton's interpreter runs no assembly.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Columns of the table: of row 0, and of the rows after it.
 NUM_CHUNKS, NUM_ROWS, NUM_VECTORS, NUM_VECTOR_ROWS = (tl.constexpr(column) for column in range(4))
 FIRST, LENGTH, OWN_RANK, TOKEN, PAGE, NTH_PAGE, MORE, COLUMN = (tl.constexpr(column) for column in range(8))
@@ -48,6 +50,34 @@ def load_tokens(order_ptr, row_ptr, place, length):
     """The tokens of a chunk, int64; places beyond its length repeat its first token, so that loads need no mask."""
     tokens = tl.load(order_ptr + tl.load(row_ptr + FIRST) + place, mask=place < length, other=0)
     return tl.where(place < length, tokens, tl.load(row_ptr + TOKEN)).to(tl.int64)
+
+
+@triton.jit
+def widen(weights):
+    """To fp32. A byte becomes the end of 2^23 + 128 + weight: the conversion takes 16 cycles of a multiprocessor."""
+    if weights.dtype != tl.int8 or _INTERPRETED:
+        return weights.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .b32 bytes;
+            xor.b32 bytes, $4, 0x80808080;
+            prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+            prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+            prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+            prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+            add.f32 $0, $0, 0fCB000080;
+            add.f32 $1, $1, 0fCB000080;
+            add.f32 $2, $2, 0fCB000080;
+            add.f32 $3, $3, 0fCB000080;
+        }
+        """,
+        "=r,=r,=r,=r,r",
+        [weights],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=4,
+    )
 
 
 @cache

@@ -26,6 +26,7 @@ from lora_kernels.triton_routing import (
     card,
     load_tokens,
     wait_and_pass,
+    widen,
 )
 
 
@@ -99,7 +100,7 @@ def _shrink_kernel(
             if not STREAMED:
                 wait_and_pass(PDL)
             x = tl.load(x_ptr + token * stride_x + column, mask=column_ok, other=0.0)
-            products += a.to(tl.float32) * x.to(tl.float32)[None, :]
+            products += widen(a) * x.to(tl.float32)[None, :]
         h = tl.sum(products, 1)
         if HAS_SCALES:
             h *= tl.load(scale_ptr + first_row + rank)
@@ -233,6 +234,7 @@ class _Shrink:
 
 # Found on one H200; no other card has been tuned, so that all run these.
 _SHRINK_FEW = _Shrink(512, 256, 128, 6, 80)
+_SHRINK_FEW_INT8 = _Shrink(512, 512, 128, 6, 80)
 _SHRINK_MANY = _Shrink(512, 512, 128, 5, 96, streamed=True)
 _SHRINK_LONG = _Shrink(2048, 512, 128, 2, 255, fuse_slices=True)
 _SHRINK_FP32 = _Shrink(256, 64, 32, 4, 255)
@@ -240,18 +242,20 @@ _FEW_ROWS = 64
 _WIDE_IN = 8192  # from here on planes are twice as wide, so that the expand has fewer to add
 
 
-def _shrink_config(x: Tensor, segments: LoRASegments) -> _Shrink:
+def _shrink_config(x: Tensor, a_pages: Tensor, segments: LoRASegments) -> _Shrink:
     if x.dtype == torch.float32:
         return _SHRINK_FP32
     if segments.routing.chunk_tokens > 16:
         return _SHRINK_LONG
-    return _SHRINK_FEW if len(x) <= _FEW_ROWS or segments.invariant else _SHRINK_MANY
+    if len(x) > _FEW_ROWS and not segments.invariant:
+        return _SHRINK_MANY
+    return _SHRINK_FEW_INT8 if a_pages.dtype == torch.int8 else _SHRINK_FEW
 
 
 def sgmv_shrink_triton(x: Tensor, a_pages: Tensor, segments: LoRASegments, a_scales: Tensor | None = None) -> Tensor:
     """`lora_kernels.sgmv.sgmv_shrink`."""
     routing, num_slices, in_features = segments.routing, a_pages.shape[1], a_pages.shape[3]
-    config = _shrink_config(x, segments)
+    config = _shrink_config(x, a_pages, segments)
     wide = 2 if in_features > _WIDE_IN else 1
     split_in = config.split_in * wide
     num_planes = triton.cdiv(in_features, split_in)

@@ -139,7 +139,7 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
         for num_blocks in (64, 172, 14, 3):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
-            variants = [{"ADAPTED": 0}, {"ADAPTED": 1}] if isinstance(plan, WidePlan) else [{}]
+            variants = [{"ADAPTED": way} for way in range(3)] if isinstance(plan, WidePlan) else [{}]
             for architecture in architectures[tuple(entry["capability"])]:
                 cases += [(architecture, source, macros | variant) for variant in variants]
     for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):

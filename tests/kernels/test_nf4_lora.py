@@ -31,6 +31,18 @@ def _pools(in_features: int, widths: tuple[int, ...], dtype: torch.dtype) -> tup
     return zero_beyond_rank(a, 1).to(dtype), zero_beyond_rank(b, 0).to(dtype)
 
 
+def _in_bytes(
+    a: torch.Tensor, b: torch.Tensor, widths: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pools in 8 bits and their scales."""
+    a_scales = a.abs().amax(-1).float() / 127
+    parts = b.float().split(widths, 2)
+    b_scales = torch.stack([part.abs().amax(-1) for part in parts], 1) / 127
+    whole = [part / b_scales[:, i, :, None].clamp(min=1e-9) for i, part in enumerate(parts)]
+    a = (a.float() / a_scales[..., None].clamp(min=1e-9)).round().to(torch.int8)
+    return a, torch.cat(whole, 2).round().to(torch.int8), a_scales, b_scales
+
+
 def _segments(slots: list[int], device: str) -> LoRASegments:
     segments = LoRASegments.build(np.array(slots, np.int32), PAGES, device)
     assert segments is not None
@@ -124,6 +136,40 @@ def test_a_shrink_beside_the_base_is_as_exact_as_the_plain_path_and_gives_equal_
     plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), bias.cpu(), a.cpu(), b.cpu(),
                                 _segments(slots, "cpu"), widths)  # fmt: skip
     assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths) + bias.double().cpu())
+    assert len(again) == 3
+    assert all(torch.equal(result, y) for result in again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("num_tokens", [17, 64, 300])
+@pytest.mark.parametrize(("widths", "in_features"), [((256, 64, 64), 4096), ((320,), 512), ((128, 192), 896)], ids=str)
+def test_pages_in_8_bits_beside_the_base_are_as_exact_as_the_plain_path_and_give_equal_bits(
+    widths: tuple[int, ...], in_features: int, num_tokens: int, layout: Callable[[int], list[int]], dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from lora_kernels import cuda_nf4_lora
+
+    monkeypatch.setattr(cuda_nf4_lora, "hides_shrink", lambda *_: True)
+    torch.manual_seed(0)
+    slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
+    pools = _in_bytes(*_pools(in_features, widths, torch.float32), widths)
+    a, b, *scales = (pool.cuda() for pool in pools)
+    x = torch.randn(num_tokens, in_features).to(dtype).cuda()
+    results = [
+        cuda_nf4_lora.nf4_lora_matmul_cuda(x, weight, None, a, b, _segments(slots, "cuda"), widths, *scales)
+        for _ in range(4)
+    ]
+    y, *again = (result for result in results if result is not None)
+    on_cpu = [pool.cpu() for pool in pools]
+    plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), None, *on_cpu[:2],
+                                _segments(slots, "cpu"), widths, *on_cpu[2:])  # fmt: skip
+    exact_a = a.double() * scales[0].double()[..., None]
+    exact_b = torch.cat(
+        [part.double() * scales[1][:, i, :, None].double() for i, part in enumerate(b.split(widths, 2))], 2
+    )
+    assert_as_exact(y, plain, _truth(x, weight, exact_a, exact_b, slots, widths))
     assert len(again) == 3
     assert all(torch.equal(result, y) for result in again)
 
