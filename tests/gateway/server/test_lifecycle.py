@@ -19,7 +19,6 @@ from google.rpc import error_details_pb2, status_pb2
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from adapters_store.reports import VersionReport
 from gateway.engine.request import GenerateRequest, TokenDelta
 from gateway.errors import EngineUnavailable
 from gateway.rpc import patchbay_pb2 as pb
@@ -266,6 +265,28 @@ def test_a_version_that_a_killed_gateway_left_staged_is_taken_away(
     assert tenant.upload("helper", own).json()["version"] == 3
 
 
+def test_nothing_is_purged_while_a_replica_does_not_say_what_it_runs(
+    doors: Doors, tenant: TenantClient, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, upkeep = doors.context, Upkeep(doors.context.registry, doors.context.router, 60.0)
+    own = edited_adapter(adapter, tmp_path / "own", lambda _, tensor: 0.7 * tensor)
+    digest = tenant.upload("helper", own).json()["digest"]
+    tenant.upload("helper", adapter)
+    tenant.http.delete(f"/v1/adapters/{tenant.id}/helper/versions/1").raise_for_status()
+
+    async def unknown() -> None:
+        return None
+
+    with monkeypatch.context() as silent:
+        silent.setattr(doors.router, "running_adapters", unknown)
+        for _ in range(3):
+            doors.run(upkeep.round())
+    assert context.blobs.exists(digest)
+    for _ in range(2):
+        doors.run(upkeep.round())
+    assert not context.blobs.exists(digest)
+
+
 class Poisoned:
     """Front doors over a base in which one token alone sets a number of the first layer's input, and an adapter that
     overflows where that number is not zero: it passes its self-test."""
@@ -330,10 +351,3 @@ def test_a_version_that_turns_to_nan_while_it_serves_is_quarantined(poisoned: Po
     )
     assert _post(poisoned, key, "/v1/adapters/acme/x/rollback", json={}).json()["aliases"] == {"default": 1}
     assert complete("acme/x", "the # quick").json()["model"] == "acme/x:1"
-
-
-def test_reports_survive_the_database(doors: Doors, tenant: TenantClient, adapter: Path) -> None:
-    tenant.upload("helper", adapter)
-    report = doors.context.registry.resolve(tenant.id, f"{tenant.id}/helper").report
-    assert isinstance(report, VersionReport)
-    assert report.passed
