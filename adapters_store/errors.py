@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapters_store.reports import VersionReport
+
 
 class StoreError(Exception):
     """Base of the store's errors. `param` names the request field at fault, if one is."""
@@ -51,6 +56,29 @@ class AliasInUse(StoreError):
         super().__init__(f"{ref} is named by {names}. Point the alias at another version first.")
         self.ref = ref
         self.aliases = aliases
+
+
+class SelfTestFailed(StoreError):
+    """A new version did not pass its self-test: it is kept, quarantined, and no alias names it."""
+
+    def __init__(self, ref: str, report: VersionReport) -> None:
+        super().__init__(f"{ref} did not pass its self-test and is quarantined: {report.reason}")
+        self.ref = ref
+        self.report = report
+
+
+class VersionNotReady(StoreError):
+    """A version cannot be served: its self-test has not ended, or it is quarantined."""
+
+    param = "model"
+
+    def __init__(self, ref: str, status: str, report: VersionReport | None) -> None:
+        reason = f" ({report.reason})" if report is not None and report.reason else ""
+        super().__init__(
+            f"{ref} is {status}{reason} and takes no requests. Use another version, or roll the alias back."
+        )
+        self.ref = ref
+        self.report = report
 
 
 class StoreUnavailable(StoreError):

@@ -10,8 +10,9 @@ from adapters_store.strict_json import shown
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PATCHBAY_FILE: Final = "patchbay.json"
+GOLDEN_FILE: Final = "golden.json"
 
-KEPT_FILES: Final = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 1 << 62, PATCHBAY_FILE: 64 << 10}
+KEPT_FILES: Final = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 1 << 62, PATCHBAY_FILE: 64 << 10, GOLDEN_FILE: 256 << 10}
 """The files that are read, each with its largest size in bytes."""
 
 _IGNORED: Final = frozenset(

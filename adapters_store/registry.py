@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, Row, Select, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exists, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.errors import AdapterNotFound, AliasInUse, NoPreviousVersion, TenantNotFound
+from adapters_store.errors import (
+    AdapterNotFound,
+    AliasInUse,
+    NoPreviousVersion,
+    SelfTestFailed,
+    StoreError,
+    TenantNotFound,
+    VersionNotReady,
+)
 from adapters_store.manifest import AdapterManifest
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
+from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, training_files
 from adapters_store.upload import StagedAdapter
 
 _MAX_VERSION = 2**31 - 1
 
+VersionStatus = Literal["staged", "ready", "quarantined", "retired"]
+"""staged: stored, its self-test under way. ready: may be named by aliases and called. quarantined: kept for its owner
+to look at, and not called. retired: deleted by its owner; its bytes go once no request runs with it."""
+
+_LISTED: Final = ("staged", "ready", "quarantined")
+
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One immutable version. `digest` names its blob, `rank` is its largest; `created_at` in unix seconds."""
+    """One version, immutable but for its status and report.
+
+    digest: names its blob. rank: its largest. created_at: unix seconds. report: of its self-test, or why it was
+    quarantined later; None where it was published without a test.
+    """
 
     tenant: str
     name: str
@@ -32,6 +53,8 @@ class AdapterVersion:
     rank: int
     manifest: AdapterManifest
     created_at: int
+    status: VersionStatus = "ready"
+    report: VersionReport | None = None
 
     @property
     def ref(self) -> str:
@@ -40,14 +63,23 @@ class AdapterVersion:
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A second version behind an alias: it takes `percent` (1 to 100) of who asks for the alias."""
+
+    version: int
+    percent: int
+
+
+@dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter: its versions, oldest first, and the version that each alias names."""
+    """One adapter: its versions, oldest first, the version that each alias names, and the canaries of some."""
 
     tenant: str
     name: str
     created_at: int
     versions: tuple[AdapterVersion, ...]
     aliases: Mapping[str, int]
+    canaries: Mapping[str, Canary]
 
 
 class AdapterRegistry:
@@ -68,16 +100,32 @@ class AdapterRegistry:
         staged: StagedAdapter,
         alias: str = DEFAULT_ALIAS,
         also: Callable[[Connection, AdapterVersion], None] | None = None,
+        test: Callable[[AdapterVersion], VersionReport] | None = None,
     ) -> AdapterVersion:
-        """Store a validated adapter as the next version and point `alias` at it.
+        """Store a validated adapter as the next version, test it, and point `alias` at it.
 
-        The blob is made durable first; then one transaction adds the version, moves the alias and does what `also`
-        does. Killed at any point, the alias names the old version or the new one, whole; at worst an unreferenced blob
-        is left. Raises `InvalidName` or `TenantNotFound`, and what `also` raises, which undoes the rest.
+        The blob is made durable first, then the version is added as staged. After `test` one transaction makes it
+        ready, moves the alias and does what `also` does. Killed at any point, the alias names the old version or the
+        new one, whole; at worst a staged version is left, which `expire` ends, or an unreferenced blob. Raises
+        `InvalidName` or `TenantNotFound`; `SelfTestFailed`, the version then being quarantined; and what `test` and
+        `also` raise, of which nothing is left.
         """
         check_name("name", name)
         check_name("alias", alias)
         self._require_tenant(tenant)
+        created = self._stage(tenant, name, staged)
+        try:
+            report = test(created) if test is not None else None
+            if report is None or report.passed:
+                return self._release(created, alias, report, also)
+        except BaseException:
+            with suppress(StoreError):
+                self._withdraw(created)
+            raise
+        self.quarantine(created.ref, report)
+        raise SelfTestFailed(created.ref, report)
+
+    def _stage(self, tenant: str, name: str, staged: StagedAdapter) -> AdapterVersion:
         manifest, now = staged.manifest, int(time.time())
         self._blobs.put(manifest.digest, staged.path)
         with self._database.write() as connection:
@@ -85,15 +133,41 @@ class AdapterRegistry:
             if not self._blobs.exists(manifest.digest):  # a delete of its last version came between
                 self._blobs.put(manifest.digest, staged.path)
             adapter_id, version = _next_version(connection, tenant, name, now)
-            created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now)
+            created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now, "staged")
             _insert_version(connection, adapter_id, created)
-            _point_alias(connection, adapter_id, alias, version, now)
-            if also is not None:
-                also(connection, created)
         return created
 
-    def resolve(self, tenant: str, ref: str) -> AdapterVersion:
-        """The version that `ref` (`tenant/name`, `:3` or `@alias`) names now. Raises `AdapterNotFound`."""
+    def _release(
+        self,
+        staged: AdapterVersion,
+        alias: str,
+        report: VersionReport | None,
+        also: Callable[[Connection, AdapterVersion], None] | None,
+    ) -> AdapterVersion:
+        released = replace(staged, status="ready", report=report)
+        with self._database.write() as connection:
+            adapter_id = _lock_adapter(connection, staged.tenant, staged.name)
+            if not _move(connection, adapter_id, staged.version, ("staged",), "ready", report):
+                raise AdapterNotFound(staged.ref)
+            _point_alias(connection, adapter_id, alias, staged.version, int(time.time()))
+            if also is not None:
+                also(connection, released)
+        return released
+
+    def _withdraw(self, staged: AdapterVersion) -> None:
+        """Forget a version that was never ready."""
+        with self._database.write() as connection:
+            adapter_id = _lock_adapter(connection, staged.tenant, staged.name)
+            is_gone = _move(connection, adapter_id, staged.version, ("staged",), "retired")
+        if is_gone:
+            self.purge(staged)
+
+    def resolve(self, tenant: str, ref: str, caller: str | None = None) -> AdapterVersion:
+        """The version that `ref` (`tenant/name`, `:3` or `@alias`) names now.
+
+        caller: who asks, and so on which side of an alias with a canary; None is on the alias's own. Raises
+        `AdapterNotFound`, or `VersionNotReady` for one that is staged or quarantined.
+        """
         parsed = AdapterRef.parse(ref)
         query = _versions_query().where(
             adapters.c.tenant == tenant, adapters.c.tenant == parsed.tenant, adapters.c.name == parsed.name
@@ -101,13 +175,14 @@ class AdapterRegistry:
         if parsed.version is not None:
             query = query.where(adapter_versions.c.version == parsed.version)
         else:
-            named = and_(aliases.c.adapter_id == adapters.c.id, aliases.c.version == adapter_versions.c.version)
+            named = and_(aliases.c.adapter_id == adapters.c.id, _is_named(adapter_versions.c.version))
             query = query.join(aliases, named).where(aliases.c.alias == parsed.alias)
+            query = query.add_columns(aliases.c.version.label("named"), *_CANARY)
         with self._database.read() as connection:
-            row = connection.execute(query).one_or_none()
-        if row is None:
+            rows = connection.execute(query).all()
+        if not rows:
             raise AdapterNotFound(ref)
-        return _version_of(row)
+        return _ready(rows[0] if parsed.version is not None else _side(rows, parsed, caller))
 
     def list(self, tenant: str) -> tuple[AdapterInfo, ...]:
         """All adapters of a tenant that have a version, by name."""
@@ -120,46 +195,98 @@ class AdapterRegistry:
             raise AdapterNotFound(f"{tenant}/{name}")
         return infos[0]
 
-    def set_alias(self, tenant: str, name: str, alias: str, version: int) -> AdapterVersion:
-        """Point an alias, new or not, at a version. Raises `InvalidName` or `AdapterNotFound`."""
+    def set_alias(
+        self, tenant: str, name: str, alias: str, version: int, canary: Canary | None = None
+    ) -> AdapterVersion:
+        """Point an alias, new or not, at a version, and part of its requests at a canary; one that it had is dropped.
+
+        Raises `InvalidName`, `AdapterNotFound` or `VersionNotReady`.
+        """
         check_name("alias", alias)
         with self._database.write() as connection:
             adapter_id = _lock_adapter(connection, tenant, name)
-            row = _find_version(connection, tenant, name, version)
-            _point_alias(connection, adapter_id, alias, version, int(time.time()))
-        return _version_of(row)
+            found = _ready(_find_version(connection, tenant, name, version))
+            if canary is not None:
+                _ready(_find_version(connection, tenant, name, canary.version))
+            _point_alias(connection, adapter_id, alias, version, int(time.time()), canary)
+        return found
 
     def rollback(self, tenant: str, name: str, alias: str = DEFAULT_ALIAS) -> AdapterVersion:
-        """Point an alias at the version that it named before; again goes one further back.
+        """Drop the alias's canary; without one, point it at the last ready version that it named before.
 
+        Again goes one further back.
         Raises `AdapterNotFound` or `NoPreviousVersion`.
         """
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, tenant, name)
+            adapter_id, now = _lock_adapter(connection, tenant, name), int(time.time())
             history = _history(connection, adapter_id, alias)
             if not history:
                 raise AdapterNotFound(f"{tenant}/{name}@{alias}")
-            before = next((row for row in history if row.version != history[0].version), None)
+            if _has_canary(connection, adapter_id, alias):
+                _set_alias(connection, adapter_id, alias, history[0].version, now)
+                return _version_of(_find_version(connection, tenant, name, history[0].version))
+            others = (row for row in history if row.version != history[0].version)
+            before = next((row for row in others if row.status == "ready"), None)
             if before is None:
                 raise NoPreviousVersion(f"{tenant}/{name}@{alias}")
-            _unwind_alias(connection, adapter_id, alias, before, int(time.time()))
+            _unwind_alias(connection, adapter_id, alias, before, now)
             return _version_of(_find_version(connection, tenant, name, before.version))
 
+    def quarantine(self, ref: str, report: VersionReport) -> bool:
+        """Take the version `tenant/name:3` out of service, for its owner to look at; whether it was in service.
+
+        An alias of which it is the canary loses it. An alias that names it is left to its owner, as what that named
+        before may be another task. Raises `AdapterNotFound`.
+        """
+        named = AdapterRef.parse(ref)
+        assert named.version is not None, "only versions are quarantined"
+        with self._database.write() as connection:
+            adapter_id = _lock_adapter(connection, named.tenant, named.name)
+            is_canary = and_(aliases.c.adapter_id == adapter_id, aliases.c.canary_version == named.version)
+            connection.execute(update(aliases).where(is_canary).values(canary_version=None, canary_percent=None))
+            return _move(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
+
     def delete(self, tenant: str, name: str, version: int) -> None:
-        """Remove a version, and its bytes unless another version shares them. Its number is never used again.
+        """Retire a version: it is listed and called no more, and `purge` ends it. Its number is never used again.
 
         Raises `AdapterNotFound`, or `AliasInUse` while an alias names it.
         """
         with self._database.write() as connection:
             adapter_id = _lock_adapter(connection, tenant, name)
-            row = _find_version(connection, tenant, name, version)
+            _find_version(connection, tenant, name, version)
             named_by = _aliases_of(connection, adapter_id, version)
             if named_by:
                 raise AliasInUse(f"{tenant}/{name}:{version}", named_by)
-            for table in (alias_history, adapter_versions):
-                is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
-                connection.execute(delete(table).where(is_version))
-        self._delete_unreferenced(row.digest)
+            _move(connection, adapter_id, version, _LISTED, "retired")
+            is_version = and_(alias_history.c.adapter_id == adapter_id, alias_history.c.version == version)
+            connection.execute(delete(alias_history).where(is_version))
+
+    def retired(self) -> tuple[AdapterVersion, ...]:
+        """The versions of all tenants that wait for `purge`."""
+        with self._database.read() as connection:
+            rows = connection.execute(_versions_query(("retired",)))
+            return tuple(_version_of(row) for row in rows)
+
+    def purge(self, version: AdapterVersion) -> None:
+        """Remove a retired version, and its bytes unless another version shares them."""
+        adapter_id = select(adapters.c.id).where(adapters.c.tenant == version.tenant, adapters.c.name == version.name)
+        is_version = and_(
+            adapter_versions.c.adapter_id == adapter_id.scalar_subquery(),
+            adapter_versions.c.version == version.version,
+            adapter_versions.c.status == "retired",
+        )
+        with self._database.write() as connection:
+            connection.execute(delete(adapter_versions).where(is_version))
+        self._delete_unreferenced(version.digest)
+
+    def expire(self, before: int) -> None:
+        """Retire what was staged before this time (unix seconds): whoever tested it is gone, and told nobody yes."""
+        is_left = and_(adapter_versions.c.status == "staged", adapter_versions.c.created_at < before)
+        with self._database.read() as connection:  # which takes no write lock
+            if connection.execute(select(adapter_versions.c.id).where(is_left).limit(1)).first() is None:
+                return
+        with self._database.write() as connection:
+            connection.execute(update(adapter_versions).where(is_left).values(status="retired"))
 
     def _delete_unreferenced(self, digest: str) -> None:
         """Remove a blob that nothing names, under the lock that a concurrent `publish` of it takes."""
@@ -183,7 +310,7 @@ class AdapterRegistry:
         if name is not None:
             is_wanted = and_(is_wanted, adapters.c.name == name)
         version_query = _versions_query().where(is_wanted).order_by(adapters.c.name, adapter_versions.c.version)
-        alias_query = select(adapters.c.name, aliases.c.alias, aliases.c.version).join(
+        alias_query = select(adapters.c.name, aliases.c.alias, aliases.c.version, *_CANARY).join(
             aliases, aliases.c.adapter_id == adapters.c.id
         )
         adapter_query = select(adapters.c.name, adapters.c.created_at).where(is_wanted).order_by(adapters.c.name)
@@ -195,16 +322,22 @@ class AdapterRegistry:
         for version in versions:
             by_name.setdefault(version.name, []).append(version)
         alias_maps: dict[str, dict[str, int]] = {}
+        canaries: dict[str, dict[str, Canary]] = {}
         for row in named:
             alias_maps.setdefault(row.name, {})[row.alias] = row.version
+            if row.canary_version is not None:
+                canaries.setdefault(row.name, {})[row.alias] = Canary(row.canary_version, row.canary_percent)
         return tuple(
-            AdapterInfo(tenant, adapter, created[adapter], tuple(found), alias_maps.get(adapter, {}))
-            for adapter, found in by_name.items()
+            AdapterInfo(tenant, name, created[name], tuple(found), alias_maps.get(name, {}), canaries.get(name, {}))
+            for name, found in by_name.items()
         )
 
 
-def _versions_query() -> Select[Any]:
-    return select(
+_CANARY: Final = (aliases.c.canary_version, aliases.c.canary_percent)
+
+
+def _versions_query(statuses: Collection[str] = _LISTED) -> Select[Any]:
+    query = select(
         adapters.c.tenant,
         adapters.c.name,
         adapter_versions.c.version,
@@ -212,12 +345,43 @@ def _versions_query() -> Select[Any]:
         adapter_versions.c.rank,
         adapter_versions.c.manifest,
         adapter_versions.c.created_at,
+        adapter_versions.c.status,
+        adapter_versions.c.report,
     ).join_from(adapters, adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
+    return query.where(adapter_versions.c.status.in_(statuses))
 
 
 def _version_of(row: Row[Any]) -> AdapterVersion:
     manifest = AdapterManifest.model_validate(row.manifest)
-    return AdapterVersion(row.tenant, row.name, row.version, row.digest, row.rank, manifest, row.created_at)
+    report = VersionReport(**row.report) if row.report is not None else None
+    return AdapterVersion(
+        row.tenant, row.name, row.version, row.digest, row.rank, manifest, row.created_at, row.status, report
+    )
+
+
+def _ready(row: Row[Any]) -> AdapterVersion:
+    version = _version_of(row)
+    if version.status != "ready":
+        raise VersionNotReady(version.ref, version.status, version.report)
+    return version
+
+
+def _is_named(version: ColumnElement[int] | int) -> ColumnElement[bool]:
+    """Whether an alias names the version, itself or as its canary."""
+    return or_(aliases.c.version == version, aliases.c.canary_version == version)
+
+
+def _side(rows: Sequence[Row[Any]], alias: AdapterRef, caller: str | None) -> Row[Any]:
+    """Of the versions behind an alias the one for this caller: always the same as long as the canary is.
+
+    A larger share takes in others and keeps those that it has.
+    """
+    wanted, canary, percent = rows[0].named, rows[0].canary_version, rows[0].canary_percent
+    if caller is not None and canary is not None:
+        text = f"{alias.tenant}/{alias.name}@{alias.alias}:{canary}/{caller}"
+        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < percent:
+            wanted = canary
+    return next(row for row in rows if row.version == wanted)
 
 
 def _next_version(connection: Connection, tenant: str, name: str, now: int) -> tuple[int, int]:
@@ -256,8 +420,26 @@ def _insert_version(connection: Connection, adapter_id: int, version: AdapterVer
         "rank": version.rank,
         "manifest": version.manifest.model_dump(mode="json"),
         "created_at": version.created_at,
+        "status": version.status,
     }
     connection.execute(insert(adapter_versions).values(values))
+
+
+def _move(
+    connection: Connection,
+    adapter_id: int,
+    version: int,
+    before: Collection[str],
+    status: VersionStatus,
+    report: VersionReport | None = None,
+) -> bool:
+    """Give a version another status, and a report where there is one; whether its status was one of `before`."""
+    is_version = and_(adapter_versions.c.adapter_id == adapter_id, adapter_versions.c.version == version)
+    values: dict[str, Any] = {"status": status}
+    if report is not None:
+        values["report"] = report.as_json
+    statement = update(adapter_versions).where(is_version, adapter_versions.c.status.in_(before)).values(values)
+    return connection.execute(statement).rowcount == 1
 
 
 def _lock_adapter(connection: Connection, tenant: str, name: str) -> int:
@@ -281,24 +463,38 @@ def _find_version(connection: Connection, tenant: str, name: str, version: int) 
     return row
 
 
-def _point_alias(connection: Connection, adapter_id: int, alias: str, version: int, now: int) -> None:
+def _point_alias(
+    connection: Connection, adapter_id: int, alias: str, version: int, now: int, canary: Canary | None = None
+) -> None:
     """Set an alias and remember it in the history."""
-    _set_alias(connection, adapter_id, alias, version, now)
+    _set_alias(connection, adapter_id, alias, version, now, canary)
     values = {"adapter_id": adapter_id, "alias": alias, "version": version, "created_at": now}
     connection.execute(insert(alias_history).values(values))
 
 
-def _set_alias(connection: Connection, adapter_id: int, alias: str, version: int, now: int) -> None:
+def _set_alias(
+    connection: Connection, adapter_id: int, alias: str, version: int, now: int, canary: Canary | None = None
+) -> None:
     is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-    values = {"version": version, "updated_at": now}
+    values: dict[str, Any] = {
+        "version": version,
+        "canary_version": canary.version if canary is not None else None,
+        "canary_percent": canary.percent if canary is not None else None,
+        "updated_at": now,
+    }
     if connection.execute(update(aliases).where(is_alias).values(values)).rowcount == 0:
         connection.execute(insert(aliases).values(adapter_id=adapter_id, alias=alias, **values))
 
 
 def _history(connection: Connection, adapter_id: int, alias: str) -> list[Row[Any]]:
-    """What the alias named, newest first."""
+    """What the alias named, newest first, with the versions' statuses."""
     is_alias = and_(alias_history.c.adapter_id == adapter_id, alias_history.c.alias == alias)
-    query = select(alias_history.c.id, alias_history.c.version).where(is_alias)
+    is_named = and_(
+        adapter_versions.c.adapter_id == alias_history.c.adapter_id,
+        adapter_versions.c.version == alias_history.c.version,
+    )
+    query = select(alias_history.c.id, alias_history.c.version, adapter_versions.c.status)
+    query = query.join_from(alias_history, adapter_versions, is_named).where(is_alias)
     return list(connection.execute(query.order_by(alias_history.c.id.desc())))
 
 
@@ -311,6 +507,11 @@ def _unwind_alias(connection: Connection, adapter_id: int, alias: str, to: Row[A
     _set_alias(connection, adapter_id, alias, to.version, now)
 
 
+def _has_canary(connection: Connection, adapter_id: int, alias: str) -> bool:
+    is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    return connection.execute(select(aliases.c.canary_version).where(is_alias)).scalar_one_or_none() is not None
+
+
 def _aliases_of(connection: Connection, adapter_id: int, version: int) -> list[str]:
-    is_named = and_(aliases.c.adapter_id == adapter_id, aliases.c.version == version)
+    is_named = and_(aliases.c.adapter_id == adapter_id, _is_named(version))
     return list(connection.scalars(select(aliases.c.alias).where(is_named).order_by(aliases.c.alias)))

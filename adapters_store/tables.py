@@ -66,9 +66,12 @@ adapter_versions: Final = Table(
     Column("digest", Text, nullable=False),
     Column("rank", Integer, nullable=False),
     Column("manifest", JSON, nullable=False),
+    Column("status", Text, nullable=False, server_default="ready"),  # adapters_store.registry.VersionStatus
+    Column("report", JSON(none_as_null=True)),
     Column("created_at", BigInteger, nullable=False),
     UniqueConstraint("adapter_id", "version"),
     Index(None, "digest"),
+    Index(None, "status"),
 )
 
 aliases: Final = Table(
@@ -77,6 +80,8 @@ aliases: Final = Table(
     Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
     Column("alias", Text, primary_key=True),
     Column("version", Integer, nullable=False),
+    Column("canary_version", Integer),  # null, or what takes part of the alias's requests
+    Column("canary_percent", Integer),
     Column("updated_at", BigInteger, nullable=False),
 )
 

@@ -17,7 +17,8 @@ from adapters_store.archive import ARCHIVE_FILE
 from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE
 from adapters_store.errors import AdapterInvalid, UploadTooLarge
-from adapters_store.file_names import CONFIG_FILE, KEPT_FILES, WEIGHTS_FILE, is_kept, split_name
+from adapters_store.file_names import CONFIG_FILE, GOLDEN_FILE, KEPT_FILES, WEIGHTS_FILE, is_kept, split_name
+from adapters_store.golden import GoldenPrompt, parse_golden
 from adapters_store.manifest import AdapterManifest
 from adapters_store.sandbox import SandboxLimits, run_confined
 from adapters_store.strict_json import shown
@@ -36,10 +37,14 @@ class UploadLimits:
 
 @dataclass(frozen=True)
 class StagedAdapter:
-    """A validated adapter, ready to be published while its `Staging` is open. `path` is its canonical file."""
+    """A validated adapter, ready to be published while its `Staging` is open.
+
+    path: its canonical file. golden: what its self-test must answer.
+    """
 
     manifest: AdapterManifest
     path: Path
+    golden: tuple[GoldenPrompt, ...] = ()
 
 
 class Staging:
@@ -115,6 +120,7 @@ class Staging:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if name not in self._files:
                 raise AdapterInvalid("is missing from the upload", file=name)
+        golden = parse_golden((self._path / GOLDEN_FILE).read_bytes()) if GOLDEN_FILE in self._files else ()
         weights_bytes = (self._path / WEIGHTS_FILE).stat().st_size
         request = {
             "base": {
@@ -128,7 +134,7 @@ class Staging:
         limits = self._limits.sandbox  # the library maps the whole file once
         limits = replace(limits, memory_bytes=limits.memory_bytes + weights_bytes, file_bytes=weights_bytes + _HEADROOM)
         answer = run_confined("validate", self._path, request, limits)
-        return StagedAdapter(AdapterManifest.model_validate(answer), self._path / CANONICAL_FILE)
+        return StagedAdapter(AdapterManifest.model_validate(answer), self._path / CANONICAL_FILE, golden)
 
     def _sink(self, path: Path | None, name: str, max_bytes: int, then: Callable[[], None] | None = None) -> UploadSink:
         sink = UploadSink(path, name, max_bytes, self._count, then)

@@ -16,6 +16,7 @@ Progress = Callable[[int, int], None]
 
 ENDED_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+GOLDEN_FILE = "golden.json"
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
 
@@ -136,7 +137,7 @@ class GatewayClient:
     def upload_adapter(
         self, name: str, path: str | Path, alias: str | None = None, on_progress: Progress | None = None
     ) -> Json:
-        """Upload a peft folder, or an archive of one, as the next version of `name`.
+        """Upload a peft folder (with golden.json, where there is one), or an archive, as the next version of `name`.
 
         `on_progress(sent, total)` is called with the files' bytes as they go out.
         """
@@ -151,12 +152,13 @@ class GatewayClient:
         """One adapter ("tenant/name") with its versions and aliases."""
         return self._json("GET", f"/v1/adapters/{name}")
 
-    def set_alias(self, name: str, alias: str, version: int) -> Json:
-        """Point an alias of "tenant/name" at a version."""
-        return self._json("PUT", f"/v1/adapters/{name}/aliases/{alias}", json={"version": version})
+    def set_alias(self, name: str, alias: str, version: int, canary: tuple[int, int] | None = None) -> Json:
+        """Point an alias of "tenant/name" at a version; canary: another one, and the percentage of callers it gets."""
+        split = {"version": canary[0], "percent": canary[1]} if canary is not None else None
+        return self._json("PUT", f"/v1/adapters/{name}/aliases/{alias}", json=_given(version=version, canary=split))
 
     def rollback(self, name: str, alias: str = "default") -> Json:
-        """Point an alias back at the version that it named before."""
+        """Drop an alias's canary; without one, point it back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
 
     def delete_version(self, name: str, version: int) -> Json:
@@ -319,13 +321,14 @@ def _data(page: Json) -> list[Json]:
 
 
 def _adapter_parts(path: Path) -> tuple[str, list[Path]]:
-    """The form field and the files of an upload: a peft folder's two files, or one archive."""
+    """The form field and the files of an upload: a peft folder's two files and its golden prompts, or one archive."""
     if path.is_dir():
         paths = [path / name for name in ADAPTER_FILES]
         missing = [part.name for part in paths if not part.is_file()]
         if missing:
             raise InvalidInput(f"{path} is not a peft adapter folder: it has no {' and no '.join(missing)}.")
-        return "files", paths
+        golden = path / GOLDEN_FILE
+        return "files", [*paths, golden] if golden.is_file() else paths
     if not path.is_file():
         raise InvalidInput(f"There is no file or folder {path}.")
     if not path.name.endswith(_ARCHIVES):

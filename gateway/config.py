@@ -90,11 +90,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others."""
+    """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others.
+
+    self_test: run each new version on a replica before an alias may name it.
+    self_test_timeout_s: for all of one self-test; where no replica could do it in that time nothing is published.
+    """
 
     data_dir: str = "patchbay-data"
     database_url: str | None = None
     blob_url: str | None = None
+    self_test: bool = True
+    self_test_timeout_s: float = 60.0
 
     @property
     def database(self) -> str:

@@ -13,11 +13,13 @@ from adapters_store.errors import (
     InvalidName,
     KeyNotFound,
     NoPreviousVersion,
+    SelfTestFailed,
     StoreError,
     StoreUnavailable,
     TenantExists,
     TenantNotFound,
     UploadTooLarge,
+    VersionNotReady,
 )
 
 
@@ -74,6 +76,10 @@ class Overloaded(GatewayError):
         self.retry_after = retry_after
 
 
+class AdapterNotFinite(GatewayError):
+    """The adapter's own numbers became NaN or infinite on this request; nobody else's did."""
+
+
 class RequestCancelled(GatewayError):
     """The request ended because its caller cancelled it or went away."""
 
@@ -115,12 +121,15 @@ _ERRORS: Final[dict[type[Exception], WireError]] = {
     NotFound: WireError("NOT_FOUND", 404, "invalid_request_error", "not_found"),
     Conflict: WireError("FAILED_PRECONDITION", 409, "invalid_request_error", "conflict"),
     Overloaded: WireError("RESOURCE_EXHAUSTED", 429, "rate_limit_error", "overloaded"),
+    AdapterNotFinite: WireError("FAILED_PRECONDITION", 422, "invalid_request_error", "adapter_not_finite"),
     RequestCancelled: WireError("CANCELLED", 499, "invalid_request_error", "request_cancelled"),
     EngineUnavailable: WireError("UNAVAILABLE", 503, "server_error", "engine_unavailable"),
     InternalError: WireError("INTERNAL", 500, "server_error", "internal_error"),
     BaseModelUnsupported: WireError("FAILED_PRECONDITION", 400, "invalid_request_error", "unsupported_base"),
     ConfigInvalid: WireError("INVALID_ARGUMENT", 400, "invalid_request_error", "invalid_config"),
     AdapterInvalid: WireError("INVALID_ARGUMENT", 400, "invalid_request_error", "invalid_adapter"),
+    SelfTestFailed: WireError("FAILED_PRECONDITION", 422, "invalid_request_error", "self_test_failed"),
+    VersionNotReady: WireError("FAILED_PRECONDITION", 422, "invalid_request_error", "version_not_ready"),
     UploadTooLarge: WireError("RESOURCE_EXHAUSTED", 413, "invalid_request_error", "upload_too_large"),
     AdapterNotFound: WireError("NOT_FOUND", 404, "invalid_request_error", "model_not_found"),
     AliasInUse: WireError("FAILED_PRECONDITION", 409, "invalid_request_error", "alias_in_use"),

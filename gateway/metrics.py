@@ -196,6 +196,25 @@ class FrontDoorMetrics:
                 ("ready", "1 while this front door takes requests."),
             )
         }
+        self._published = Counter(
+            "patchbay_adapters_published", "Versions published by uploads.", ("front_door",), registry=registry
+        ).labels(**self._door)
+        self._quarantined = Counter(
+            "patchbay_adapters_quarantined",
+            "Versions quarantined, by their self-test or while they served.",
+            ("front_door",),
+            registry=registry,
+        ).labels(**self._door)
+        self._self_tests = Counter(
+            "patchbay_self_tests", "Self-tests of versions by result.", ("front_door", "result"), registry=registry
+        )
+        self._self_test_seconds = Histogram(
+            "patchbay_self_test_seconds",
+            "Self-tests of versions, waiting for a replica included.",
+            ("front_door",),
+            buckets=_HTTP_BUCKETS,
+            registry=registry,
+        ).labels(**self._door)
         self._jobs = Gauge("patchbay_fine_tuning_jobs", "Fine-tune jobs by status.", ("status",), registry=registry)
 
     def http_request(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -208,6 +227,21 @@ class FrontDoorMetrics:
         labels = {**self._door, "grpc_service": service, "grpc_method": method}
         self._grpc_handled.labels(**labels, grpc_code=code).inc()
         self._grpc_seconds.labels(**labels).observe(seconds)
+
+    def published(self) -> None:
+        """Count a version that an upload published."""
+        self._published.inc()
+
+    def quarantined(self) -> None:
+        """Count a version that was taken out of service."""
+        self._quarantined.inc()
+
+    def self_test(self, result: str, seconds: float) -> None:
+        """Count a self-test. result: "passed", "failed" (the version is quarantined) or "unavailable"."""
+        self._self_tests.labels(**self._door, result=result).inc()
+        self._self_test_seconds.observe(seconds)
+        if result == "failed":
+            self.quarantined()
 
     def set_state(self, *, running_requests: int, connected_replicas: int, ready: bool) -> None:
         """Say how the front door is, before a scrape."""

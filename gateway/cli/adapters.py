@@ -52,7 +52,7 @@ def list_adapters(
         return
     rows = [row for adapter in adapters for row in _rows(adapter)]
     empty = "No adapters yet: patchbay adapter upload FOLDER NAME"
-    print_table(("VERSION", "ALIASES", "RANK", "PARAMETERS", "CREATED"), rows, empty)
+    print_table(("VERSION", "ALIASES", "RANK", "PARAMETERS", "STATUS", "CREATED"), rows, empty)
 
 
 @app.command()
@@ -60,14 +60,22 @@ def alias(
     name: Name,
     alias: Annotated[str, typer.Argument(help="The alias to set; `default` is what the bare name means.")],
     version: Annotated[int, typer.Argument(min=1, help="The version to point it at.")],
+    canary: Annotated[
+        int | None, typer.Option(min=1, help="A second version, for part of the alias's callers.")
+    ] = None,
+    percent: Annotated[int, typer.Option(min=1, max=100, help="The share of callers that get the canary.")] = 10,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias at a version. Running requests finish on the version that they began with."""
+    """Point an alias at a version. Running requests finish on the version that they began with.
+
+    A canary that the alias had is dropped unless it is given again: without --canary this promotes or stops one.
+    """
+    split = (canary, percent) if canary is not None else None
     with connect(url, api_key, timeout) as client:
-        adapter = client.set_alias(full_name(name), alias, version)
+        adapter = client.set_alias(full_name(name), alias, version, split)
     _print_alias(adapter, name, alias, as_json)
 
 
@@ -80,7 +88,7 @@ def rollback(
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Point an alias back at the version that it named before."""
+    """Drop an alias's canary; without one, point it back at the version that it named before."""
     with connect(url, api_key, timeout) as client:
         adapter = client.rollback(full_name(name), alias)
     _print_alias(adapter, name, alias, as_json)
@@ -94,7 +102,7 @@ def delete(
     timeout: Timeout = 30.0,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a version that no alias names."""
+    """Delete a version that no alias names. Running requests finish on it."""
     name, number = split_version(version)
     with connect(url, api_key, timeout) as client:
         answer = client.delete_version(name, number)
@@ -108,9 +116,14 @@ def _rows(adapter: dict[str, Any]) -> list[tuple[object, ...]]:
     rows: list[tuple[object, ...]] = []
     for version in adapter["versions"]:
         names = sorted(name for name, number in adapter["aliases"].items() if number == version["version"])
-        aliases = " ".join(f"@{name}" for name in names)
-        parameters = f"{version['num_parameters']:,}"
-        rows.append((version["ref"], aliases, version["rank"], parameters, when(version["created_at"])))
+        shares = [
+            f"@{name}({canary['percent']}%)"
+            for name, canary in sorted(adapter["canaries"].items())
+            if canary["version"] == version["version"]
+        ]
+        aliases = " ".join([*(f"@{name}" for name in names), *shares])
+        parameters, status = f"{version['num_parameters']:,}", version["status"]
+        rows.append((version["ref"], aliases, version["rank"], parameters, status, when(version["created_at"])))
     return rows
 
 
@@ -118,4 +131,6 @@ def _print_alias(adapter: dict[str, Any], name: str, alias: str, as_json: bool) 
     if as_json:
         print_json(adapter)
     else:
-        say(f"{name}@{alias} is now {name}:{adapter['aliases'][alias]}.")
+        canary = adapter["canaries"].get(alias)
+        split = f", and {name}:{canary['version']} for {canary['percent']} % of callers" if canary else ""
+        say(f"{name}@{alias} is now {name}:{adapter['aliases'][alias]}{split}.")

@@ -62,6 +62,8 @@ _HINTS: Final[dict[str, str]] = {
     "invalid_api_key": "Pass --api-key or set PATCHBAY_API_KEY; `patchbay key create TENANT` makes a key.",
     "permission_denied": "Use a key that may do this: an admin's is in the server's data folder, admin.key.",
     "model_not_found": "`patchbay adapter list` shows the adapters that this key may call.",
+    "self_test_failed": "No alias was moved. `patchbay adapter list NAME --json` shows the version's report.",
+    "version_not_ready": "`patchbay adapter rollback NAME` points the alias back.",
     "alias_in_use": "`patchbay adapter alias NAME ALIAS VERSION` points the alias elsewhere.",
     "overloaded": "Try again in a moment; the gateway is full.",
     "engine_unavailable": "Try again in a moment; /readyz of the gateway says when it takes requests.",

@@ -30,7 +30,7 @@ from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
 from gateway.engine.workers import Workers
-from gateway.errors import InternalError, InvalidRequest
+from gateway.errors import AdapterNotFinite, GatewayError, InternalError, InvalidRequest
 from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ class LLMEngine:
             if is_draft and not self.scheduler.accept(sequence):
                 continue
             if row in bad:
-                self._end(sequence.request, "error", _not_finite(sequence), output)
+                self._end(sequence.request, "error", _not_finite(sequence, scheduled, len(bad)), output)
             else:
                 if not is_draft:
                     output.deltas.append(TokenDelta(sequence.request.request.request_id, sequence.index, "", []))
@@ -368,9 +368,16 @@ class LLMEngine:
         output.finished.append(_timings(running, last.finish_reason))
 
 
-def _not_finite(sequence: Sequence) -> InternalError:
-    name = sequence.adapter.name if sequence.adapter is not None else "the base"
-    return InternalError(f"{name} produced logits that are not finite; the request was ended.")
+def _not_finite(sequence: Sequence, scheduled: SchedulerOutput, num_bad: int) -> GatewayError:
+    """The adapter's fault, unless every row is bad though not all have one adapter: then the base or the device is."""
+    is_everyone = num_bad == len(scheduled.sampled) and len({row.adapter for row in scheduled.sampled}) > 1
+    if sequence.adapter is None or is_everyone:
+        return InternalError("The model produced logits that are not finite; the request was ended. Retry it.")
+    return AdapterNotFinite(
+        f"The adapter {sequence.adapter.name} produced logits that are not finite (NaN or infinite): its weights "
+        "overflow on this request. Roll back to an earlier version, or train it again with a lower learning rate.",
+        param="model",
+    )
 
 
 def _clock(running: RunningRequest, now: float, output: StepOutput) -> None:

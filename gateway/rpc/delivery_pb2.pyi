@@ -7,16 +7,16 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ReplicaMessage(_message.Message):
-    __slots__ = ("hello", "step", "metrics", "draining")
+    __slots__ = ("hello", "step", "report", "draining")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    METRICS_FIELD_NUMBER: _ClassVar[int]
+    REPORT_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     step: Step
-    metrics: Metrics
+    report: Report
     draining: Draining
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., metrics: _Optional[_Union[Metrics, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ..., draining: _Optional[_Union[Draining, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("connection", "replica")
@@ -104,13 +104,15 @@ class Error(_message.Message):
     retry_after: float
     def __init__(self, type: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ..., retry_after: _Optional[float] = ...) -> None: ...
 
-class Metrics(_message.Message):
-    __slots__ = ("collect", "text")
+class Report(_message.Message):
+    __slots__ = ("collect", "metrics", "adapters")
     COLLECT_FIELD_NUMBER: _ClassVar[int]
-    TEXT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     collect: int
-    text: bytes
-    def __init__(self, collect: _Optional[int] = ..., text: _Optional[bytes] = ...) -> None: ...
+    metrics: bytes
+    adapters: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, collect: _Optional[int] = ..., metrics: _Optional[bytes] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DoorMessage(_message.Message):
     __slots__ = ("cancelled", "collect", "closing", "submitted")

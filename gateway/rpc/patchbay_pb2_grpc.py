@@ -280,7 +280,8 @@ class AdaptersServicer:
     """
 
     def Upload(self, request_iterator, context):
-        """Uploads a new version and points an alias at it, both or neither. Send `start` once, then for each file `file`
+        """Uploads a new version, tests it on a replica and points an alias at it. A version that fails its self-test is kept
+        as "quarantined"; ErrorInfo then has its `version` and `report` (JSON). Otherwise it is all or nothing. Send `start` once, then for each file `file`
         followed by its bytes in `chunk` messages of any size up to the server's message limit (64 KiB to 1 MiB is good).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -302,21 +303,21 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias at a version. Running requests finish on the version they began with.
+        """Points an alias at a version, and part of its requests at a canary where one is given. Running requests finish on the version they began with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Points an alias back at the version that it named before.
+        """Drops the alias's canary; without one, points the alias back at the version that it named before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Delete(self, request, context):
-        """Deletes a version that no alias names.
+        """Deletes a version that no alias names. Running requests finish on it; its bytes go when they have.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -10,20 +12,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from adapters_store.errors import AdapterNotFound
+from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.names import DEFAULT_ALIAS, check_name
+from adapters_store.reports import VersionReport
 from adapters_store.upload import Staging, UploadLimits, UploadSink
-from gateway.errors import InvalidRequest, PermissionDenied
+from gateway.errors import AdapterNotFinite, InvalidRequest, PermissionDenied
 
 if TYPE_CHECKING:
     from adapters_store.accounts import Principal
-    from adapters_store.registry import AdapterInfo, AdapterVersion
+    from adapters_store.golden import GoldenPrompt
+    from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
     from gateway.server.context import ServerContext
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 _CONCURRENT_CHECKS: Final = 2
+_GRACE_S: Final = 10.0
 
 
 class AdapterService:
@@ -46,20 +52,33 @@ class AdapterService:
         _check_reach(principal, tenant, name)
         return await asyncio.to_thread(self._registry.get, tenant, name)
 
-    async def set_alias(self, principal: Principal, tenant: str, name: str, alias: str, version: int) -> AdapterInfo:
-        """Point an alias at a version. Raises `AdapterNotFound` or `InvalidName`."""
+    async def set_alias(
+        self, principal: Principal, tenant: str, name: str, alias: str, version: int, canary: Canary | None = None
+    ) -> AdapterInfo:
+        """Point an alias at a version, and part of its requests at a canary, where one is given.
+
+        Raises `AdapterNotFound`, `VersionNotReady`, `InvalidName` or `InvalidRequest`.
+        """
         _check_reach(principal, tenant, name)
-        await asyncio.to_thread(self._registry.set_alias, tenant, name, alias, version)
+        if canary is not None:
+            _check_canary(version, canary)
+        await asyncio.to_thread(self._registry.set_alias, tenant, name, alias, version, canary)
         return await self.get(principal, tenant, name)
 
     async def rollback(self, principal: Principal, tenant: str, name: str, alias: str) -> AdapterInfo:
-        """Point an alias at the version before. Raises `AdapterNotFound` or `NoPreviousVersion`."""
+        """Drop an alias's canary, or point it at the version before.
+
+        Raises `AdapterNotFound` or `NoPreviousVersion`.
+        """
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.rollback, tenant, name, alias)
         return await self.get(principal, tenant, name)
 
     async def delete(self, principal: Principal, tenant: str, name: str, version: int) -> None:
-        """Delete a version. Raises `AdapterNotFound` or `AliasInUse`."""
+        """Retire a version: no new request gets it, and its bytes go when those that run with it have ended.
+
+        Raises `AdapterNotFound` or `AliasInUse`.
+        """
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.delete, tenant, name, version)
 
@@ -116,17 +135,22 @@ class Upload(AbstractAsyncContextManager["Upload"]):
     async def publish(
         self, name: str, alias: str = DEFAULT_ALIAS, base_fingerprint: str | None = None
     ) -> AdapterVersion:
-        """Check what came and publish it as the next version of `name` ("name" or "tenant/name").
+        """Check and test what came, and publish it as the next version of `name` ("name" or "tenant/name").
 
         base_fingerprint: of the base that the adapter was trained on, where the uploader knows it. Raises
-        `AdapterInvalid`, `InvalidName`, `TenantNotFound` or `PermissionDenied`; then nothing is kept.
+        `AdapterInvalid`, `InvalidName`, `TenantNotFound`, `PermissionDenied`, or `EngineUnavailable` when no replica
+        could test it: then nothing is kept. Raises `SelfTestFailed` where the version is kept, quarantined.
         """
         tenant, own_name = self.target(name, alias)
         base = (await self._context.router.info()).base_spec
         async with self.checks:
             max_rank = await self.run(lambda: self._max_rank(tenant))
             staged = await self.run(lambda: self._staging.validate(base, max_rank, base_fingerprint))
-            return await self.run(lambda: self._context.registry.publish(tenant, own_name, staged, alias))
+        test = self._test(staged.golden) if self._context.config.store.self_test else None
+        registry = self._context.registry
+        version = await self.run(lambda: registry.publish(tenant, own_name, staged, alias, test=test))
+        self._context.metrics.published()
+        return version
 
     def target(self, name: str, alias: str = DEFAULT_ALIAS) -> tuple[str, str]:
         """The tenant and the name to publish under. Raises `InvalidName` or `PermissionDenied`."""
@@ -142,6 +166,16 @@ class Upload(AbstractAsyncContextManager["Upload"]):
     async def run(self, work: Callable[[], T]) -> T:
         """Do blocking work in the upload's thread."""
         return await asyncio.wrap_future(self._thread.submit(work))
+
+    def _test(self, golden: Sequence[GoldenPrompt]) -> Callable[[AdapterVersion], VersionReport]:
+        """The self-test for the upload's thread, which waits while this loop does it."""
+        loop, self_test = asyncio.get_running_loop(), self._context.self_test
+        patience = self._context.config.store.self_test_timeout_s + _GRACE_S
+
+        def test(version: AdapterVersion) -> VersionReport:
+            return asyncio.run_coroutine_threadsafe(self_test.run(version, golden), loop).result(patience)
+
+        return test
 
     def _open(self, root: Path, limits: UploadLimits) -> None:
         self._staged = Staging(root, limits)
@@ -190,6 +224,24 @@ def split_name(principal: Principal, name: str) -> tuple[str, str]:
     if principal.tenant is None:
         raise InvalidRequest("an admin key must name the adapter as tenant/name", param="name")
     return principal.tenant, own_name
+
+
+async def quarantine(context: ServerContext, ref: str, error: AdapterNotFinite) -> None:
+    """Take a version out of service whose logits were not finite. A store that does not answer is logged."""
+    report = VersionReport(passed=False, tested_at=int(time.time()), reason=error.message, finite=False)
+    try:
+        if await asyncio.to_thread(context.registry.quarantine, ref, report):
+            context.metrics.quarantined()
+            logger.warning("%s is quarantined: its logits were not finite", ref)
+    except StoreError:
+        logger.exception("%s could not be quarantined", ref)
+
+
+def _check_canary(version: int, canary: Canary) -> None:
+    if canary.version == version:
+        raise InvalidRequest("the canary must be another version than the alias's own", param="canary.version")
+    if not 1 <= canary.percent <= 100:
+        raise InvalidRequest(f"percent must be in [1, 100], not {canary.percent}", param="canary.percent")
 
 
 def _check_reach(principal: Principal, tenant: str, name: str) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gateway.config import GatewayConfig
     from gateway.metrics import FrontDoorMetrics
     from gateway.server.router import Router
+    from gateway.server.self_test import SelfTest
     from gateway.trainer.files import TrainingFiles
     from gateway.trainer.jobs import FineTuningJobs
 
@@ -50,6 +51,7 @@ class ServerContext:
     database: Database
     accounts: Accounts
     registry: AdapterRegistry
+    self_test: SelfTest
     blobs: BlobStore
     training_files: TrainingFiles
     jobs: FineTuningJobs

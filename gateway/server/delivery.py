@@ -72,7 +72,7 @@ class DeliveryServer:
         self._port = 0
         self._running: dict[str, Connection] = {}
         self._connections: dict[str, Connection] = {}
-        self._collects: dict[int, asyncio.Future[bytes]] = {}
+        self._collects: dict[int, asyncio.Future[pb.Report]] = {}
         self._collect_ids = itertools.count(1)
 
     async def start(self) -> None:
@@ -126,8 +126,8 @@ class DeliveryServer:
         if not mailbox.finished:
             connection.outbox.put_nowait(pb.DoorMessage(cancelled=[mailbox.request_id]))
 
-    async def collect_metrics(self, timeout_s: float = 2.0) -> list[bytes]:
-        """The Prometheus text of each connected replica that answers within `timeout_s` seconds."""
+    async def collect(self, timeout_s: float = 2.0) -> tuple[list[pb.Report], bool]:
+        """The reports of the connected replicas that answer within `timeout_s` seconds, and whether all did."""
         collects = {next(self._collect_ids): connection for connection in self._connections.values()}
         loop = asyncio.get_running_loop()
         futures = {number: loop.create_future() for number in collects}
@@ -140,7 +140,8 @@ class DeliveryServer:
         finally:
             for number in futures:
                 del self._collects[number]
-        return [future.result() for future in futures.values() if future.done()]
+        reports = [future.result() for future in futures.values() if future.done()]
+        return reports, len(reports) == len(futures)
 
     def authorized(self, metadata: grpc.aio.Metadata | tuple[tuple[str, str | bytes], ...] | None) -> bool:
         """Whether a call's metadata carries this front door's token."""
@@ -169,10 +170,10 @@ class DeliveryServer:
                     mailbox.put(decode_delta(delta))
         elif kind == "draining":
             connection.draining = True
-        elif kind == "metrics":
-            future = self._collects.get(message.metrics.collect)
+        elif kind == "report":
+            future = self._collects.get(message.report.collect)
             if future is not None and not future.done():
-                future.set_result(message.metrics.text)
+                future.set_result(message.report)
 
 
 class _Servicer(pb_grpc.DeliveryServicer):

@@ -31,6 +31,7 @@ class RequestStream:
 
     def __init__(self, request: GenerateRequest, link: Link) -> None:
         self._request_id = request.request_id
+        self.adapter: Final = request.adapter.name if request.adapter is not None else None
         self._link = link
         self._unfinished = request.sampling.n
         self._ended = asyncio.Event()
@@ -140,8 +141,7 @@ class Link:
                 if task is not None:
                     task.cancel()
             if message.collect:
-                text = self._client.metrics_text()
-                self._send(pb.ReplicaMessage(metrics=pb.Metrics(collect=message.collect, text=text)))
+                self._send(pb.ReplicaMessage(report=self._client.report(message.collect)))
             if message.closing:
                 self._finish()
 
@@ -183,7 +183,7 @@ class DeliveryClient:
         metrics_text: Callable[[], bytes],
     ) -> None:
         self.replica: Final = replica
-        self.metrics_text: Final = metrics_text
+        self._metrics_text = metrics_text
         self._run = run
         self._links: dict[str, Link] = {}
         self._streams: dict[str, RequestStream] = {}
@@ -192,6 +192,11 @@ class DeliveryClient:
     def num_running(self) -> int:
         """Requests whose last delta was not handed over yet."""
         return len(self._streams)
+
+    def report(self, collect: int) -> pb.Report:
+        """The answer to a front door's `collect`."""
+        adapters = {stream.adapter for stream in self._streams.values() if stream.adapter is not None}
+        return pb.Report(collect=collect, metrics=self._metrics_text(), adapters=sorted(adapters))
 
     async def connect(self, address: DeliveryAddress) -> Link:
         """The live link to a front door, made on first use. Raises `EngineUnavailable` when it does not answer."""

@@ -23,6 +23,7 @@ _ERRORS: Final[dict[str, type[Exception]]] = {
         errors.NotFound,
         errors.Conflict,
         errors.Overloaded,
+        errors.AdapterNotFinite,
         errors.RequestCancelled,
         errors.EngineUnavailable,
         errors.InternalError,

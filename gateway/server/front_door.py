@@ -19,7 +19,8 @@ from ray.util import get_node_ip_address
 from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry
+from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.reports import VersionReport
 from adapters_store.upload import clean_staging
 from gateway.config import GatewayConfig
 from gateway.errors import EngineUnavailable
@@ -31,6 +32,8 @@ from gateway.server.exposition import Exposition
 from gateway.server.listeners import HttpListener, bind_grpc, bind_http
 from gateway.server.logs import configure_logging
 from gateway.server.router import Router
+from gateway.server.self_test import SelfTest
+from gateway.server.upkeep import Upkeep
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.jobs import FineTuningJobs
 
@@ -41,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 DRAIN_S: Final = 30.0
 _WATCH_PERIOD_S: Final = 0.25
+_STAGING_GRACE_S: Final = 60.0
 _HEALTH_SERVICES: Final = (
     "",
     *(service.full_name for service in patchbay_pb2.DESCRIPTOR.services_by_name.values()),
@@ -81,12 +85,19 @@ class FrontDoor:
         await self._set_health()
         await self._listen()
         self._background.append(asyncio.create_task(self._watch()))
+        staged_for_s = 2 * config.store.self_test_timeout_s + _STAGING_GRACE_S
+        upkeep = Upkeep(self._context.registry, self._router, staged_for_s)
+        self._background.append(asyncio.create_task(upkeep.run()))
 
     async def addresses(self) -> Addresses:
         """Where this front door listens."""
         host = self._config.server.host
         shown = f"[{host}]" if ":" in host else host
         return Addresses(f"http://{shown}:{self._http.port}", f"{shown}:{self._grpc_port}")
+
+    async def self_test(self, version: AdapterVersion) -> VersionReport:
+        """Test a version that the trainer made. Raises `EngineUnavailable` when no replica could."""
+        return await self._context.self_test.run(version)
 
     async def ready(self) -> str | None:
         """Why new requests are not taken yet, or None when they are."""
@@ -135,6 +146,7 @@ class FrontDoor:
             database=database,
             accounts=accounts,
             registry=AdapterRegistry(database, blobs),
+            self_test=SelfTest(self._router, metrics, config.store.self_test_timeout_s),
             blobs=blobs,
             training_files=TrainingFiles(database, blobs),
             jobs=FineTuningJobs(database),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 
 from adapters_store.names import DEFAULT_ALIAS
-from adapters_store.registry import AdapterInfo, AdapterVersion
+from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
 from gateway.errors import InvalidRequest
 from gateway.rpc import patchbay_pb2 as pb
 from gateway.rpc import patchbay_pb2_grpc as pb_grpc
@@ -43,7 +44,8 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
         """Point an alias at a version."""
         tenant, name = split_name(call.principal, request.name)
         alias = request.alias or DEFAULT_ALIAS
-        return _adapter(await self._adapters.set_alias(call.principal, tenant, name, alias, request.version))
+        canary = Canary(request.canary.version, request.canary.percent) if request.HasField("canary") else None
+        return _adapter(await self._adapters.set_alias(call.principal, tenant, name, alias, request.version, canary))
 
     async def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.Adapter:  # noqa: N802
         """Point an alias at the version before."""
@@ -89,13 +91,14 @@ def _adapter(info: AdapterInfo) -> pb.Adapter:
         name=info.name,
         created_at=info.created_at,
         aliases=dict(info.aliases),
+        canaries={alias: pb.Canary(**dataclasses.asdict(canary)) for alias, canary in info.canaries.items()},
         versions=[_version(version) for version in info.versions],
     )
 
 
 def _version(version: AdapterVersion) -> pb.AdapterVersion:
     manifest = version.manifest
-    return pb.AdapterVersion(
+    encoded = pb.AdapterVersion(
         ref=version.ref,
         tenant=version.tenant,
         name=version.name,
@@ -107,4 +110,8 @@ def _version(version: AdapterVersion) -> pb.AdapterVersion:
         size_bytes=manifest.size_bytes,
         base_fingerprint=manifest.base_fingerprint,
         created_at=version.created_at,
+        status=version.status,
     )
+    if version.report is not None:
+        encoded.report.update(version.report.as_json)
+    return encoded

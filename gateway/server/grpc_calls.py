@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 import uuid
@@ -15,6 +16,7 @@ import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 
+from adapters_store.errors import SelfTestFailed
 from gateway.errors import EngineUnavailable, Overloaded, PermissionDenied, public_message, wire_error
 from gateway.server.auth import GRPC_POLICY, Access, authorize
 
@@ -134,7 +136,10 @@ def rich_status(error: BaseException) -> status_pb2.Status:
     """google.rpc.Status of an error: ErrorInfo always, BadRequest and RetryInfo where they say something."""
     wire = wire_error(error)
     status = status_pb2.Status(code=grpc.StatusCode[wire.grpc].value[0], message=public_message(error))
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=wire.code, domain=DOMAIN))
+    metadata = {}
+    if isinstance(error, SelfTestFailed):
+        metadata = {"version": error.ref, "report": json.dumps(error.report.as_json)}
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=wire.code, domain=DOMAIN, metadata=metadata))
     param = getattr(error, "param", None)
     if param is not None:
         violation = error_details_pb2.BadRequest.FieldViolation(field=param, description=status.message)

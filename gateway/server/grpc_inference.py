@@ -67,7 +67,7 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         sampling = _sampling_params(request.sampling)
         call_id = f"cmpl-{call.id}"
         return await self._inference.complete(
-            call_id, call.principal, request.model, [prompt], sampling, request.priority
+            call_id, call.principal, request.model, [prompt], sampling, request.priority, request.user or None
         )
 
     async def _chat(self, request: pb.ChatRequest, call: Call) -> Generation:
@@ -75,7 +75,9 @@ class InferenceServicer(pb_grpc.InferenceServicer):
         messages = _messages(request.messages)
         sampling = _sampling_params(request.sampling)
         call_id = f"chatcmpl-{call.id}"
-        return await self._inference.chat(call_id, call.principal, request.model, messages, sampling, request.priority)
+        return await self._inference.chat(
+            call_id, call.principal, request.model, messages, sampling, request.priority, request.user or None
+        )
 
 
 async def _answer(generation: Generation) -> pb.Completion:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from adapters_store.names import DEFAULT_ALIAS
-from adapters_store.registry import AdapterInfo, AdapterVersion
+from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
 from gateway.errors import InvalidRequest
 from gateway.server.adapters import AdapterService, UploadFile
 from gateway.server.context import ServerContext
@@ -52,7 +52,8 @@ def adapter_routes(context: ServerContext) -> APIRouter:
 
     @router.put("/v1/adapters/{tenant}/{name}/aliases/{alias}")
     async def set_alias(tenant: str, name: str, alias: str, body: AliasRequest, caller: Caller) -> Response:
-        return JSONResponse(_adapter_body(await service.set_alias(caller, tenant, name, alias, body.version)))
+        canary = Canary(body.canary.version, body.canary.percent) if body.canary is not None else None
+        return JSONResponse(_adapter_body(await service.set_alias(caller, tenant, name, alias, body.version, canary)))
 
     @router.post("/v1/adapters/{tenant}/{name}/rollback")
     async def rollback(tenant: str, name: str, body: RollbackRequest, caller: Caller) -> Response:
@@ -120,6 +121,7 @@ def _adapter_body(info: AdapterInfo) -> dict[str, Any]:
         "name": info.name,
         "created_at": info.created_at,
         "aliases": dict(info.aliases),
+        "canaries": {alias: dataclasses.asdict(canary) for alias, canary in info.canaries.items()},
         "versions": [_version_body(version) for version in info.versions],
     }
 
@@ -140,6 +142,8 @@ def _version_body(version: AdapterVersion) -> dict[str, Any]:
         "size_bytes": manifest.size_bytes,
         "digest": version.digest,
         "base_fingerprint": manifest.base_fingerprint,
+        "status": version.status,
+        "report": version.report.as_json if version.report is not None else None,
         "created_at": version.created_at,
     }
 

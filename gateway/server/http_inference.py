@@ -45,7 +45,9 @@ def inference_routes(context: ServerContext) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request, caller: Caller) -> Response:
         sampling = body.to_sampling_params()
         call_id = f"cmpl-{request.state.call_id}"
-        generation = await inference.complete(call_id, caller, body.model, body.prompt, sampling, body.priority or 0)
+        generation = await inference.complete(
+            call_id, caller, body.model, body.prompt, sampling, body.priority or 0, body.caller
+        )
         if body.stream:
             return await _stream(request, generation, CompletionChunks(generation, include_usage=body.include_usage))
         choices = await unless_gone(request.receive, generation.answer())
@@ -56,7 +58,9 @@ def inference_routes(context: ServerContext) -> APIRouter:
         sampling = body.to_sampling_params()
         messages = [message.to_template() for message in body.messages]
         call_id = f"chatcmpl-{request.state.call_id}"
-        generation = await inference.chat(call_id, caller, body.model, messages, sampling, body.priority or 0)
+        generation = await inference.chat(
+            call_id, caller, body.model, messages, sampling, body.priority or 0, body.caller
+        )
         if body.stream:
             return await _stream(request, generation, ChatChunks(generation, include_usage=body.include_usage))
         choices = await unless_gone(request.receive, generation.answer())

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive
 
 from adapters_store.accounts import Principal
+from adapters_store.errors import SelfTestFailed
 from gateway.errors import (
     EngineUnavailable,
     GatewayError,
@@ -140,7 +141,10 @@ def error_body(error: BaseException) -> dict[str, Any]:
     """OpenAI's error object."""
     wire = wire_error(error)
     param = getattr(error, "param", None)
-    return {"error": {"message": public_message(error), "type": wire.type, "param": param, "code": wire.code}}
+    body = {"message": public_message(error), "type": wire.type, "param": param, "code": wire.code}
+    if isinstance(error, SelfTestFailed):
+        body |= {"version": error.ref, "report": error.report.as_json}
+    return {"error": body}
 
 
 def _retry_headers(error: Exception) -> dict[str, str]:

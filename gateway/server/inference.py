@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.engine.request import AdapterRef, FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampling_params import SamplingParams
-from gateway.errors import EngineUnavailable, InvalidRequest
+from gateway.errors import AdapterNotFinite, EngineUnavailable, InvalidRequest
+from gateway.server.adapters import quarantine
 from gateway.server.auth import ADMIN_SALT
 from gateway.server.models import ModelService
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from adapters_store.accounts import Principal
     from gateway.config import LimitsConfig
     from gateway.server.context import ServerContext
-    from gateway.server.router import Router
 
 
 @dataclass(slots=True)
@@ -44,7 +44,7 @@ class Generation:
     model: str
     created: int
     requests: Sequence[GenerateRequest]
-    router: Router
+    context: ServerContext
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
     @property
@@ -74,13 +74,18 @@ class Generation:
 
     async def _one(self, position: int) -> AsyncGenerator[list[TokenDelta], None]:
         request = self.requests[position]
-        async with aclosing(self.router.generate(request)) as stream:
-            async for deltas in stream:
-                for delta in deltas:
-                    delta.index += position * request.sampling.n
-                    if delta.usage is not None:
-                        self.usage = _sum(self.usage, delta.usage)
-                yield deltas
+        try:
+            async with aclosing(self.context.router.generate(request)) as stream:
+                async for deltas in stream:
+                    for delta in deltas:
+                        delta.index += position * request.sampling.n
+                        if delta.usage is not None:
+                            self.usage = _sum(self.usage, delta.usage)
+                    yield deltas
+        except AdapterNotFinite as error:
+            assert request.adapter is not None
+            await quarantine(self.context, request.adapter.name, error)
+            raise
 
     async def _merged(self) -> AsyncGenerator[list[TokenDelta], None]:
         # A queue of one: a slow reader holds the pumps back, and the router merges what they have not taken.
@@ -126,13 +131,18 @@ class InferenceService:
         prompts: Sequence[str | Sequence[int]],
         sampling: SamplingParams,
         priority: int = 0,
+        user: str | None = None,
     ) -> Generation:
-        """A generation that continues each of `prompts`. Raises `InvalidRequest` and `ModelNotFound`."""
+        """A generation that continues each of `prompts`.
+
+        user: whose requests all go to one side of an alias with a canary; without it each goes by itself. Raises
+        `InvalidRequest`, `ModelNotFound`, and `VersionNotReady` for a version that is quarantined or still tested.
+        """
         most = self._context.config.limits.max_prompts
         if len(prompts) > most:
             raise InvalidRequest(f"at most {most} prompts fit one request, not {len(prompts)}", param="prompt")
         bodies: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
-        return await self._generation(call_id, principal, model, bodies, sampling, priority)
+        return await self._generation(call_id, principal, model, bodies, sampling, priority, user)
 
     async def chat(
         self,
@@ -142,9 +152,10 @@ class InferenceService:
         messages: Sequence[Mapping[str, Any]],
         sampling: SamplingParams,
         priority: int = 0,
+        user: str | None = None,
     ) -> Generation:
-        """A generation that answers `messages`. Raises `InvalidRequest` and `ModelNotFound`."""
-        return await self._generation(call_id, principal, model, [{"messages": messages}], sampling, priority)
+        """A generation that answers `messages`; otherwise as `complete`."""
+        return await self._generation(call_id, principal, model, [{"messages": messages}], sampling, priority, user)
 
     async def _generation(
         self,
@@ -154,13 +165,14 @@ class InferenceService:
         bodies: Sequence[Mapping[str, Any]],
         sampling: SamplingParams,
         priority: int,
+        user: str | None,
     ) -> Generation:
         self._check_ready()
         limits, tenant = self._context.config.limits, principal.tenant or ""
         check_limits(sampling, limits)
         if principal.tenant is not None:
             check_priority(priority, limits)
-        served, adapter = await self._resolve(principal, model)
+        served, adapter = await self._resolve(principal, model, user or call_id)
         requests = [
             GenerateRequest(
                 request_id=call_id if len(bodies) == 1 else f"{call_id}-{position}",
@@ -174,13 +186,13 @@ class InferenceService:
             )
             for position, body in enumerate(bodies)
         ]
-        return Generation(call_id, served, int(time.time()), requests, self._context.router)
+        return Generation(call_id, served, int(time.time()), requests, self._context)
 
-    async def _resolve(self, principal: Principal, model: str) -> tuple[str, AdapterRef | None]:
+    async def _resolve(self, principal: Principal, model: str, caller: str) -> tuple[str, AdapterRef | None]:
         base = (await self._context.router.info()).model_name
         if model == base:
             return base, None
-        version = await self._models.resolve(principal, model)
+        version = await self._models.resolve(principal, model, caller)
         return version.ref, AdapterRef(version.ref, version.digest, version.rank)
 
     def _check_ready(self) -> None:

@@ -52,11 +52,14 @@ class ModelService:
             return _base(info)
         return _card(model, await self.resolve(principal, model), info)
 
-    async def resolve(self, principal: Principal, model: str) -> AdapterVersion:
-        """The version that an adapter's name means now. Raises `ModelNotFound`, also for another tenant's."""
+    async def resolve(self, principal: Principal, model: str, caller: str | None = None) -> AdapterVersion:
+        """The version that an adapter's name means now, to this caller where an alias has a canary.
+
+        Raises `ModelNotFound`, also for another tenant's, and `VersionNotReady`.
+        """
         tenant = principal.tenant or model.partition("/")[0]
         try:
-            return await asyncio.to_thread(self._context.registry.resolve, tenant, model)
+            return await asyncio.to_thread(self._context.registry.resolve, tenant, model, caller)
         except AdapterNotFound as error:
             raise ModelNotFound(str(error), param="model") from None
 

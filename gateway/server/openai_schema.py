@@ -106,8 +106,13 @@ class _Sampling(_Closed):
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     # Patchbay's: tokens guessed ahead.
     num_speculative_tokens: int | None = None
-    # Inert.
+    # Keeps a user on one side of an alias with a canary; never changes the answer of a version.
     user: str | None = None
+
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, where the request says so."""
+        return self.user
 
     @property
     def include_usage(self) -> bool:
@@ -171,6 +176,7 @@ class ChatCompletionRequest(_Sampling):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
+    safety_identifier: str | None = None  # OpenAI's newer name of `user`
     logprobs: bool | None = None
     top_logprobs: int | None = None
     # Inert: they change billing, bookkeeping or caching at OpenAI, never the answer.
@@ -178,7 +184,6 @@ class ChatCompletionRequest(_Sampling):
     service_tier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
     parallel_tool_calls: bool | None = None
     store: Annotated[Any, _unsupported("answers are not kept")] = None
     modalities: Annotated[Any, _unsupported("the only modality is text", ["text"])] = None
@@ -193,6 +198,11 @@ class ChatCompletionRequest(_Sampling):
     reasoning_effort: Annotated[Any, _unsupported("the model does not reason in a block of its own", "none")] = None
     verbosity: Annotated[Any, _unsupported("ask for it in the prompt")] = None
     web_search_options: Annotated[Any, _unsupported("nothing is searched")] = None
+
+    @property
+    def caller(self) -> str | None:
+        """Whose request it is, where the request says so."""
+        return self.user or self.safety_identifier
 
     def to_sampling_params(self) -> SamplingParams:
         """Raises `InvalidRequest` naming the field that is out of range."""
@@ -271,10 +281,18 @@ class KeyRequest(_Closed):
     tenant: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
 
+class CanaryRequest(_Closed):
+    """A second version behind an alias, and the share of its callers in percent."""
+
+    version: Annotated[int, Field(ge=1)]
+    percent: int
+
+
 class AliasRequest(_Closed):
     """PUT /v1/adapters/{tenant}/{name}/aliases/{alias}."""
 
     version: Annotated[int, Field(ge=1)]
+    canary: CanaryRequest | None = None
 
 
 class RollbackRequest(_Closed):

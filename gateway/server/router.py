@@ -90,7 +90,18 @@ class Router:
 
     async def metrics(self) -> list[bytes]:
         """The Prometheus text of each connected replica."""
-        return await self._server.collect_metrics()
+        reports, _ = await self._server.collect()
+        return [report.metrics for report in reports]
+
+    async def running_adapters(self) -> frozenset[str] | None:
+        """The versions ("tenant/name:3") that any replica has unfinished requests for, whoever sent them.
+
+        None when it cannot be told: a replica did not answer, or none is connected.
+        """
+        reports, is_whole = await self._server.collect()
+        if not reports or not is_whole:
+            return None
+        return frozenset(name for report in reports for name in report.adapters)
 
     async def keep_attached(self) -> None:
         """Tell all replicas this front door's address, again and again, so that new ones connect. Runs until

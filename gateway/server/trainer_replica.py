@@ -8,13 +8,18 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from sqlalchemy import select
 
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry
+from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.reports import VersionReport
 from adapters_store.tables import fine_tuning_jobs
 from gateway.config import GatewayConfig
+from gateway.errors import EngineUnavailable
 from gateway.server.logs import configure_logging
 from gateway.trainer.files import TrainingFiles
 
@@ -26,6 +31,7 @@ logger = logging.getLogger(__name__)
 _POLL_S: Final = 0.5
 _ERROR_PAUSE_S: Final = 5.0
 _STOP_S: Final = 10.0
+_GRACE_S: Final = 10.0
 _NICE: Final = 10  # serving goes first where both share the CPU
 
 
@@ -36,6 +42,7 @@ class TrainerReplica:
         configure_logging("trainer")
         os.nice(_NICE)
         self._config = config
+        self._app = serve.get_replica_context().app_name
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainer", daemon=True)
         self._thread.start()
@@ -78,7 +85,19 @@ class TrainerReplica:
 
         blobs = BlobStore(self._config.store.blobs)
         registry = AdapterRegistry(database, blobs)
-        return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs))
+        test = self._test if self._config.store.self_test else None
+        return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs), test)
+
+    def _test(self, version: AdapterVersion) -> VersionReport:
+        """Have a front door test a version: it has the links to the replicas. Raises `EngineUnavailable`."""
+        patience = self._config.store.self_test_timeout_s + _GRACE_S
+        try:
+            report: VersionReport = serve.get_app_handle(self._app).self_test.remote(version).result(timeout_s=patience)
+        except EngineUnavailable:
+            raise
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise EngineUnavailable("No front door could test the version.") from error
+        return report
 
 
 def _upgraded(database: Database) -> bool:

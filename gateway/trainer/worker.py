@@ -8,7 +8,8 @@ import secrets
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -19,9 +20,10 @@ from adapters_store.accounts import Accounts
 from adapters_store.database import Database
 from adapters_store.errors import StoreUnavailable
 from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.reports import VersionReport
 from adapters_store.upload import Staging
 from gateway.config import GatewayConfig
-from gateway.errors import InvalidRequest, ModelNotFound, public_message, wire_error
+from gateway.errors import EngineUnavailable, InvalidRequest, ModelNotFound, public_message, wire_error
 from gateway.trainer.dataset import MIN_EXAMPLES, TokenizedExample, TrainingFileInvalid, load_chat_dataset
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.hyperparameters import Hyperparameters, TrainingSettings, resolve_settings
@@ -32,19 +34,29 @@ from gateway.trainer.lora_trainer import LoRATrainer, TrainingResult
 from gateway.trainer.training_base import TrainingBase, load_training_base
 
 _CHUNK: Final = 1 << 20
+_RETEST_S: Final = 1.0
 
 logger = logging.getLogger(__name__)
 
 
 class TrainerWorker:
-    """Runs fine-tune jobs, one at a time, in the calling thread. The base is loaded once, at the first job."""
+    """Runs fine-tune jobs, one at a time, in the calling thread. The base is loaded once, at the first job.
+
+    test: the self-test of what a job has made, or None; raises `EngineUnavailable` while nothing can run it.
+    """
 
     def __init__(
-        self, config: GatewayConfig, database: Database, registry: AdapterRegistry, files: TrainingFiles
+        self,
+        config: GatewayConfig,
+        database: Database,
+        registry: AdapterRegistry,
+        files: TrainingFiles,
+        test: Callable[[AdapterVersion], VersionReport] | None = None,
     ) -> None:
         self._config = config
         self._registry = registry
         self._files = files
+        self._test = test
         self._accounts = Accounts(database)
         self._queue = JobQueue(database)
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
@@ -122,7 +134,7 @@ class TrainerWorker:
             result = self._train(settings, train, valid, lease, folder)
             lease.flush()
             lease.check()  # a cancellation after this line comes too late
-            version = self._publish(job, folder, result.trained_tokens)
+            version = self._publish(job, folder, result.trained_tokens, lease)
         logger.info("fine-tune job %s published %s", job.id, version.ref)
 
     def _train(
@@ -141,8 +153,11 @@ class TrainerWorker:
             trainer.close()
         return result
 
-    def _publish(self, job: FineTuningJob, folder: Path, trained_tokens: int) -> AdapterVersion:
-        """The way of every upload: staged, validated in the confined process, published as the job succeeds."""
+    def _publish(self, job: FineTuningJob, folder: Path, trained_tokens: int, lease: JobLease) -> AdapterVersion:
+        """The way of every upload: validated in the confined process, tested, published as the job succeeds.
+
+        Waits for a replica as long as it takes: training it again would cost more.
+        """
 
         def succeed(connection: Connection, version: AdapterVersion) -> None:
             self._queue.succeed(connection, job, self._name, version.ref, trained_tokens)
@@ -153,7 +168,15 @@ class TrainerWorker:
             for path in sorted(folder.iterdir()):
                 staging.add_file(path.name, _chunks(path))
             staged = staging.validate(base.spec, max_rank)
-            return self._registry.publish(job.tenant, job.adapter_name, staged, job.peft.alias, also=succeed)
+            while True:
+                try:
+                    return self._registry.publish(
+                        job.tenant, job.adapter_name, staged, job.peft.alias, also=succeed, test=self._test
+                    )
+                except EngineUnavailable as error:
+                    logger.warning("fine-tune job %s waits to be tested: %s", job.id, error)
+                    lease.check()
+                    time.sleep(_RETEST_S)
 
     def _datasets(self, job: FineTuningJob, lease: JobLease) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
         """The training and the validation examples; the latter are none without a validation file."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +19,15 @@ from typing import Any
 from adapters_store import blobs, database, registry
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
+from adapters_store.errors import SelfTestFailed
 from adapters_store.manifest import AdapterManifest
-from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.registry import AdapterRegistry, AdapterVersion, Canary
+from adapters_store.reports import VersionReport
 from adapters_store.upload import StagedAdapter
 
 KILLED = 9
+PASSED = VersionReport(passed=True, tested_at=0)
+FAILED = VersionReport(passed=False, tested_at=0, reason="a test")
 TRACED = {module.__file__ for module in (blobs, database, registry)}
 
 
@@ -61,11 +66,22 @@ def kill_at(point: int) -> Any:
 
 def operate(adapters: AdapterRegistry, operation: str, staged: StagedAdapter) -> None:
     if operation == "publish":
-        adapters.publish("acme", "support", staged)
+        adapters.publish("acme", "support", staged, test=lambda _: PASSED)
+    elif operation == "quarantine":
+        with suppress(SelfTestFailed):
+            adapters.publish("acme", "support", staged, test=lambda _: FAILED)
+    elif operation == "canary":
+        adapters.set_alias("acme", "support", "default", 2, Canary(1, 50))
     elif operation == "rollback":
         adapters.rollback("acme", "support")
     else:
         adapters.delete("acme", "support", 1)
+        purge(adapters)
+
+
+def purge(adapters: AdapterRegistry) -> None:
+    for version in adapters.retired():
+        adapters.purge(version)
 
 
 def run_killed(store: Store, operation: str, staged: StagedAdapter, point: int) -> bool:
@@ -90,21 +106,37 @@ def check(store: Store, operation: str, staged: StagedAdapter) -> str:
     for version in info.versions:  # whatever is listed is there, whole
         store.blobs.local_path(version.digest)
     if operation == "publish":
-        return check_published(store.registry, numbers, current, staged)
+        return check_published(store, current, staged)
+    if operation == "quarantine":
+        assert current.version == 2, "it is never served"
+        return "new" if info.versions[-1].status == "quarantined" else "old"
+    if operation == "canary":
+        assert (current.version, numbers) == (2, [1, 2])
+        assert info.canaries in ({}, {"default": Canary(1, 50)})
+        return "new" if info.canaries else "old"
     if operation == "rollback":
         assert numbers == [1, 2]
         return "new" if current.version == 1 else "old"
     assert numbers in ([1, 2], [2])
+    purge(store.registry)  # what was deleted and is not purged yet
+    assert store.registry.retired() == ()
     return "new" if numbers == [2] else "old"
 
 
-def check_published(
-    adapters: AdapterRegistry, numbers: list[int], current: AdapterVersion, staged: StagedAdapter
-) -> str:
-    assert (current.version, numbers) in ((2, [1, 2]), (3, [1, 2, 3]))
+def check_published(store: Store, current: AdapterVersion, staged: StagedAdapter) -> str:
+    adapters = store.registry
+    statuses = [version.status for version in adapters.get("acme", "support").versions]
+    assert (current.version, statuses) in (
+        (2, ["ready"] * 2),
+        (2, ["ready"] * 2 + ["staged"]),
+        (3, ["ready"] * 3),
+    )
     assert (current.digest == staged.manifest.digest) == (current.version == 3)
+    adapters.expire(before=1 << 40)  # as the next gateway does
+    purge(adapters)
     following = adapters.publish("acme", "support", staged)  # and the store goes on
-    assert following.version == current.version + 1
+    assert following.version == len(statuses) + 1
+    assert store.blobs.local_path(following.digest).exists()
     return "new" if current.version == 3 else "old"
 
 

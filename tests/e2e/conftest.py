@@ -18,10 +18,11 @@ from tests.tiny import make_adapter
 
 @dataclass(frozen=True)
 class Patchbay:
-    """The running gateway's addresses, and a key for the admin and each tenant."""
+    """The running gateway's addresses, its data folder, and a key for the admin and each tenant."""
 
     http_url: str
     grpc_address: str
+    data: Path
     keys: dict[str, str]
 
     def openai(self, who: str) -> openai.OpenAI:
@@ -68,7 +69,7 @@ def patchbay(
     )
     running = app.start(config)
     keys = {"admin": running.admin_key_path.read_text().strip()}
-    started = Patchbay(running.http_url, running.grpc_address, keys)
+    started = Patchbay(running.http_url, running.grpc_address, Path(config.store.data_dir), keys)
     with started.http("admin") as admin:
         for tenant in ("acme", "globex"):
             assert admin.post("/v1/tenants", json={"id": tenant}).status_code < 300

@@ -22,8 +22,21 @@ from gateway.cli.serve import configure
 from gateway.config import GatewayConfig
 
 Json = dict[str, Any]
-VERSION = {"ref": "acme/tone:2", "version": 2, "rank": 8, "num_parameters": 4096, "created_at": 1_700_000_000}
-ADAPTER = {"tenant": "acme", "name": "tone", "aliases": {"default": 2, "prod": 2}, "versions": [VERSION]}
+VERSION = {
+    "ref": "acme/tone:2",
+    "version": 2,
+    "rank": 8,
+    "num_parameters": 4096,
+    "created_at": 1_700_000_000,
+    "status": "ready",
+}
+ADAPTER = {
+    "tenant": "acme",
+    "name": "tone",
+    "aliases": {"default": 2, "prod": 2},
+    "versions": [VERSION],
+    "canaries": {},
+}
 
 
 class Wire:
@@ -231,7 +244,7 @@ def test_adapters_are_listed_with_the_aliases_that_name_them(wire: Wire, capsys:
     wire.on("GET /v1/adapters", {"data": [ADAPTER]})
     assert run("adapter", "list") == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.split()[:5] == ["acme/tone:2", "@default", "@prod", "8", "4,096"]
+    assert line.split()[:6] == ["acme/tone:2", "@default", "@prod", "8", "4,096", "ready"]
     assert run("adapter", "list", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [ADAPTER]
 
@@ -250,6 +263,17 @@ def test_aliases_move_and_roll_back(wire: Wire, capsys: pytest.CaptureFixture[st
         "acme/tone@default is now acme/tone:2.",
         "Deleted acme/tone:1.",
     ]
+
+
+def test_a_canary_is_set_and_shown(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
+    split = ADAPTER | {"aliases": {"default": 1}, "canaries": {"default": {"version": 2, "percent": 25}}}
+    wire.on("PUT /v1/adapters/acme/tone/aliases/default", split)
+    wire.on("GET /v1/adapters", {"data": [split]})
+    assert run("adapter", "alias", "acme/tone", "default", "1", "--canary", "2", "--percent", "25") == 0
+    assert json.loads(wire.asked[0][2]) == {"version": 1, "canary": {"version": 2, "percent": 25}}
+    assert capsys.readouterr().out == "acme/tone@default is now acme/tone:1, and acme/tone:2 for 25 % of callers.\n"
+    assert run("adapter", "list") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["acme/tone:2", "@default(25%)"]
 
 
 def _job(wire: Wire, status: str, error: Json | None = None) -> Json:

@@ -69,6 +69,7 @@ def test_a_broken_connection_is_told_from_a_slow_one(cause: Exception, expected:
 def test_an_upload_sends_the_peft_files_and_reports_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"w" * 200_000)
+    (tmp_path / "golden.json").write_text("[]")
     (tmp_path / "README.md").write_text("not sent")
     bodies: list[bytes] = []
 
@@ -79,12 +80,12 @@ def test_an_upload_sends_the_peft_files_and_reports_their_bytes(tmp_path: Path) 
     progress: list[tuple[int, int]] = []
     client_of(handler).upload_adapter("acme/tone", tmp_path, "prod", lambda *sent: progress.append(sent))
     (body,) = bodies
-    assert body.count(b'name="files"') == 2
+    assert body.count(b'name="files"') == 3
     assert b'name="name"\r\n\r\nacme/tone\r\n' in body
     assert b'name="alias"\r\n\r\nprod\r\n' in body
     assert b"w" * 200_000 in body
     assert b"README" not in body
-    assert progress[-1] == (200_002, 200_002)
+    assert progress[-1] == (200_004, 200_004)
     assert len(progress) > 3
 
 

@@ -30,6 +30,7 @@ from gateway.server.http_server import create_http_app
 from gateway.server.listeners import HttpListener, bind_grpc, bind_http
 from gateway.server.mailbox import Mailbox
 from gateway.server.router import EngineInfo
+from gateway.server.self_test import SelfTest
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.jobs import FineTuningJobs
 
@@ -73,6 +74,11 @@ class LocalRouter:
         """End every request that runs, as when its replica is lost."""
         for mailbox in self._mailboxes.values():
             mailbox.fail(error)
+
+    async def running_adapters(self) -> frozenset[str] | None:
+        running = self.asked if self._mailboxes else []
+        names = {r.adapter.name for r in running if r.adapter is not None and r.request_id in self._mailboxes}
+        return frozenset(names)
 
     async def metrics(self) -> list[bytes]:
         return [b"# HELP vllm:num_requests_running x\n# TYPE vllm:num_requests_running gauge\n"]
@@ -176,6 +182,7 @@ class Doors:
             database=database,
             accounts=accounts,
             registry=AdapterRegistry(database, blobs),
+            self_test=SelfTest(router, metrics, config.store.self_test_timeout_s),
             blobs=blobs,
             training_files=TrainingFiles(database, blobs),
             jobs=FineTuningJobs(database),

@@ -277,7 +277,7 @@ async def test_a_request_abandoned_before_it_ran_leaves_nothing(door: DeliverySe
         (connection,) = door.connections
         for number in range(50):
             door.close(door.submit(request(f"q{number}"), connection))
-        await door.collect_metrics()  # comes after them
+        await door.collect()  # comes after them
         await until(lambda: target.client.num_running == 0)
         assert link.requests == {}
         assert sorted(target.cancelled) == sorted(wanted.request_id for wanted in target.running)
@@ -289,7 +289,7 @@ async def test_a_finished_request_is_not_cancelled(door: DeliveryServer) -> None
         target.client.deliver([delta("a", "x", finish_reason="stop")])
         await read_all(mailbox)
         door.close(mailbox)
-        await door.collect_metrics()  # comes after any cancel
+        await door.collect()  # comes after any cancel
         assert target.cancelled == []
         assert door.num_running == 0
 
@@ -380,4 +380,29 @@ async def test_metrics_of_all_replicas_are_collected(door: DeliveryServer) -> No
     async with replica("r1") as first, replica("r2") as second:
         await first.client.connect(door.address)
         await second.client.connect(door.address)
-        assert sorted(await door.collect_metrics()) == [b"# metrics of r1\n", b"# metrics of r2\n"]
+        reports, is_whole = await door.collect()
+        assert sorted(report.metrics for report in reports) == [b"# metrics of r1\n", b"# metrics of r2\n"]
+        assert is_whole
+
+
+async def test_a_replica_tells_every_front_door_which_adapters_it_has_requests_for(door: DeliveryServer) -> None:
+    async with replica() as target:
+        base, adapted = request("a"), replace(request("b"), adapter=AdapterRef("acme/x:3", "0" * 64, 8))
+        await submit(door, target, base, adapted)
+        other = DeliveryServer()
+        await other.start()
+        await target.client.connect(other.address)
+        for each in (door, other):
+            reports, _ = await each.collect()
+            assert [list(report.adapters) for report in reports] == [["acme/x:3"]]
+        target.client.deliver([delta("b", "x", finish_reason="stop")])
+        await until(lambda: target.client.num_running == 1)
+        reports, _ = await other.collect()
+        assert [list(report.adapters) for report in reports] == [[]]
+        await other.stop()
+
+
+async def test_a_replica_that_does_not_answer_is_missed(door: DeliveryServer) -> None:
+    async with replica() as target:
+        await target.client.connect(door.address)
+        assert await door.collect(timeout_s=0.0) == ([], False)

@@ -12,9 +12,11 @@ import pytest
 from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry
+from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.reports import VersionReport
 from adapters_store.weights import load_weights
 from gateway.config import EngineConfig, GatewayConfig, StoreConfig, TrainerConfig
+from gateway.errors import EngineUnavailable
 from gateway.trainer import lease
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.hyperparameters import Hyperparameters, PeftOptions
@@ -118,6 +120,32 @@ def test_a_job_becomes_a_version_that_the_alias_names(
     assert registry.resolve("acme", "acme/colours").version == 2
     assert not worker.run_next(stop)
     assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_what_a_job_made_is_tested_first_and_waits_for_a_replica(
+    worker: TrainerWorker, submit: Submit, jobs: FineTuningJobs, registry: AdapterRegistry
+) -> None:
+    tested: list[str] = []
+
+    def test(version: AdapterVersion) -> VersionReport:
+        tested.append(version.ref)
+        if len(tested) == 1:
+            raise EngineUnavailable("no replica yet")
+        return VersionReport(passed=len(tested) == 2, tested_at=0, reason="for a test")
+
+    worker._test = test
+    hyperparameters = Hyperparameters(n_epochs=1)
+    first = submit(suffix="colours", hyperparameters=hyperparameters)
+    worker.run_next(threading.Event())
+    assert jobs.get("acme", first.id).fine_tuned_model == "acme/colours:2" == tested[1]
+    second = submit(suffix="colours", hyperparameters=hyperparameters)
+    worker.run_next(threading.Event())
+    failed = jobs.get("acme", second.id)
+    assert (failed.status, failed.fine_tuned_model) == ("failed", None)
+    assert failed.error is not None
+    assert failed.error.code == "self_test_failed"
+    info = registry.get("acme", "colours")
+    assert ([v.status for v in info.versions], info.aliases) == (["ready", "quarantined"], {"default": 2})
 
 
 def test_a_job_without_suffix_gets_a_name_and_the_alias_it_asked_for(

@@ -1,0 +1,132 @@
+"""The self-test of a new version: a few short requests to a replica, before any alias may name it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from adapters_store.errors import StoreError, StoreUnavailable
+from adapters_store.reports import VersionReport
+from adapters_store.strict_json import shown
+from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
+from gateway.engine.sampling_params import SamplingParams
+from gateway.errors import AdapterNotFinite, EngineUnavailable, GatewayError, Overloaded
+
+if TYPE_CHECKING:
+    from adapters_store.golden import GoldenPrompt
+    from adapters_store.registry import AdapterVersion
+    from gateway.metrics import FrontDoorMetrics
+    from gateway.server.router import Router
+
+TENANT: Final = "@self-test"
+"""Whose requests these are to the engine's fair shares and to metrics; no tenant can have this id."""
+
+_PROMPT: Final = "The quick brown fox"  # less than a block of the cache: nothing of it is ever found there
+_NUM_TOKENS: Final = 8
+_NUM_TOP: Final = 20
+_ROUNDING: Final = 1e-4  # nats; between batches fp32 differs by some 1e-6, and what trained at all by more than this
+_RETRY_S: Final = 0.5
+_NO_CHANGE: Final = "it changes nothing: its log-probabilities are the base's, as where every B is zero"
+_NOT_FINITE: Final = "its logits are not finite (NaN or infinite)"
+
+
+class SelfTest:
+    """Runs versions on replicas as ordinary requests, in a share of their own beside the tenants'.
+
+    A version passes when it changes the base's log-probabilities on a fixed prompt, all its logits are finite, and its
+    greedy completions of the golden prompts begin as they should. timeout_s: for all of one test, waiting included.
+    """
+
+    def __init__(self, router: Router, metrics: FrontDoorMetrics, timeout_s: float) -> None:
+        self._router = router
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+
+    async def run(self, version: AdapterVersion, golden: Sequence[GoldenPrompt] = ()) -> VersionReport:
+        """Test a version. Raises `EngineUnavailable` when no replica could test it in time."""
+        started = time.monotonic()
+        adapter = AdapterRef(version.ref, version.digest, version.rank)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                report = await self._examine_when_possible(adapter, golden)
+        except TimeoutError:
+            self._metrics.self_test("unavailable", time.monotonic() - started)
+            raise EngineUnavailable(
+                f"No replica could test {version.ref} within {self._timeout_s:g} s; it was not published. Try later."
+            ) from None
+        seconds = time.monotonic() - started
+        self._metrics.self_test("passed" if report.passed else "failed", seconds)
+        return replace(report, seconds=round(seconds, 3))
+
+    async def _examine_when_possible(self, adapter: AdapterRef, golden: Sequence[GoldenPrompt]) -> VersionReport:
+        while True:
+            try:
+                return await self._examine(adapter, golden)
+            except (EngineUnavailable, Overloaded, StoreUnavailable):
+                await asyncio.sleep(_RETRY_S)
+
+    async def _examine(self, adapter: AdapterRef, golden: Sequence[GoldenPrompt]) -> VersionReport:
+        base = await self._logprobs(None)  # what fails here is no fault of the adapter
+        try:
+            change = _largest_change(base, await self._logprobs(adapter))
+            if change <= _ROUNDING:
+                return _report(_NO_CHANGE, finite=True, largest_change=change)
+            for number, prompt in enumerate(golden):
+                said = await self._completion(prompt, adapter)
+                if not said.startswith(prompt.completion):
+                    reason = _not_golden(number, prompt.completion, said)
+                    return _report(reason, finite=True, largest_change=change, num_golden=number)
+        except (EngineUnavailable, Overloaded, StoreUnavailable):
+            raise
+        except AdapterNotFinite:
+            return _report(_NOT_FINITE, finite=False)
+        except (GatewayError, StoreError) as error:
+            return _report(f"it could not run: {error}")
+        return _report(None, finite=True, largest_change=change, num_golden=len(golden))
+
+    async def _logprobs(self, adapter: AdapterRef | None) -> list[TokenLogprob]:
+        request = _request(_PROMPT, adapter, max_tokens=_NUM_TOKENS, logprobs=_NUM_TOP, ignore_eos=True)
+        async with aclosing(self._router.generate(request)) as stream:
+            return [logprob async for deltas in stream for delta in deltas for logprob in delta.logprobs]
+
+    async def _completion(self, prompt: GoldenPrompt, adapter: AdapterRef) -> str:
+        """The greedy completion, as far as it is to be compared."""
+        text = ""
+        request = _request(prompt.prompt, adapter, max_tokens=len(prompt.completion.encode()) + 1)
+        async with aclosing(self._router.generate(request)) as stream:
+            async for deltas in stream:
+                text += "".join([delta.text for delta in deltas])
+                if len(text) >= len(prompt.completion):
+                    break
+        return text
+
+
+def _request(prompt: str, adapter: AdapterRef | None, **sampling: Any) -> GenerateRequest:
+    name = f"selftest-{uuid.uuid4().hex}"
+    params = SamplingParams(temperature=0.0, **sampling)
+    return GenerateRequest(name, params, prompt=prompt, adapter=adapter, tenant=TENANT, cache_salt=name)
+
+
+def _report(reason: str | None, **found: Any) -> VersionReport:
+    return VersionReport(passed=reason is None, tested_at=int(time.time()), reason=reason, **found)
+
+
+def _not_golden(number: int, wanted: str, said: str) -> str:
+    return f"golden prompt {number + 1}: it says '{shown(said)}' where '{shown(wanted)}' was to come"
+
+
+def _largest_change(base: Sequence[TokenLogprob], adapted: Sequence[TokenLogprob]) -> float:
+    """The largest difference of a log-probability, in nats, as far as both said the same tokens before it."""
+    largest = 0.0
+    for ours, theirs in zip(base, adapted, strict=False):
+        known = {token_id: logprob for token_id, _, logprob in theirs.top}
+        changes = [abs(logprob - known[token_id]) for token_id, _, logprob in ours.top if token_id in known]
+        largest = max(largest, abs(ours.logprob - theirs.logprob), *changes)
+        if ours.token_id != theirs.token_id:
+            break
+    return largest
