@@ -98,7 +98,8 @@ def _check_kind(raw: dict[str, Any]) -> None:
     """Check and take out the fields that say what sort of adapter this is."""
     peft_type = raw.pop("peft_type", None)
     if peft_type != "LORA":
-        reason = f"only LORA adapters are served in this release, not {shown(str(peft_type))}"
+        kinds = "LORA, PROMPT_TUNING, P_TUNING and PREFIX_TUNING"
+        reason = f"only {kinds} adapters are served in this release, not {shown(str(peft_type))}"
         raise AdapterInvalid(reason, file=CONFIG_FILE, field="peft_type")
     task_type = raw.pop("task_type", None)
     if task_type not in (None, "CAUSAL_LM"):

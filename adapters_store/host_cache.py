@@ -29,8 +29,8 @@ class HostCache:
 
     All images, those that only callers still hold too, share `max_bytes` of memory, which is `pinned` at the start
     where a GPU reads it. An adapter that finds no room there, being larger than the whole or because callers hold
-    the rest, is handed out in memory of its own, and not kept. Loads of one digest that overlap are one load. A failure
-    is not kept: the next `get` tries again. Safe to call from any thread.
+    the rest, is handed out in memory of its own, and not kept; so are virtual tokens, which are small. Loads of one
+    digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to call from any thread.
 
     read: what a background thread reads for a digest, to be laid out.
     """
@@ -51,6 +51,7 @@ class HostCache:
         self._layout = layout
         self._dtype = dtype
         self._page_bytes = layout.page_bytes(dtype)
+        self._pinned = pinned
         self._memory = HostPages(max_bytes, self._page_bytes, pinned=pinned)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
@@ -114,6 +115,10 @@ class HostCache:
         """The image, and whether it lies in the cache's memory."""
         weights = self._read(self._blobs, digest)
         check_weights(weights, self._layout, self._dtype)
+        if weights.virtual_tokens is not None:
+            virtual = weights.virtual_tokens
+            own = virtual.pin_memory() if self._pinned else virtual.clone()  # what was read may be the file itself
+            return PageImage(0, (), own), False
         image = self._take(weights.rank)
         is_kept = image is not None
         image = image or self._own_memory(weights.rank)

@@ -12,6 +12,9 @@ from adapters_store.base_spec import LINEARS
 ADAPTER_METADATA_KEY = "patchbay.adapter"
 """Key of the safetensors header under which a stored blob carries its `AdapterSpec` as JSON."""
 
+PROMPT_TENSOR = "prompt_embeddings"
+"""The one tensor that peft saves of virtual tokens, and the blob holds."""
+
 BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
@@ -27,20 +30,39 @@ class LoRADelta(BaseModel):
     layers: tuple[int, ...]
 
 
+class VirtualTokens(BaseModel):
+    """Tokens that come before every prompt: the rows of the tensor `PROMPT_TENSOR`, [num_tokens, width].
+
+    num_layers: of as many layers a row has keys and values: view(num_tokens, 2 * num_layers, kv_width), a layer's keys,
+    then its values, keys as they are cached (prefix tuning). None: a row is an input embedding.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_tokens: int = Field(ge=1)
+    num_layers: int | None = None
+
+
 class AdapterSpec(BaseModel):
     """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
-    kind: Literal["LORA"] = "LORA"
+    kind: Literal["LORA", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"] = "LORA"
     base_fingerprint: str
-    deltas: tuple[LoRADelta, ...] = Field(min_length=1)
+    deltas: tuple[LoRADelta, ...] = ()
+    virtual_tokens: VirtualTokens | None = None
 
     @property
     def rank(self) -> int:
-        """The largest rank of any linear."""
-        return max(delta.rank for delta in self.deltas)
+        """The largest rank of any linear; 0 without one."""
+        return max((delta.rank for delta in self.deltas), default=0)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that come before every prompt."""
+        return self.virtual_tokens.num_tokens if self.virtual_tokens is not None else 0
 
     @property
     def target_modules(self) -> tuple[str, ...]:
@@ -50,7 +72,8 @@ class AdapterSpec(BaseModel):
 
     def canonical_json(self) -> str:
         """The one text that equal specs share."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        # What an adapter lacks is left out, so that a kind of content that is new changes no older adapter's text.
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
 
 
 class AdapterFile(BaseModel):
@@ -67,7 +90,7 @@ class AdapterManifest(AdapterSpec):
     """What the registry keeps of one version.
 
     digest: SHA-256 in hex of the blob: the canonical safetensors file, whose header holds the `AdapterSpec`.
-    size_bytes: size of that blob. num_parameters: elements of all A and B. files: what was uploaded.
+    size_bytes: size of that blob. num_parameters: elements of all tensors. files: what was uploaded.
     """
 
     digest: str

@@ -17,10 +17,14 @@ _LARGEST_FP16: Final = 65504.0
 
 @dataclass(frozen=True, eq=False)
 class PageImage:
-    """An adapter of `rank`, a page of 16 ranks after the other: each uint8 [page_bytes], as `LoRALayout.split` says."""
+    """An adapter of `rank`, a page of 16 ranks after the other: each uint8 [page_bytes], as `LoRALayout.split` says.
+
+    virtual_tokens: as `AdapterWeights`.
+    """
 
     rank: int
     pages: tuple[Tensor, ...]
+    virtual_tokens: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -29,7 +33,8 @@ class PageImage:
 
 
 def check_weights(weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtype) -> None:
-    """Raises ValueError when a matrix does not fit the layout, or B does not fit float16 pages."""
+    """Raises ValueError when a matrix or virtual tokens do not fit the layout, or B does not fit float16 pages."""
+    _check_virtual_tokens(weights, layout)
     shapes = {name: (width, group.in_features) for group in layout.groups for name, width in _widths(group).items()}
     for (layer, linear), (a, b) in weights.tensors.items():
         if not 0 <= layer < layout.num_layers or linear not in shapes:
@@ -44,6 +49,15 @@ def check_weights(weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtyp
         # Kernels multiply B by the zeros of other rows too. A stored adapter fits bfloat16 (validator.py).
         if dtype == torch.float16 and b.abs().max() > _LARGEST_FP16:
             raise ValueError(f"B of {linear} in layer {layer} is infinite in float16, the engine's dtype")
+
+
+def _check_virtual_tokens(weights: AdapterWeights, layout: LoRALayout) -> None:
+    virtual, qkv = weights.virtual_tokens, layout.group("qkv")
+    if virtual is None:
+        return
+    shapes = [(qkv.in_features,), (2 * layout.num_layers, _widths(qkv)["k_proj"])]
+    if tuple(virtual.shape[1:]) not in shapes:
+        raise ValueError(f"virtual tokens are {list(virtual.shape[1:])} each; the base needs {list(map(list, shapes))}")
 
 
 def fill_pages(pages: tuple[Tensor, ...], weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtype) -> None:

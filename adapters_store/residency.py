@@ -18,7 +18,10 @@ from adapters_store.slots import AdapterSlots
 
 
 class LoadableAdapter(Protocol):
-    """What residency must know of an adapter version: `name` for reports, `digest` of its blob, `rank`."""
+    """What residency must know of an adapter version: `name` for reports, `digest` of its blob, `rank`.
+
+    num_virtual_tokens: how many its users count before every prompt.
+    """
 
     @property
     def name(self) -> str: ...
@@ -28,6 +31,9 @@ class LoadableAdapter(Protocol):
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def num_virtual_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +130,14 @@ class AdapterResidency:
         """Pin the adapter and return its slot; None while it is on its way or every slot it could take is pinned.
 
         Ask again on a later step: the load goes on. Raises `AdapterLoadFailed` when it cannot be read, does
-        not fit the base, or has a rank that needs more pages than there are; asking again on a later step
-        tries anew.
+        not fit the base, has a rank that needs more pages than there are, or other virtual tokens than it says;
+        asking again on a later step tries anew.
         """
         if (entry := self._resident.get(adapter.digest)) is None:
             entry = self._bring_in(adapter)
         if entry is None:
             return None
+        self._check_virtual_tokens(adapter, entry.slot)
         entry.pins += 1
         entry.name = adapter.name
         self._resident.move_to_end(adapter.digest)
@@ -185,6 +192,11 @@ class AdapterResidency:
         loading = self._loading.get(digest)
         return loading is not None and loading.is_loaded
 
+    def num_prefix_tokens(self, slot: int) -> int:
+        """Virtual tokens whose keys and values an adapter on the device holds itself; 0 for the bare base (-1)."""
+        virtual = self._slots.virtual_tokens(slot)
+        return len(virtual) if virtual is not None and virtual.dim() == 3 else 0
+
     def num_pins(self, digest: str) -> int:
         """Pins held on the adapter; zero when it is not resident."""
         entry = self._resident.get(digest)
@@ -232,7 +244,7 @@ class AdapterResidency:
         num_pages = num_pages_for(adapter.rank)
         is_full = len(self._loading) >= self._slots.num_slots // share
         is_full |= self._host_pages + num_pages > self._host.num_pages // share
-        if is_full and (self._host_pages or share > 1):
+        if is_full and (self._loading or self._copying or share > 1):
             return None
         future = self._host.get(adapter.digest)
         loading = self._loading[adapter.digest] = _Loading(future, num_pages)
@@ -286,6 +298,14 @@ class AdapterResidency:
         if num_pages_for(rank) > self._slots.num_pages or self._slots.num_slots == 0:
             needed, total = num_pages_for(rank), self._slots.num_pages
             raise AdapterLoadFailed(digest, f"its rank {rank} needs {needed} pages and this engine has {total}")
+
+    def _check_virtual_tokens(self, adapter: LoadableAdapter, slot: int) -> None:
+        """Who counts none of them would be served the bare base."""
+        virtual = self._slots.virtual_tokens(slot)
+        num_tokens = 0 if virtual is None else len(virtual)
+        if num_tokens != adapter.num_virtual_tokens:
+            reason = f"it has {num_tokens} virtual tokens and the request counts {adapter.num_virtual_tokens}"
+            raise AdapterLoadFailed(adapter.digest, reason)
 
     def _fail(self, digest: str, loading: _Loading) -> AdapterLoadFailed:
         self._let_go(digest)

@@ -51,7 +51,10 @@ class Shard:
             (layer, linear): (self.part(a, 1), b) if linear in _INPUTS_SPLIT else (a, self.part(b, 0))
             for (layer, linear), (a, b) in weights.tensors.items()
         }
-        return replace(weights, tensors=tensors)
+        virtual = weights.virtual_tokens
+        if virtual is not None and virtual.dim() == 3:  # keys and values, head by head; embeddings are whole
+            virtual = self.part(virtual, 2)
+        return replace(weights, tensors=tensors, virtual_tokens=virtual)
 
 
 def read_share(blobs: BlobStore, digest: str, *, shard: Shard, whole: LoRALayout, dtype: torch.dtype) -> AdapterWeights:

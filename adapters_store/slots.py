@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from adapters_store.lora_layout import LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
@@ -57,6 +58,7 @@ class AdapterSlots:
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
+        self._virtual_tokens: dict[int, Tensor] = {}
         self._generations = [0] * num_slots
         self._num_loads = 0
 
@@ -84,6 +86,13 @@ class AdapterSlots:
         """The pages of a loaded slot, in order of rank."""
         return self._slot_pages[slot]
 
+    def virtual_tokens(self, slot: int) -> Tensor | None:
+        """What comes before the prompts of a slot's adapter, in host memory, as `AdapterWeights`; mostly nothing.
+
+        It is sent when a prompt needs it: the KV cache keeps what becomes of it.
+        """
+        return self._virtual_tokens.get(slot)
+
     def generation(self, slot: int) -> int:
         """A number that no other load of any slot has had; zero before the slot's first load.
 
@@ -110,6 +119,8 @@ class AdapterSlots:
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
+        if image.virtual_tokens is not None:
+            self._virtual_tokens[slot] = image.virtual_tokens
         self._num_loads += 1
         self._generations[slot] = self._num_loads
         return copy
@@ -121,12 +132,14 @@ class AdapterSlots:
     def free(self, slot: int) -> None:
         """Give a loaded slot and its pages back. The bytes stay until the next load overwrites them."""
         self._free_pages = sorted([*self._free_pages, *self._slot_pages.pop(slot).ids])
+        self._virtual_tokens.pop(slot, None)
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
         """Assert that every slot and every page is either free or used, exactly once."""
         pages = self._free_pages + [page for held in self._slot_pages.values() for page in held.ids]
         assert sorted(pages) == list(range(self.num_pages)), "pages are lost or held twice"
+        assert self._virtual_tokens.keys() <= self._slot_pages.keys(), "a free slot holds virtual tokens"
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"
         )

@@ -111,10 +111,18 @@ class Staging:
         limit = self._limits.max_upload_bytes
         return self._sink(path, shown(name), limit, lambda: self._unpack(path, name))
 
-    def validate(self, base: BaseSpec, max_rank: int, base_fingerprint: str | None = None) -> StagedAdapter:
+    def validate(
+        self,
+        base: BaseSpec,
+        max_rank: int,
+        base_fingerprint: str | None = None,
+        *,
+        max_virtual_tokens: int = 0,
+    ) -> StagedAdapter:
         """Check what was staged against the served base, in a confined process.
 
         max_rank: the tenant's limit. base_fingerprint: the base that the uploader says it was trained on, if any.
+        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning).
         Raises `AdapterInvalid` naming the file and the field or tensor at fault.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -129,6 +137,7 @@ class Staging:
                 "linears": dict(base.linears),
             },
             "max_rank": max_rank,
+            "max_virtual_tokens": max_virtual_tokens,
             "base_fingerprint": base_fingerprint,
         }
         limits = self._limits.sandbox  # the library maps the whole file once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Final
@@ -18,7 +19,15 @@ from adapters_store.config_schema import LoRAConfig, parse_lora_config
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.lora_targets import LoRATarget, resolve_targets
-from adapters_store.manifest import BASE_METADATA_KEY, AdapterFile, AdapterManifest, AdapterSpec, LoRADelta
+from adapters_store.manifest import (
+    BASE_METADATA_KEY,
+    PROMPT_TENSOR,
+    AdapterFile,
+    AdapterManifest,
+    AdapterSpec,
+    LoRADelta,
+)
+from adapters_store.prompt_config import PromptConfig, is_prompt_config, parse_prompt_config
 from adapters_store.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 from adapters_store.strict_json import parse_object, shown
 
@@ -29,32 +38,50 @@ _LARGEST: Final = {"F32": 3.3895e38, "BF16": 3.3895e38, "F16": 65504.0}
 Targets = Mapping[tuple[int, str], LoRATarget]
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a config promises: the arithmetic, each tensor's shape, and what its values are multiplied by, if not 1."""
+
+    spec: AdapterSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    scales: Mapping[str, float] = field(default_factory=dict)
+
+
 def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Check the adapter in `folder` against the base, write `canonical.safetensors`, return its manifest as JSON.
 
-    request: "base" (a `BaseSpec` as a dict), "max_rank", and "base_fingerprint" (what the uploader stated, or None).
+    request: "base" (a `BaseSpec` as a dict), "max_rank", "max_virtual_tokens", and "base_fingerprint" (what the
+    uploader stated, or None).
     Raises `AdapterInvalid` naming the file and the field or tensor.
     """
     base = BaseSpec(**request["base"])
-    config = parse_lora_config((folder / CONFIG_FILE).read_bytes())
+    config = _parse_config((folder / CONFIG_FILE).read_bytes())
     header = read_header(folder / WEIGHTS_FILE)
     _check_fingerprint(folder, header, base, request["base_fingerprint"])
-    targets = resolve_targets(config, base.num_layers)
-    _check_ranks(config, targets, int(request["max_rank"]))
-    _check_tensors(header.tensors, targets, base)
+    if isinstance(config, PromptConfig):
+        content = _Content(
+            config.spec(base, int(request["max_virtual_tokens"])), {PROMPT_TENSOR: config.tensor_shape(base)}
+        )
+    else:
+        content = _lora_content(config, base, int(request["max_rank"]))
+    _check_tensors(header.tensors, content.shapes)
     _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
-    spec = AdapterSpec(base_fingerprint=base.fingerprint, deltas=_deltas(targets))
     with (folder / WEIGHTS_FILE).open("rb") as file:
-        data = _checked_bytes(file, header.tensors, _limits(header.tensors, targets))
-        digest, size = write_canonical(folder / CANONICAL_FILE, spec, header.tensors, data)
+        data = _checked_bytes(file, header.tensors, _limits(header.tensors, content.scales))
+        digest, size = write_canonical(folder / CANONICAL_FILE, content.spec, header.tensors, data)
     manifest = AdapterManifest(
-        **spec.model_dump(),
+        **content.spec.model_dump(),
         digest=digest,
         num_parameters=sum(tensor.shape[0] * tensor.shape[1] for tensor in header.tensors.values()),
         size_bytes=size,
         files=tuple(_describe(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
     )
     return manifest.model_dump(mode="json")
+
+
+def _parse_config(data: bytes) -> LoRAConfig | PromptConfig:
+    raw = parse_object(data, CONFIG_FILE)
+    return parse_prompt_config(raw) if is_prompt_config(raw) else parse_lora_config(data)
 
 
 def _check_fingerprint(folder: Path, header: SafetensorsHeader, base: BaseSpec, stated: str | None) -> None:
@@ -88,19 +115,27 @@ def _check_ranks(config: LoRAConfig, targets: Targets, max_rank: int) -> None:
         raise AdapterInvalid(reason, file=CONFIG_FILE, field=field)
 
 
-def _check_tensors(tensors: Mapping[str, TensorInfo], targets: Targets, base: BaseSpec) -> None:
-    """Exactly the tensors that the config promises, in the base's shapes."""
-    expected: dict[str, tuple[int, ...]] = {}
+def _lora_content(config: LoRAConfig, base: BaseSpec, max_rank: int) -> _Content:
+    targets = resolve_targets(config, base.num_layers)
+    _check_ranks(config, targets, max_rank)
+    shapes: dict[str, tuple[int, ...]] = {}
+    scales: dict[str, float] = {}
     for (layer, linear), target in targets.items():
         out_features, in_features = base.linears[linear]
-        expected[lora_tensor_name(layer, linear, "A")] = (target.rank, in_features)
-        expected[lora_tensor_name(layer, linear, "B")] = (out_features, target.rank)
+        shapes[lora_tensor_name(layer, linear, "A")] = (target.rank, in_features)
+        shapes[lora_tensor_name(layer, linear, "B")] = (out_features, target.rank)
+        scales[lora_tensor_name(layer, linear, "B")] = target.scale
+    return _Content(AdapterSpec(base_fingerprint=base.fingerprint, deltas=_deltas(targets)), shapes, scales)
+
+
+def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Exactly the tensors that the config promises, in the base's shapes."""
     for name in tensors:
         if name not in expected:
             raise AdapterInvalid(_why_unexpected(name), file=WEIGHTS_FILE, field=shown(name))
     for name, shape in expected.items():
         if name not in tensors:
-            reason = f"is missing; {CONFIG_FILE} says that this linear is adapted"
+            reason = f"is missing; {CONFIG_FILE} promises it"
             raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
         if tensors[name].shape != shape:
             reason = f"has the shape {list(tensors[name].shape)}; the base and {CONFIG_FILE} need {list(shape)}"
@@ -150,12 +185,9 @@ def _deltas(targets: Targets) -> tuple[LoRADelta, ...]:
     )
 
 
-def _limits(tensors: Mapping[str, TensorInfo], targets: Targets) -> dict[str, float]:
+def _limits(tensors: Mapping[str, TensorInfo], scales: Mapping[str, float]) -> dict[str, float]:
     """The largest magnitude that each tensor's values may have: B is multiplied by the scale in its own dtype."""
-    limits = {name: _LARGEST[tensor.dtype] for name, tensor in tensors.items()}
-    for (layer, linear), target in targets.items():
-        limits[lora_tensor_name(layer, linear, "B")] /= max(1.0, abs(target.scale))
-    return limits
+    return {name: _LARGEST[tensor.dtype] / max(1.0, abs(scales.get(name, 1.0))) for name, tensor in tensors.items()}
 
 
 def _checked_bytes(file: IO[bytes], tensors: Mapping[str, TensorInfo], limits: Mapping[str, float]) -> Iterator[bytes]:

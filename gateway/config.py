@@ -43,6 +43,9 @@ class EngineConfig:
         adapters in as much memory.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
+    max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
+        host_cache_bytes each adapter that has a slot keeps its own in host memory: so many embeddings, or tokens' keys
+        and values.
     max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
         None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
     enforce_eager: record no CUDA graphs: a faster start, slower decoding.
@@ -74,6 +77,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
+    max_virtual_tokens: int = 512
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None

@@ -72,7 +72,7 @@ class LLM:
         self._folder = tempfile.TemporaryDirectory(prefix="patchbay-llm-")
         self._blobs = BlobStore(f"file://{Path(self._folder.name) / 'blobs'}")
         self._ready = threading.Event()
-        self._max_rank = config.max_lora_rank
+        self._config = config
         self._engine = LLMEngine(config, self._blobs, self._ready.set)
         self._numbers = itertools.count()
 
@@ -105,9 +105,10 @@ class LLM:
                 if (folder / name).exists():
                     with (folder / name).open("rb") as file:
                         staging.add_file(name, iter(partial(file.read, _CHUNK), b""))
-            staged = staging.validate(self._engine.model.spec, self._max_rank)
+            most, most_virtual = self._config.max_lora_rank, self._config.max_virtual_tokens
+            staged = staging.validate(self._engine.model.spec, most, max_virtual_tokens=most_virtual)
             self._blobs.put(staged.manifest.digest, staged.path)
-        return AdapterRef(f"local/{folder.name}:1", staged.manifest.digest, staged.manifest.rank)
+        return AdapterRef.of(f"local/{folder.name}:1", staged.manifest)
 
     def generate(
         self,

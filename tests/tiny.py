@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -122,6 +124,18 @@ def overflowing(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return 100 * tensor if "lora_A" in name else torch.full_like(tensor, 1.6e38)
 
 
+def make_prompt_adapter(base: Path, folder: Path, config: PeftConfig, *, seed: int = 0) -> Path:
+    """Random virtual tokens on `base`, saved by peft."""
+    torch.manual_seed(seed)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(config))  # which peft fills in
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
 def stored_adapter(base: Path, folder: Path, blobs: BlobStore, name: str, **settings: Any) -> AdapterRef:
     """A `make_adapter`, stored."""
     return store_adapter(base, make_adapter(base, folder, **settings), blobs, name)
@@ -133,9 +147,26 @@ def store_adapter(base: Path, folder: Path, blobs: BlobStore, name: str) -> Adap
     with Staging(folder.parent / "staging") as staging:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             staging.add_file(file, [(folder / file).read_bytes()])
-        staged = staging.validate(BaseSpec("any", config.num_layers, config.linears), max_rank=256)
+        base_spec = BaseSpec("any", config.num_layers, config.linears)
+        staged = staging.validate(base_spec, max_rank=256, max_virtual_tokens=64)
         blobs.put(staged.manifest.digest, staged.path)
-    return AdapterRef(name, staged.manifest.digest, staged.manifest.rank)
+    return AdapterRef.of(name, staged.manifest)
+
+
+def uploaded_virtual_tokens(
+    spec: BaseSpec, folder: Path, blobs: BlobStore, kind: str, num_tokens: int, seed: int = 0
+) -> AdapterRef:
+    """Random virtual tokens of peft's `kind` for a base of any size, validated as an upload is and stored."""
+    hidden, kv_width = spec.linears["q_proj"][1], spec.linears["k_proj"][0]
+    width = 2 * spec.num_layers * kv_width if kind == "PREFIX_TUNING" else hidden
+    rows = 0.3 * torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(seed))
+    with Staging(folder / "staging") as staging:
+        config = json.dumps({"peft_type": kind, "num_virtual_tokens": num_tokens})
+        staging.add_file("adapter_config.json", [config.encode()])
+        staging.add_file("adapter_model.safetensors", [save({"prompt_embeddings": rows})])
+        staged = staging.validate(spec, 1, max_virtual_tokens=num_tokens)
+        blobs.put(staged.manifest.digest, staged.path)
+    return AdapterRef.of(f"t/{kind.lower()}-{seed}:1", staged.manifest)
 
 
 def load_oracle(base: Path, adapter: Path | None = None) -> torch.nn.Module:

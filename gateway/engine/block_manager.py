@@ -116,9 +116,12 @@ class BlockManager:
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
 
-    def loads(self, sequence: Sequence) -> list[BlockCopy]:
-        """What the next step brings from the host to the blocks of a sequence just admitted."""
-        fetched = slice(sequence.num_sealed, sequence.num_computed // self.block_size)
+    def loads(self, sequence: Sequence, num_cached: int) -> list[BlockCopy]:
+        """What the next step brings from the host to the blocks of a sequence just admitted.
+
+        num_cached: what `adopt_prefix` returned.
+        """
+        fetched = slice(sequence.num_sealed, num_cached // self.block_size)
         places = self.host.fetch(sequence.block_hashes[fetched])
         return [BlockCopy(*copy) for copy in zip(sequence.block_table[fetched], places, strict=True)]
 

@@ -144,15 +144,18 @@ class LLMEngine:
         end_ids = frozenset(request.sampling.stop_token_ids)
         if not request.sampling.ignore_eos:
             end_ids |= frozenset(self.model.decoder.config.eos_token_ids)
+        # Each is in no prompt and only once in a sequence, so that no guess finds one.
+        vocab_size = self.model.decoder.config.vocab_size
+        virtual = range(vocab_size, vocab_size + request.num_virtual_tokens)
         for index in range(request.sampling.n):
-            token_ids, guessed = list(prompt), request.sampling.num_speculative_tokens
+            token_ids, guessed = [*virtual, *prompt], request.sampling.num_speculative_tokens
             running.sequences.append(
                 Sequence(
                     request=running,
                     index=index,
                     token_ids=token_ids,
                     prefix_root=root,
-                    sampling=SamplingRow(request.sampling, token_ids, len(prompt), index),
+                    sampling=SamplingRow(request.sampling, token_ids, len(token_ids), index, len(virtual)),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                     end_ids=end_ids,
                     lookup=PromptLookup(token_ids, guessed) if guessed else None,
@@ -266,7 +269,7 @@ class LLMEngine:
             running = sequence.request
             if running.scheduled_at is None:
                 running.scheduled_at = now
-                running.num_cached = start
+                running.num_cached = max(0, start - running.request.num_virtual_tokens)
                 self._prompt_tokens += running.num_prompt
         return scheduled
 

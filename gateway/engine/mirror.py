@@ -41,8 +41,8 @@ class StepNews:
     rows: int64 [num_chunks, 8], each a `RowNews`. token_ids, blocks: int64, what the rows' sequences have grown by, row
     after row. ended: keys of sequences that come no more. freed, loaded: slots, and digests for slots, whose adapters
     have changed since the last step that used any, to be done in this order before the step. drafts: by key, where a
-    sequence has any in the step. saves, loads, copies: the step's, of cache blocks. num_pending, sources: of its
-    `PendingTokens`, where it has any.
+    sequence has any in the step. saves, loads, copies: the step's, of cache blocks. prefixes: the step's, as (key,
+    start, num_tokens). num_pending, sources: of its `PendingTokens`, where it has any.
     """
 
     number: int
@@ -56,6 +56,7 @@ class StepNews:
     saves: list[BlockCopy]
     loads: list[BlockCopy]
     copies: list[tuple[int, int]]
+    prefixes: list[tuple[int, int, int]]
     num_pending: int = 0
     sources: IntArray | None = None
 
@@ -95,6 +96,7 @@ class Announcer:
             output.saves,
             output.loads,
             output.copies,
+            [(self._told[sequence].key, start, num_tokens) for sequence, start, num_tokens in output.prefixes],
             len(pending.token_ids) if pending is not None else 0,
             pending.sources if pending is not None else None,
         )
@@ -171,6 +173,8 @@ class Mirror:
             output.num_tokens += row.num_tokens
             if row.samples:
                 output.sampled.append(sequence)
+        for key, start, num_tokens in news.prefixes:
+            output.prefixes.append(Chunk(cast("Sequence", self._sequences[key]), start, num_tokens))
         for key in news.ended:
             del self._sequences[key]
         return output

@@ -18,7 +18,7 @@ from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.scheduler import Chunk, SchedulerOutput
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
-from gateway.layers.forward_batch import ForwardBatch
+from gateway.layers.forward_batch import ForwardBatch, VirtualRows
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from gateway.models.loader import resolve_adapter_dtype
@@ -106,6 +106,8 @@ class ModelRunner:
         if output.copies:
             pairs = send(np.array(output.copies, np.int64), self.decoder.device)
             self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
+        if output.prefixes:
+            self._store_prefixes(output.prefixes)
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
@@ -113,6 +115,16 @@ class ModelRunner:
         if self.invariant and self.decoder.device.type == "cpu":
             return self._execute_by_token(output, pending)
         return self.decoder(self._batch(output, pending), self.cache.layers)
+
+    def _store_prefixes(self, prefixes: Seq[Chunk]) -> None:
+        """Write the keys and values that adapters hold themselves where a step would have written computed ones."""
+        slots = send(self._places(prefixes)[1], self.decoder.device)
+        # [num_tokens, 2 * num_layers, num_kv_heads, head_dim]
+        rows = torch.cat([self._virtual_tokens(chunk) for chunk in prefixes]).to(self.decoder.dtype)
+        rows = rows.view(*rows.shape[:2], *self.cache.layers[0].k.shape[2:])
+        for index, layer in enumerate(self.cache.layers):
+            layer.store(slots, rows[:, 2 * index], rows[:, 2 * index + 1])
+        self._attention = None  # pages that the step before has gathered may have been of these blocks
 
     def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
         """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""
@@ -142,8 +154,9 @@ class ModelRunner:
             device,
             previous=self._attention,
         )
+        input_ids, virtual = self._inputs(chunks, pending)
         return ForwardBatch(
-            input_ids=self._input_ids(chunks, pending),
+            input_ids=input_ids,
             slot_mapping=send(slot_mapping, device),
             attention=self._attention,
             cos=cos,
@@ -152,16 +165,38 @@ class ModelRunner:
             adapters=self.slots,
             segments=self._segments(chunks, query_lens),
             invariant=self.invariant,
+            virtual=virtual,
         )
 
-    def _input_ids(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor:
-        """The step's token ids, int64 [num_tokens], the pending ones taken where they are."""
+    def _inputs(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> tuple[torch.Tensor, VirtualRows | None]:
+        """The step's token ids, int64 [num_tokens], the pending ones taken where they are, and its virtual tokens."""
         ids: list[int] = []
         marks: list[int] = [] if pending is None else pending.marks.tolist()
         for row, (sequence, start, num_tokens) in enumerate(chunks):
             ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
-        on_device = send(np.array(ids, np.int64), self.decoder.device)
-        return on_device if pending is None else resolve(on_device, pending.token_ids)
+        known = np.array(ids, np.int64)
+        virtual = self._virtual_rows(chunks, known)
+        on_device = send(known, self.decoder.device)
+        return on_device if pending is None else resolve(on_device, pending.token_ids), virtual
+
+    def _virtual_rows(self, chunks: Seq[Chunk], ids: np.ndarray) -> VirtualRows | None:
+        """The virtual tokens among the ids [num_tokens], which become any token's: their embeddings are their own."""
+        rows = np.flatnonzero(ids >= self.decoder.config.vocab_size)
+        if not len(rows):
+            return None
+        ids[rows] = 0
+        embeddings = [self._virtual_tokens(chunk) for chunk in chunks if chunk.start < self._num_virtual(chunk)]
+        return VirtualRows(send(rows, self.decoder.device), torch.cat(embeddings).to(self.decoder.dtype))
+
+    def _num_virtual(self, chunk: Chunk) -> int:
+        virtual = self.slots.virtual_tokens(chunk.sequence.slot)
+        return 0 if virtual is None else len(virtual)
+
+    def _virtual_tokens(self, chunk: Chunk) -> torch.Tensor:
+        """What the chunk has of its adapter's, on the device: [n, ...]. Comes from pinned memory; nothing waits."""
+        virtual = self.slots.virtual_tokens(chunk.sequence.slot)
+        assert virtual is not None
+        return virtual[chunk.start : chunk.start + chunk.num_tokens].to(self.decoder.device, non_blocking=True)
 
     def _places(self, chunks: Seq[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """The step's positions and cache slots, each int64 [num_tokens]."""

@@ -35,19 +35,19 @@ class PromptEncoder:
             token_ids = self.tokenizer.encode(request.prompt)
         else:
             token_ids = list(request.prompt or ())
-        self._check(token_ids, "messages" if request.messages is not None else "prompt")
+        self._check(request, token_ids, "messages" if request.messages is not None else "prompt")
         self._check_ids(request.sampling.logit_bias, "logit_bias")
         self._check_ids(request.sampling.stop_token_ids, "stop_token_ids")
         return token_ids
 
     def max_tokens(self, request: GenerateRequest, num_prompt: int) -> int:
         """How many tokens each sequence may generate: what was asked, which must fit, or the default cut to fit."""
-        room = self.max_model_len - num_prompt
+        room = self._room(request) - num_prompt
         asked = request.sampling.max_tokens
         if asked is not None and asked > room:
             raise ContextLengthExceeded(
-                f"This model's context is {self.max_model_len} tokens; the prompt has {num_prompt} and max_tokens asks "
-                f"for {asked}. Shorten the prompt or ask for at most {room}.",
+                f"{self._context(request)}; the prompt has {num_prompt} and max_tokens asks for {asked}. Shorten the "
+                f"prompt or ask for at most {room}.",
                 param="max_tokens",
             )
         return asked or min(room, max(self.default_max_tokens, request.sampling.min_tokens))
@@ -65,15 +65,21 @@ class PromptEncoder:
         token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
         return token_ids
 
-    def _check(self, token_ids: list[int], param: str) -> None:
+    def _room(self, request: GenerateRequest) -> int:
+        """For the prompt and what is generated."""
+        return self.max_model_len - request.num_virtual_tokens
+
+    def _context(self, request: GenerateRequest) -> str:
+        text = f"This model's context is {self.max_model_len} tokens"
+        virtual = request.num_virtual_tokens
+        return f"{text}, of which the adapter's virtual tokens take {virtual}" if virtual else text
+
+    def _check(self, request: GenerateRequest, token_ids: list[int], param: str) -> None:
         if not token_ids:
             raise InvalidRequest(f"{param} is empty; send at least one token.", param=param)
         self._check_ids(token_ids, param)
-        if len(token_ids) >= self.max_model_len:
-            raise ContextLengthExceeded(
-                f"This model's context is {self.max_model_len} tokens; the prompt has {len(token_ids)}.",
-                param=param,
-            )
+        if len(token_ids) >= self._room(request):
+            raise ContextLengthExceeded(f"{self._context(request)}; the prompt has {len(token_ids)}.", param=param)
 
     def _check_ids(self, token_ids: Iterable[int], param: str) -> None:
         if any(not 0 <= token_id < self.vocab_size for token_id in token_ids):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+from adapters_store.manifest import AdapterManifest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import InvalidRequest
 
@@ -18,11 +19,18 @@ class AdapterRef:
     """One immutable adapter version: what the engine needs to find, load and key it.
 
     name: "tenant/name:3", for logs and metrics. digest: sha256 hex of the content, the key of the blob and of caches.
+    num_virtual_tokens: of its own, before every prompt (prompt, P- and prefix tuning).
     """
 
     name: str
     digest: str
     rank: int
+    num_virtual_tokens: int = 0
+
+    @classmethod
+    def of(cls, name: str, manifest: AdapterManifest) -> Self:
+        """The adapter of a manifest."""
+        return cls(name, manifest.digest, manifest.rank, manifest.num_virtual_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +58,11 @@ class GenerateRequest:
                 f"tenant_weight must be a positive number, not {self.tenant_weight}", param="tenant_weight"
             )
 
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Tokens that the adapter puts before the prompt."""
+        return self.adapter.num_virtual_tokens if self.adapter is not None else 0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
@@ -63,7 +76,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one finished request (all of its `n` sequences together).
+    """Token counts of one finished request (all of its `n` sequences together), without an adapter's virtual tokens.
 
     accepted_tokens, rejected_tokens: of those that were guessed ahead; the rejected are in no other count.
     """

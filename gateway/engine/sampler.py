@@ -35,7 +35,8 @@ _EMPTY: Final = np.empty(0, dtype=np.int64)
 class SamplingRow:
     """What the sampler keeps of one sequence: made once, passed at every step of the sequence's life.
 
-    token_ids is the sequence's own list, `num_prompt` of the prompt and then those that the engine appends. index:
+    token_ids is the sequence's own list, `num_prompt` of the prompt and then those that the engine appends; the first
+    `num_virtual` of the prompt are an adapter's, no tokens of the vocabulary, and not counted as seen. index:
     which of the request's `n` sequences. Random numbers depend on (seed, index, number of output tokens) only; without
     `params.seed` the sequence draws a seed of its own. drafts: guessed tokens, written by the scheduler; of them a row
     made by `ahead` counts the first num_ahead as output.
@@ -45,6 +46,7 @@ class SamplingRow:
     token_ids: list[int]
     num_prompt: int
     index: int = 0
+    num_virtual: int = 0
     drafts: list[int] = field(default_factory=list)
     num_ahead: int = 0
     stream: np.uint64 = field(init=False)
@@ -82,7 +84,7 @@ class SamplingRow:
         self._seen[self._num_seen : known] = self.token_ids[self._num_seen :]
         self._seen[known:total] = self.drafts[: self.num_ahead]
         self._num_seen = known
-        return self._seen[:total], self._seen[self.num_prompt : total]
+        return self._seen[self.num_virtual : total], self._seen[self.num_prompt : total]
 
     @property
     def num_output(self) -> int:

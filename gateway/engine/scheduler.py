@@ -40,7 +40,8 @@ class SchedulerOutput:
     sequences whose last token is in this step, in row order. A sequence's drafts follow its last token, each a chunk of
     its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's.
     saves, loads: the cache blocks that go to the host and come from it, in this order, before anything is computed;
-    copies: (source, target) blocks that are then copied on the device.
+    copies: (source, target) blocks that are then copied on the device. prefixes: tokens whose keys and values are
+    their adapter's own, and then written to their sequences' blocks.
     """
 
     number: int
@@ -48,6 +49,7 @@ class SchedulerOutput:
     sampled: list[Sequence] = field(default_factory=list)
     drafted: dict[int, int] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    prefixes: list[Chunk] = field(default_factory=list)
     failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
     num_tokens: int = 0
     saves: list[BlockCopy] = field(default_factory=list)
@@ -270,9 +272,10 @@ class Scheduler:
             if not self._take_adapter(sequence, step, output):
                 self.waiting.pass_over(sequence, keeps_place=self._adapters.holder is sequence)
                 continue
-            parent, copied = _parent(sequence), None
+            parent, copied, num_cached = _parent(sequence), None, 0
             if parent is None:
-                self.blocks.adopt_prefix(sequence)
+                num_cached = self.blocks.adopt_prefix(sequence)
+                sequence.num_computed = max(num_cached, self.residency.num_prefix_tokens(sequence.slot))
             else:
                 copied = self.blocks.fork(parent, sequence)
             num_tokens = min(sequence.num_uncomputed, budget)
@@ -282,7 +285,9 @@ class Scheduler:
                 self.waiting.pass_over(sequence, keeps_place=True)
                 break
             if parent is None:
-                output.loads += self.blocks.loads(sequence)
+                output.loads += self.blocks.loads(sequence, num_cached)
+                if num_cached < sequence.num_computed:
+                    output.prefixes.append(Chunk(sequence, num_cached, sequence.num_computed - num_cached))
             elif copied is not None:
                 output.copies.append((copied, sequence.block_table[-1]))
             self._start_running(sequence)
@@ -446,7 +451,7 @@ class Scheduler:
 def _parent(sequence: Sequence) -> Sequence | None:
     """One of the request's other sequences that has computed the prompt in a step before, and runs."""
     request = sequence.request
-    if len(request.sequences) == 1 or sequence.num_tokens > request.num_prompt:
+    if len(request.sequences) == 1 or sequence.num_tokens > request.num_given:
         return None
     ready = (s for s in request.sequences if s.status is SequenceStatus.RUNNING)
-    return next((s for s in ready if s.num_computed >= request.num_prompt), None)
+    return next((s for s in ready if s.num_computed >= request.num_given), None)

@@ -26,8 +26,9 @@ class SequenceStatus(Enum):
 class Sequence:
     """One of a request's `n` sequences; all of its state.
 
-    token_ids: prompt, then output as far as the host knows it; end_ids: the tokens that end it. num_tokens: the length
-    of token_ids, and one for each step in flight that samples the sequence; max_tokens: the most that it may become.
+    token_ids: the adapter's virtual tokens (ids from vocab_size on), the prompt, then the output as far as the host
+    knows it; end_ids: the tokens that end it. num_tokens: the length of token_ids, and one for each step in flight that
+    samples the sequence; max_tokens: the most that it may become.
     followers: the request's other sequences, while they wait for it to compute the prompt. tenant: set by the queue.
     num_computed: tokens whose keys and values are in the cache, or will be after the steps in flight. last_step: the
     number of the last step that it is in.
@@ -81,7 +82,7 @@ class Sequence:
     @property
     def num_output(self) -> int:
         """Tokens generated so far, as far as the host knows them."""
-        return len(self.token_ids) - self.request.num_prompt
+        return len(self.token_ids) - self.request.num_given
 
     @property
     def num_uncomputed(self) -> int:
@@ -123,6 +124,11 @@ class RunningRequest:
     scheduled_at: float | None = None
     first_token_at: float | None = None
     last_token_at: float | None = None
+
+    @property
+    def num_given(self) -> int:
+        """Tokens that each sequence begins with: the adapter's virtual ones and the prompt's."""
+        return self.request.num_virtual_tokens + self.num_prompt
 
     @property
     def finished(self) -> bool:

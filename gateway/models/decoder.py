@@ -78,6 +78,8 @@ class Decoder:
     def __call__(self, batch: ForwardBatch, caches: Sequence[LayerCache]) -> torch.Tensor:
         """The logits of `batch.last_rows` in the decoder's dtype: [num_sampled, num_logits]."""
         x, delta = F.embedding(batch.input_ids, self.embed_tokens), None
+        if batch.virtual is not None:
+            x.index_copy_(0, *batch.virtual)
         for layer, cache in zip(self.layers, caches, strict=True):
             delta = layer(x, delta, batch, cache)
         if delta is not None and batch.last_rows is not None:

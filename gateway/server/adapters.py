@@ -145,7 +145,10 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         base = (await self._context.router.info()).base_spec
         async with self.checks:
             max_rank = await self.run(lambda: self._max_rank(tenant))
-            staged = await self.run(lambda: self._staging.validate(base, max_rank, base_fingerprint))
+            most = self._context.config.engine.max_virtual_tokens
+            staged = await self.run(
+                lambda: self._staging.validate(base, max_rank, base_fingerprint, max_virtual_tokens=most)
+            )
         test = self._test(staged.golden) if self._context.config.store.self_test else None
         registry = self._context.registry
         version = await self.run(lambda: registry.publish(tenant, own_name, staged, alias, test=test))

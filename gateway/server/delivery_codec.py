@@ -33,6 +33,7 @@ _ERRORS: Final[dict[str, type[Exception]]] = {
 }
 _FINISH_REASONS: Final[dict[str, FinishReason]] = {reason: reason for reason in get_args(FinishReason)}
 _SAMPLING_FIELDS: Final = tuple(field.name for field in dataclasses.fields(SamplingParams))
+_ADAPTER_FIELDS: Final = tuple(field.name for field in dataclasses.fields(AdapterRef))
 _USAGE_FIELDS: Final = tuple(field.name for field in dataclasses.fields(Usage))
 
 
@@ -66,13 +67,12 @@ def decode_request(encoded: pb.Request) -> GenerateRequest:
     prompt: str | list[int] | None = None
     if kind != "messages":
         prompt = encoded.text if kind == "text" else list(encoded.token_ids.ids)
-    adapter = encoded.adapter
     return GenerateRequest(
         request_id=encoded.request_id,
         sampling=_decode_sampling(encoded.sampling),
         prompt=prompt,
         messages=json.loads(encoded.messages) if kind == "messages" else None,
-        adapter=AdapterRef(adapter.name, adapter.digest, adapter.rank) if encoded.HasField("adapter") else None,
+        adapter=_decode_adapter(encoded.adapter) if encoded.HasField("adapter") else None,
         tenant=encoded.tenant,
         cache_salt=encoded.cache_salt,
         priority=encoded.priority,
@@ -131,7 +131,11 @@ def decode_error(error: pb.Error) -> Exception:
 
 
 def _encode_adapter(adapter: AdapterRef) -> pb.Adapter:
-    return pb.Adapter(name=adapter.name, digest=adapter.digest, rank=adapter.rank)
+    return pb.Adapter(**{name: getattr(adapter, name) for name in _ADAPTER_FIELDS})
+
+
+def _decode_adapter(encoded: pb.Adapter) -> AdapterRef:
+    return AdapterRef(**{name: getattr(encoded, name) for name in _ADAPTER_FIELDS})
 
 
 def _encode_sampling(sampling: SamplingParams) -> pb.Sampling:

@@ -137,6 +137,7 @@ def _version_body(version: AdapterVersion) -> dict[str, Any]:
         "version": version.version,
         "kind": manifest.kind,
         "rank": version.rank,
+        "num_virtual_tokens": manifest.num_virtual_tokens,
         "target_modules": list(manifest.target_modules),
         "num_parameters": manifest.num_parameters,
         "size_bytes": manifest.size_bytes,

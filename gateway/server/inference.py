@@ -193,7 +193,7 @@ class InferenceService:
         if model == base:
             return base, None
         version = await self._models.resolve(principal, model, caller)
-        return version.ref, AdapterRef(version.ref, version.digest, version.rank)
+        return version.ref, AdapterRef.of(version.ref, version.manifest)
 
     def _check_ready(self) -> None:
         reason = self._context.readiness.reason

@@ -96,11 +96,11 @@ class Routing:
         slot_pages: Mapping[int, AdapterPages],
         invariant: bool = False,
     ) -> "Routing":
-        """Routes a step of `num_tokens` rows, padding among them, of which at least one has an adapter.
-
-        The other arguments are `LoRASegments.build`'s.
-        """
-        return cls._of_segments(_split_by_slot(token_slots, slot_pages), num_tokens, invariant)
+        """Routes a step of `num_tokens` rows, padding among them. The other arguments are `LoRASegments.build`'s."""
+        segments = _split_by_slot(token_slots, slot_pages)
+        if not segments:
+            return cls(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((1, FIELDS), np.int32), 0)
+        return cls._of_segments(segments, num_tokens, invariant)
 
     @classmethod
     def _of_segments(cls, segments: Sequence[Segment], num_tokens: int, invariant: bool) -> "Routing":
@@ -173,7 +173,8 @@ class LoRASegments:
         """Routes each token of a step.
 
         token_slots: int32 [num_tokens], the adapter slot of each row, -1 for the bare base.
-        slot_pages: slot -> its pages, in order of rank. Returns None when no token has an adapter.
+        slot_pages: slot -> its pages, in order of rank; none for an adapter that changes no linear. Returns None when
+        no token has a page.
         """
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
@@ -254,14 +255,14 @@ def fixed_size(max_tokens: int, max_pages: int) -> int:
 
 
 def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, AdapterPages]) -> list[Segment]:
-    """The segments, in order of their first page, so that adapters loaded in turn lie in a run of pages."""
+    """The segments that have pages, in order of the first, so that adapters loaded in turn lie in a run of pages."""
     order = np.argsort(slots, kind="stable")
     ordered = slots[order]
     cuts = [0, *(np.flatnonzero(np.diff(ordered)) + 1).tolist(), len(order)] if len(order) else []
     segments = [
         Segment(tokens=order[start:end], pages=slot_pages[slot])
         for start, end in pairwise(cuts)
-        if (slot := int(ordered[start])) >= 0
+        if (slot := int(ordered[start])) >= 0 and slot_pages[slot].ids
     ]
     return sorted(segments, key=lambda segment: segment.pages.ids)
 

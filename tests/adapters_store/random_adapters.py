@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from adapters_store.base_spec import lora_tensor_name
 from adapters_store.blobs import BlobStore
 from adapters_store.lora_layout import LoRALayout, num_pages_for
-from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
+from adapters_store.manifest import ADAPTER_METADATA_KEY, PROMPT_TENSOR, AdapterSpec, LoRADelta, VirtualTokens
 from adapters_store.page_image import PageImage, fill_pages
 from adapters_store.slots import AdapterSlots
 from adapters_store.weights import AdapterWeights
@@ -37,6 +37,7 @@ class StoredAdapter:
     name: str
     digest: str
     rank: int
+    num_virtual_tokens: int = 0
 
 
 class GatedBlobStore(BlobStore):
@@ -96,6 +97,22 @@ def put_adapter(blobs: BlobStore, folder: Path, rank: int, seed: int = 0) -> Sto
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     blobs.put(digest, path)
     return StoredAdapter(f"tenant/rank{rank}:{seed}", digest, rank)
+
+
+def put_virtual_tokens(blobs: BlobStore, folder: Path, num_tokens: int, *, is_prefix: bool = False) -> StoredAdapter:
+    """Store virtual tokens whose numbers count up."""
+    width = 2 * NUM_LAYERS * SHAPES["k_proj"][0] if is_prefix else SHAPES["q_proj"][1]
+    spec = AdapterSpec(
+        kind="PREFIX_TUNING" if is_prefix else "PROMPT_TUNING",
+        base_fingerprint="f" * 64,
+        virtual_tokens=VirtualTokens(num_tokens=num_tokens, num_layers=NUM_LAYERS if is_prefix else None),
+    )
+    path = folder / f"virtual{num_tokens}-{width}.safetensors"
+    rows = torch.arange(num_tokens * width, dtype=torch.float32).view(num_tokens, width)
+    save_file({PROMPT_TENSOR: rows}, path, {ADAPTER_METADATA_KEY: spec.canonical_json()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blobs.put(digest, path)
+    return StoredAdapter(f"tenant/{path.stem}:1", digest, 0, num_tokens)
 
 
 def assert_slot_holds(slots: AdapterSlots, slot: int, weights: AdapterWeights) -> None:

@@ -15,7 +15,7 @@ from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import LoRALayout
 
-from .random_adapters import LAYOUT, SHAPES, GatedBlobStore, make_image, put_adapter, random_weights
+from .random_adapters import LAYOUT, SHAPES, GatedBlobStore, make_image, put_adapter, put_virtual_tokens, random_weights
 
 PAGE = LAYOUT.page_bytes(torch.float32)
 
@@ -155,3 +155,31 @@ def test_close_fails_what_has_not_begun(gated: GatedBlobStore, tmp_path: Path) -
     assert queued.done()
     with pytest.raises(RuntimeError):
         cache.get("0" * 64)
+
+
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_virtual_tokens_are_read_anew_and_take_no_page(
+    gated: GatedBlobStore, caches: Any, tmp_path: Path, is_prefix: bool
+) -> None:
+    gated.gate.set()
+    adapter = put_virtual_tokens(gated, tmp_path, 3, is_prefix=is_prefix)
+    cache = caches(gated, num_pages=1)
+    kept = cache.get(put_adapter(gated, tmp_path, rank=4).digest).result(timeout=30)
+    for _ in range(2):
+        image = cache.get(adapter.digest).result(timeout=30)
+        assert (image.rank, image.pages) == (0, ())
+        assert image.virtual_tokens is not None
+        assert image.virtual_tokens.shape == ((3, 4, 6) if is_prefix else (3, 12))
+        assert image.virtual_tokens.flatten().tolist() == list(range(image.virtual_tokens.numel()))
+    assert gated.num_reads == 3
+    assert cache.num_bytes == kept.num_bytes
+
+
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_virtual_tokens_of_another_base_fail(blobs: BlobStore, tmp_path: Path, is_prefix: bool) -> None:
+    adapter = put_virtual_tokens(blobs, tmp_path, 3, is_prefix=is_prefix)
+    wider = {name: (out + 2, 14 if size == 12 else size) for name, (out, size) in SHAPES.items()}
+    cache = HostCache(blobs, LoRALayout.from_linears(wider, 2), torch.float32, 1 << 20)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        cache.get(adapter.digest).result(timeout=30)
+    cache.close()

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .random_adapters import (
     assert_slot_holds,
     make_image,
     put_adapter,
+    put_virtual_tokens,
     random_weights,
 )
 
@@ -523,3 +525,41 @@ class Residency(RuleBasedStateMachine):
 
 TestResidency = Residency.TestCase
 TestResidency.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("is_prefix", [False, True])
+def test_virtual_tokens_take_a_slot_and_no_page(world: World, is_prefix: bool) -> None:
+    adapter = put_virtual_tokens(world.blobs, world.folder, 3, is_prefix=is_prefix)
+    slot = world.acquire(adapter)
+    assert slot is not None
+    assert world.slots.num_free_pages == NUM_PAGES
+    assert len(world.slots.pages_of(slot)) == 0
+    held = world.slots.virtual_tokens(slot)
+    assert held is not None
+    assert len(held) == 3
+    assert world.residency.num_prefix_tokens(slot) == (3 if is_prefix else 0)
+    world.residency.release(adapter.digest)
+    for seed in range(NUM_SLOTS):  # it leaves as any other
+        assert world.acquire(world.put(seed=seed)) is not None
+    assert world.slots.virtual_tokens(slot) is None
+    assert world.residency.num_prefix_tokens(slot) == world.residency.num_prefix_tokens(-1) == 0
+
+
+def test_who_counts_other_virtual_tokens_gets_no_slot(world: World) -> None:
+    adapter = put_virtual_tokens(world.blobs, world.folder, 3)
+    assert world.acquire(adapter) is not None
+    for count in (0, 2):
+        with pytest.raises(AdapterLoadFailed, match=f"3 virtual tokens and the request counts {count}"):
+            world.residency.acquire(replace(adapter, num_virtual_tokens=count))
+    assert world.residency.num_pins(adapter.digest) == 1
+
+
+def test_no_more_than_a_load_for_each_slot_runs_where_adapters_take_no_page(blobs: BlobStore, tmp_path: Path) -> None:
+    gated = GatedBlobStore(blobs.url)
+    world = World(gated, tmp_path)
+    adapters = [put_virtual_tokens(blobs, tmp_path, count) for count in range(1, NUM_SLOTS + 3)]
+    for adapter in adapters:
+        assert world.residency.acquire(adapter) is None
+    assert len(world.residency._loading) == NUM_SLOTS
+    gated.gate.set()
+    world.host.close()

@@ -110,3 +110,14 @@ def test_a_step_without_adapters_has_no_segments() -> None:
 def test_an_unknown_slot_is_an_error() -> None:
     with pytest.raises(KeyError):
         LoRASegments.build(np.array([7], dtype=np.int32), PAGES, "cpu")
+
+
+@given(SLOTS)
+def test_an_adapter_without_pages_is_as_the_bare_base(slots: list[int]) -> None:
+    without = {**PAGES, 0: AdapterPages(0, ()), 3: AdapterPages(0, ())}
+    bare = [-1 if slot in (0, 3) else slot for slot in slots]
+    got, wanted = (Routing.of(np.array(kept, np.int32), 80, pages) for kept, pages in ((slots, without), (bare, PAGES)))
+    assert got.table.tolist() == wanted.table.tolist()
+    assert got.token_order.tolist() == wanted.token_order.tolist()
+    built = LoRASegments.build(np.array(slots, np.int32), without, "cpu")
+    assert (built is None) == (got.num_pages == 0) == (max(bare, default=-1) < 0)

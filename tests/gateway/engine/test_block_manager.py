@@ -191,9 +191,9 @@ class Tiers:
         if not overlapping:
             self._land()
         for seq in admitted:
-            manager.adopt_prefix(seq)
+            num_cached = manager.adopt_prefix(seq)
             if manager.grow(seq, seq.num_tokens):
-                loads += manager.loads(seq)
+                loads += manager.loads(seq, num_cached)
                 running.append(seq)
             else:
                 manager.release(seq)
@@ -269,7 +269,7 @@ def test_what_left_the_device_is_fetched_from_the_host(table: TokenTable) -> Non
     assert tiers.manager.adopt_prefix(again) == 8
     assert again.num_sealed == 2  # on the device
     assert tiers.manager.grow(again, 10)
-    assert len(tiers.manager.loads(again)) == 2
+    assert len(tiers.manager.loads(again, 8)) == 2
 
 
 def test_versions_and_tenants_never_share_host_blocks(table: TokenTable) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from adapters_store.page_image import PageImage
 from gateway.engine.decode_inputs import DecodeInputs
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
@@ -184,3 +186,19 @@ def test_an_adapter_of_too_many_pages_does_not_fit(world: TinyWorld, build_engin
     )  # fmt: skip
     slots = torch.tensor([engine.scheduler.running[0].slot], dtype=torch.int32).numpy()
     assert inputs.route(slots, SIZE) is None
+
+
+def test_a_row_whose_adapter_has_no_pages_is_routed_as_the_base(world: TinyWorld, build_engine: MakeEngine) -> None:
+    engine = build_engine()
+    slots = engine.runner.slots
+    slots.load(0, PageImage(0, (), torch.ones(3, 64)))
+    slots.load(1, engine.host_cache.get(world.refs["a4"].digest).result())
+    inputs = Mirror(engine).inputs
+    assert inputs.route(np.array([0, -1, 0], np.int32), SIZE) == 0
+    assert inputs.route(np.array([0, 1, -1], np.int32), SIZE) == 1
+    segments = inputs.batch(SIZE, 2 * SIZE).segments
+    assert segments is not None
+    assert segments.routing.token_order[0] == 1
+    assert segments.routing.table[0, :2].tolist() == [1, 1]
+    assert inputs.route(np.array([0, 0, 0], np.int32), SIZE) == 0
+    assert segments.routing.table[0].tolist() == [0] * 8

@@ -31,6 +31,7 @@ from gateway.layers import mlp as mlp_layer
 from gateway.layers import norm as norm_layer
 from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
+from tests.tiny import uploaded_virtual_tokens
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
@@ -269,6 +270,63 @@ def test_adapters_come_in_while_steps_run_and_the_host_never_waits(tmp_path: Pat
                 coming.pop(0)
     assert not coming
     assert engine.stats().adapter_evictions == NUM_ADAPTERS - 6
+    engine.check_integrity()
+    engine.close()
+
+
+VIRTUAL = [("PROMPT_TUNING", 5), ("P_TUNING", 21), ("PREFIX_TUNING", 7), ("PREFIX_TUNING", 32)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"overlap_steps": False},
+        {"enforce_eager": True, "max_num_batched_tokens": 24},
+        {"num_adapter_slots": 3},
+        {"kv_host_bytes": 1 << 30, "num_adapter_slots": 6},
+        pytest.param({"tensor_parallel_size": 2}, marks=two_gpus),
+    ],
+)
+def test_virtual_tokens_beside_adapters_give_the_cpu_path_s_tokens(tmp_path: Path, settings: dict[str, Any]) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    quantization = {"quantization": "none"} if "tensor_parallel_size" in settings else {}
+    on_cpu = engine_with(blobs, "embedded", device="cpu", **quantization)
+    spec = on_cpu.model.spec
+    refs = [uploaded_virtual_tokens(spec, tmp_path, blobs, *kind, seed=i) for i, kind in enumerate(VIRTUAL)]
+    refs += [write_adapter(blobs, tmp_path, spec, 8, i) for i in range(3)]
+    wanted = generate(on_cpu, refs, 48)
+    on_gpu = engine_with(blobs, "embedded", device="cuda", dtype="float32", **quantization, **settings)
+    assert ids(generate(on_gpu, refs, 48)) == ids(wanted)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_the_host_waits_for_no_prefix_and_its_blocks_hold_it(tmp_path: Path, kv_cache_dtype: Any) -> None:
+    """Prompts of one token: a step that writes prefixes is a decode step, from a graph."""
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", dtype="float32", kv_cache_dtype=kv_cache_dtype)
+    refs = [uploaded_virtual_tokens(engine.model.spec, tmp_path, blobs, "PREFIX_TUNING", 21, seed=i) for i in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    for turn in range(2):  # the first loads the adapters, and whatever is set up at first use
+        for i, ref in enumerate(refs):
+            engine.add(GenerateRequest(f"{turn}-{i}", params, prompt=[40 + turn], adapter=ref), [40 + turn])
+        if turn == 0:
+            drain(engine)
+    with no_waiting():
+        while len(engine.scheduler.running) < len(refs):
+            engine.step()
+        engine.step()
+    for sequence in engine.scheduler.running:
+        held = engine.runner.slots.virtual_tokens(sequence.slot)
+        assert held is not None
+        assert held.is_pinned()
+        for index, layer in enumerate(engine.runner.cache.layers):
+            slots = [sequence.block_table[p // 16] * 16 + p % 16 for p in range(21)]
+            pages = layer.tokens(torch.tensor(slots, device="cuda"), torch.float32)
+            for part, rows in zip(pages, held[:, 2 * index : 2 * index + 2].unbind(1), strict=True):
+                bound = 0.08 if kv_cache_dtype == "fp8" else 0.0
+                torch.testing.assert_close(part.flatten(1).cpu(), rows, rtol=bound, atol=bound / 4)
+    drain(engine)
     engine.check_integrity()
     engine.close()
 

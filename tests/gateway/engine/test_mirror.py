@@ -61,6 +61,8 @@ class OtherRank:
         mirrored = [chunk.sequence for chunk in got.scheduled]
         originals = [chunk.sequence for chunk in wanted.scheduled]
         assert [mirrored.index(s) for s in got.sampled] == [originals.index(s) for s in wanted.sampled]
+        own = [(mirrored.index(chunk.sequence), chunk[1:]) for chunk in got.prefixes]
+        assert own == [(originals.index(chunk.sequence), chunk[1:]) for chunk in wanted.prefixes]
         for mine, theirs in zip(got.scheduled, wanted.scheduled, strict=True):
             self._compare_sequences(mine.sequence, theirs.sequence)
             assert mine[1:] == theirs[1:]

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from gateway.engine.prompt import PromptEncoder
-from gateway.engine.request import GenerateRequest
+from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import ContextLengthExceeded, GatewayError, InvalidRequest
 from tests.tiny import make_tokenizer
@@ -20,6 +21,14 @@ def request(prompt: Any = "the fox", messages: Any = None, **params: Any) -> Gen
     return GenerateRequest(
         "r", SamplingParams(**params), prompt=None if messages is not None else prompt, messages=messages
     )
+
+
+def test_virtual_tokens_take_their_part_of_the_context(encoder: PromptEncoder) -> None:
+    adapted = replace(request(), adapter=AdapterRef("t/a:1", "0" * 64, 0, num_virtual_tokens=20))
+    assert encoder.max_tokens(adapted, 10) == 34
+    encoder.encode(replace(adapted, prompt=list(range(43))))
+    with pytest.raises(ContextLengthExceeded, match="adapter's virtual tokens take 20; the prompt has 44"):
+        encoder.encode(replace(adapted, prompt=list(range(44))))
 
 
 def test_messages_are_rendered_by_the_base_s_template(encoder: PromptEncoder) -> None:

@@ -158,7 +158,7 @@ def test_a_defects_own_text_stays_in_the_replica() -> None:
                 num_speculative_tokens=5,
             ),
             prompt=[1, 300_000],
-            adapter=AdapterRef("t/a:1", "ab" * 32, 8),
+            adapter=AdapterRef("t/a:1", "ab" * 32, 8, num_virtual_tokens=5),
             tenant="t",
             cache_salt="s",
             priority=-3,

@@ -10,10 +10,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from peft import PeftConfig, PrefixTuningConfig, PromptTuningConfig
 
 from gateway.errors import EngineUnavailable
 from tests.gateway.server.conftest import TenantClient
 from tests.gateway.server.doors import Doors
+from tests.tiny import make_prompt_adapter
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
 MESSAGES: Any = [{"role": "user", "content": "the quick brown fox"}]
@@ -398,3 +400,38 @@ def test_stream_chunks_are_compact_json(doors: Doors, tenant: TenantClient) -> N
     chunk = json.loads(lines[1].removeprefix("data: "))
     assert set(chunk) == {"id", "object", "created", "model", "choices"}
     assert set(chunk["choices"][0]) == {"index", "delta", "logprobs", "finish_reason"}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"),
+    ],
+    ids=["prompt", "prefix"],
+)
+def test_virtual_tokens_answer_and_are_not_billed(
+    doors: Doors, tenant: TenantClient, base: Path, tmp_path: Path, config: PeftConfig
+) -> None:
+    version = tenant.upload("soft", make_prompt_adapter(base, tmp_path / "soft", config)).json()
+    assert (version["kind"], version["num_virtual_tokens"], version["rank"]) == (str(config.peft_type.value), 20, 0)
+    ask: dict[str, Any] = {"prompt": "the quick brown", **GREEDY}
+    plain = tenant.openai.completions.create(model=doors.model, **ask)
+    for cached in (0, 0):  # the second finds the virtual tokens' blocks, which are not the prompt's
+        soft = tenant.openai.completions.create(model=f"{tenant.id}/soft", **ask)
+        assert soft.choices[0].text != plain.choices[0].text
+        assert soft.usage is not None
+        assert plain.usage is not None
+        assert soft.usage.prompt_tokens == plain.usage.prompt_tokens
+        assert soft.usage.prompt_tokens_details is not None
+        assert soft.usage.prompt_tokens_details.cached_tokens == cached
+
+
+def test_more_virtual_tokens_than_the_engine_takes_are_refused(
+    tenant: TenantClient, base: Path, tmp_path: Path
+) -> None:
+    config = PromptTuningConfig(num_virtual_tokens=513, task_type="CAUSAL_LM")
+    response = tenant.upload("soft", make_prompt_adapter(base, tmp_path / "soft", config))
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "num_virtual_tokens"
+    assert "limit of 512" in response.json()["error"]["message"]
