@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from adapters_store.base_spec import NORMS
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import read_adapter
 from adapters_store.lora_layout import LoRALayout
@@ -51,7 +52,14 @@ class Shard:
             (layer, linear): (self.part(a, 1), b) if linear in _INPUTS_SPLIT else (a, self.part(b, 0))
             for (layer, linear), (a, b) in weights.tensors.items()
         }
-        return replace(weights, tensors=tensors)
+        return replace(
+            weights, tensors=tensors, vectors={key: self._vector(*key, v) for key, v in weights.vectors.items()}
+        )
+
+    def _vector(self, _: int, module: str, role: str, vector: Tensor) -> Tensor:
+        """Whole where it acts on what the ranks have added up."""
+        is_whole = module in NORMS or (module in _INPUTS_SPLIT and role != "in_scale")
+        return vector if is_whole else self.part(vector, 0)
 
 
 def read_share(blobs: BlobStore, digest: str, *, shard: Shard, whole: LoRALayout, dtype: torch.dtype) -> AdapterWeights:

@@ -96,7 +96,7 @@ class Routing:
         slot_pages: Mapping[int, AdapterPages],
         invariant: bool = False,
     ) -> "Routing":
-        """Routes a step of `num_tokens` rows, padding among them, of which at least one has an adapter.
+        """Routes a step of `num_tokens` rows, padding among them, of which at least one has an adapter with pages.
 
         The other arguments are `LoRASegments.build`'s.
         """
@@ -173,7 +173,8 @@ class LoRASegments:
         """Routes each token of a step.
 
         token_slots: int32 [num_tokens], the adapter slot of each row, -1 for the bare base.
-        slot_pages: slot -> its pages, in order of rank. Returns None when no token has an adapter.
+        slot_pages: slot -> its pages, in order of rank; an adapter of none is as the bare base. Returns None when no
+            token has an adapter.
         """
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
@@ -261,7 +262,7 @@ def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Adapte
     segments = [
         Segment(tokens=order[start:end], pages=slot_pages[slot])
         for start, end in pairwise(cuts)
-        if (slot := int(ordered[start])) >= 0
+        if (slot := int(ordered[start])) >= 0 and len(slot_pages[slot])
     ]
     return sorted(segments, key=lambda segment: segment.pages.ids)
 

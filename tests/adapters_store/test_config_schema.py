@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from adapters_store.config_schema import LoRAConfig, parse_lora_config
+from adapters_store.adapter_config import AdapterConfig
+from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
+from adapters_store.lora_config import LoRAConfig
 
 
-def parse(**changes: Any) -> LoRAConfig:
+def parse(**changes: Any) -> AdapterConfig:
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
-    return parse_lora_config(json.dumps(fields).encode())
+    return parse_config(json.dumps(fields).encode())
 
 
 def refused(**changes: Any) -> AdapterInvalid:
@@ -28,6 +30,7 @@ def refused(**changes: Any) -> AdapterInvalid:
 def test_every_field_that_this_peft_writes_is_known() -> None:
     fields = json.loads(json.dumps(LoraConfig(target_modules=["q_proj"]).to_dict(), default=list))
     config = parse(**{**fields, "peft_type": "LORA"})
+    assert isinstance(config, LoRAConfig)
     assert (config.r, config.lora_alpha, config.target_modules) == (8, 8.0, ("q_proj",))
     assert set(fields) <= {field.name for field in dataclasses.fields(LoraConfig)}
 
@@ -35,13 +38,12 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", 1),
+        ("bias", "vera_only"),
+        ("modules_to_save", "norm"),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
@@ -61,7 +63,8 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", 3),
-        ("peft_type", "IA3"),
+        ("peft_type", "LOHA"),
+        ("peft_type", ["LORA"]),
         ("peft_type", None),
         ("task_type", "SEQ_CLS"),
         ("r", 0),
@@ -125,7 +128,7 @@ def test_layers_cannot_be_chosen_beside_a_regular_expression() -> None:
 )  # fmt: skip
 def test_what_is_not_one_plain_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        parse_lora_config(data)
+        parse_config(data)
     assert caught.value.file == "adapter_config.json"
 
 
