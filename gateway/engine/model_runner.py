@@ -52,7 +52,7 @@ class ModelRunner:
             config.inv_freq, config.rope_attention_scaling, max_model_len, decoder.device, decoder.dtype
         )
 
-        self._raw_vectors = RawVectors(decoder, slots, slots.vectors) if slots.vectors is not None else None
+        self.raw_vectors = RawVectors(decoder, slots, slots.vectors) if slots.vectors is not None else None
         self._attention: AttentionMetadata | None = None  # of the last step
         self._graphs: DecodeGraphs | None = None
 
@@ -122,11 +122,11 @@ class ModelRunner:
 
     def _resolve_vectors(self, output: SchedulerOutput) -> None:
         """Before the first step of an adapter that came in: all ranks run the same steps, and must do this alike."""
-        assert self._raw_vectors is not None
+        assert self.raw_vectors is not None
         assert self.slots.vectors is not None
         used = {chunk.sequence.slot for chunk in output.scheduled}
         for slot in sorted(used & self.slots.vectors.raw.keys()):
-            self._raw_vectors.resolve(slot)
+            self.raw_vectors.resolve(slot)
 
     def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
         """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""

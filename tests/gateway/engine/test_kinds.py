@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
@@ -16,10 +17,12 @@ from transformers import AutoModelForCausalLM
 from adapters_store.blobs import BlobStore
 from gateway.config import EngineConfig
 from gateway.embedded.quantization import quantize_base
+from gateway.engine.decode_inputs import DecodeInputs
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.scheduler import SchedulerOutput
+from gateway.layers.forward_batch import ForwardBatch
 from tests.tiny import ALL_LINEARS, load_oracle, make_base, store_adapter
 
 MakeEngine = Callable[..., LLMEngine]
@@ -75,8 +78,8 @@ def _shrink_logits(base: Path) -> None:
 class World:
     """A base in fp32, an adapter of each kind, their blobs, and peft's models of them."""
 
-    def __init__(self, root: Path, family: str) -> None:
-        self.base = make_base(root / "base", family)
+    def __init__(self, root: Path, family: str, **config: Any) -> None:
+        self.base = make_base(root / "base", family, **config)
         _shrink_logits(self.base)
         self.blobs = BlobStore(f"file://{root / 'blobs'}")
         self.oracles: dict[str | None, torch.nn.Module] = {None: load_oracle(self.base)}
@@ -269,3 +272,36 @@ def test_a_batch_without_vectors_runs_as_if_there_were_none(
     tokens_of(engine, world, ["ia3"])
     assert rows[-1].vector_rows is not None
     assert rows[-1].segments is None
+
+
+def test_a_recorded_step_reads_the_rows_of_vectors_that_are_made_anew_for_each(
+    world: World, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(num_vector_slots=2)
+    runner, size, seen = engine.runner, 24, []
+    inputs = DecodeInputs(
+        runner.cache, runner.slots, runner.rotary, torch.device("cpu"),
+        size=size, max_blocks=64, max_pages=16, max_pending=size,
+    )  # fmt: skip
+    make_batch = runner._batch
+
+    def compared(output: SchedulerOutput, *rest: Any) -> ForwardBatch:
+        wanted = make_batch(output, *rest)
+        slots = np.array([chunk.sequence.slot for chunk in output.scheduled], np.int32)
+        if output.is_decode and (slots >= 0).any():
+            assert inputs.route(slots, size) == (wanted.segments.most_pages if wanted.segments else 0)
+            has_vectors = inputs.send_vectors(slots)
+            rows = inputs.batch(size, 0, has_vectors).vector_rows
+            seen.append((has_vectors, wanted.segments is not None))
+            assert (rows is None) == (wanted.vector_rows is None)
+            if rows is not None and wanted.vector_rows is not None:
+                assert rows.tolist() == [*wanted.vector_rows.tolist(), *[-1] * (size - len(slots))]
+        return wanted
+
+    monkeypatch.setattr(runner, "_batch", compared)
+    for names in (["ia3", None, "lora", "dora", "ia3", "ln_tuning", "lora"], ["ia3", None]):
+        for i, name in enumerate(names):
+            add(engine, world, str(i), name, list(range(40, 46)), max_tokens=3 + 4 * i)
+        while engine.has_work:
+            engine.step()
+    assert set(seen) == {(True, True), (True, False), (False, True)}
