@@ -51,8 +51,8 @@ class RawVectors:
         base_bias = self._base_bias(group)
         if base_bias is not None:
             # The row makes scale (W x + b) + bias of W x + b: DoRA does not scale b, and an own bias is instead of it.
-            kept = torch.where(own, 0.0, 1.0) - scale
-            bias.add_(torch.where(magnitude | own, kept * base_bias, 0.0))
+            # Elsewhere the scale is 1, and nothing changes.
+            bias.add_(((~own).float() - scale) * base_bias)
 
     def _mark(self, group: LoRAGroup, part: str, row: int) -> torch.Tensor:
         """Where a group's outputs have such a vector: bool [num_layers, out_total]."""

@@ -299,9 +299,9 @@ def test_a_recorded_step_reads_the_rows_of_vectors_that_are_made_anew_for_each(
         return wanted
 
     monkeypatch.setattr(runner, "_batch", compared)
-    for names in (["ia3", None, "lora", "dora", "ia3", "ln_tuning", "lora"], ["ia3", None]):
+    for names in (["ia3", None, "lora", "dora", "ia3", "ln_tuning", "lora"], ["lora"], ["ia3", None]):
         for i, name in enumerate(names):
-            add(engine, world, str(i), name, list(range(40, 46)), max_tokens=3 + 4 * i)
+            add(engine, world, str(i), name, list(range(40, 46)), max_tokens=6 + 4 * i)
         while engine.has_work:
             engine.step()
     assert set(seen) == {(True, True), (True, False), (False, True)}
