@@ -14,6 +14,7 @@ from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
 from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.page_image import PageImage, check_weights, fill_pages
+from adapters_store.vector_layout import VectorLayout
 from adapters_store.weights import AdapterWeights, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]
@@ -32,7 +33,8 @@ class HostCache:
     the rest, is handed out in memory of its own, and not kept; so are virtual tokens, which are small. Loads of one
     digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to call from any thread.
 
-    read: what a background thread reads for a digest, to be laid out.
+    read: what a background thread reads for a digest, to be laid out. vectors: how vectors are laid out; None where
+    adapters that have any cannot be served.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class HostCache:
         pinned: bool = False,
         num_threads: int = 2,
         read: AdapterReader = read_adapter,
+        vectors: VectorLayout | None = None,
     ) -> None:
         self._blobs = blobs
         self._read = read
@@ -52,7 +55,8 @@ class HostCache:
         self._dtype = dtype
         self._page_bytes = layout.page_bytes(dtype)
         self._pinned = pinned
-        self._memory = HostPages(max_bytes, self._page_bytes, pinned=pinned)
+        self._vectors = vectors
+        self._memory = HostPages(max_bytes, self._page_bytes, vectors.size if vectors is not None else 0, pinned=pinned)
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, PageImage] = OrderedDict()
@@ -118,26 +122,44 @@ class HostCache:
         if weights.virtual_tokens is not None:
             virtual = weights.virtual_tokens
             own = virtual.pin_memory() if self._pinned else virtual.clone()  # what was read may be the file itself
-            return PageImage(0, (), own), False
-        image = self._take(weights.rank)
+            return PageImage(0, (), virtual_tokens=own), False
+        image = self._take(weights)
         is_kept = image is not None
-        image = image or self._own_memory(weights.rank)
+        image = image or self._own_memory(weights)
         fill_pages(image.pages, weights, self._layout, self._dtype)
+        if image.vectors is not None and self._vectors is not None:
+            self._vectors.fill(image.vectors, weights)
         return image, is_kept
 
-    def _take(self, rank: int) -> PageImage | None:
+    def _take(self, weights: AdapterWeights) -> PageImage | None:
         """Room in the cache's memory, from which others leave for it."""
-        num_pages = num_pages_for(rank)
-        if num_pages > self.num_pages:
+        has_vectors, num_pages = self._has_vectors(weights), num_pages_for(weights.rank)
+        if not self._memory.may_hold(num_pages, has_vectors):
             return None
         with self._lock:
-            while self._memory.num_free < num_pages and self._kept:
-                self._kept.popitem(last=False)
-            return self._memory.take(rank)
+            while (image := self._memory.take(weights.rank, has_vectors, weights.raw)) is None:
+                if not self._drop_one(num_pages):
+                    return None
+            return image
 
-    def _own_memory(self, rank: int) -> PageImage:
-        pages = torch.empty(num_pages_for(rank), self._page_bytes, dtype=torch.uint8)
-        return PageImage(rank, tuple(pages))
+    def _drop_one(self, num_pages: int) -> bool:
+        """Drop the least recently used image that makes room for so many pages, or for vectors. False without any."""
+        lacks_pages = self._memory.num_free < num_pages
+        digest = next((d for d, image in self._kept.items() if lacks_pages or image.vectors is not None), None)
+        if digest is None:
+            return False
+        del self._kept[digest]
+        return True
+
+    def _own_memory(self, weights: AdapterWeights) -> PageImage:
+        pages = torch.empty(num_pages_for(weights.rank), self._page_bytes, dtype=torch.uint8)
+        vectors = torch.empty_like(self._vectors.neutral) if self._vectors and self._has_vectors(weights) else None
+        return PageImage(weights.rank, tuple(pages), vectors, weights.raw)
+
+    def _has_vectors(self, weights: AdapterWeights) -> bool:
+        if weights.vectors and self._vectors is None:
+            raise ValueError("it has vectors, for which this engine keeps no room (engine.num_vector_slots)")
+        return bool(weights.vectors)
 
 
 def _finished(image: PageImage) -> Future[PageImage]:

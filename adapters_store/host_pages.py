@@ -3,43 +3,66 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from adapters_store.lora_layout import num_pages_for
+from adapters_store.manifest import VectorRole
 from adapters_store.page_image import PageImage
+
+_VECTORS_SHARE: Final = 16
 
 
 class HostPages:
     """As many frames as fit `max_bytes`; an image's come back when nobody holds the image any more.
 
-    One piece of memory, pinned once: pinning takes about 0.3 ms a MB, in which other threads' launches may wait, and
+    Two pieces of memory, pinned once: pinning takes about 0.3 ms a MB, in which other threads' launches may wait, and
     frames of one size cannot be fragmented. PyTorch's own pinned memory is rounded up to powers of two. Where it is
     not pinned, the system gives a frame memory when it is first written. `take` by one thread at a time.
+
+    vector_size: numbers of an adapter's vectors, whose frames take a sixteenth of the memory; 0 where there are none.
     """
 
-    def __init__(self, max_bytes: int, page_bytes: int, *, pinned: bool) -> None:
-        self.num_pages = max_bytes // page_bytes
+    def __init__(self, max_bytes: int, page_bytes: int, vector_size: int = 0, *, pinned: bool) -> None:
+        num_rows = max_bytes // _VECTORS_SHARE // (4 * vector_size) if vector_size else 0
+        self._rows = torch.empty(num_rows, vector_size)
+        self.num_pages = (max_bytes - self._rows.nbytes) // page_bytes
         self._frames = torch.empty(self.num_pages, page_bytes, dtype=torch.uint8)
         self._free = list(reversed(range(self.num_pages)))
-        self.close = weakref.finalize(self, _unpin, _pin(self._frames) if pinned else None)
+        self._free_rows = list(reversed(range(num_rows)))
+        addresses = [_pin(memory) for memory in (self._frames, self._rows)] if pinned else []
+        self.close = weakref.finalize(self, _unpin, addresses)
         """Unpin the memory, of which no copy may be under way; it stays readable."""
 
     @property
     def num_free(self) -> int:
-        """Frames that no image holds."""
+        """Page frames that no image holds."""
         return len(self._free)
 
-    def take(self, rank: int) -> PageImage | None:
+    def may_hold(self, num_pages: int, has_vectors: bool) -> bool:
+        """Whether an image of this size fits when no other is there."""
+        return num_pages <= self.num_pages and (not has_vectors or len(self._rows) > 0)
+
+    def take(self, rank: int, has_vectors: bool = False, raw: frozenset[VectorRole] = frozenset()) -> PageImage | None:
         """An adapter's image, to be filled; None when too few frames are free."""
         num_pages = num_pages_for(rank)
-        if num_pages > len(self._free):
+        if num_pages > len(self._free) or has_vectors > len(self._free_rows):
             return None
         frames = [self._free.pop() for _ in range(num_pages)]
-        image = PageImage(rank, tuple(self._frames[frame] for frame in frames))
-        weakref.finalize(image, self._free.extend, frames)  # on whatever thread; extending a list is atomic
+        rows = [self._free_rows.pop()] if has_vectors else []
+        vectors = self._rows[rows[0]] if has_vectors else None
+        image = PageImage(rank, tuple(self._frames[frame] for frame in frames), vectors, raw)
+        weakref.finalize(image, _give_back, (self._free, frames), (self._free_rows, rows))
         return image
+
+
+def _give_back(*lists: tuple[list[int], list[int]]) -> None:
+    """On whatever thread; extending a list is atomic."""
+    for free, frames in lists:
+        free.extend(frames)
 
 
 def _pin(memory: Tensor) -> int | None:
@@ -55,6 +78,7 @@ def _pin(memory: Tensor) -> int | None:
     return memory.data_ptr()
 
 
-def _unpin(address: int | None) -> None:
-    if address is not None:
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+def _unpin(addresses: Iterable[int | None]) -> None:
+    for address in addresses:
+        if address is not None:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store.base_spec import LINEARS
+from adapters_store.base_spec import LINEARS, NORMS
 
 ADAPTER_METADATA_KEY = "patchbay.adapter"
 """Key of the safetensors header under which a stored blob carries its `AdapterSpec` as JSON."""
@@ -19,14 +19,41 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
 
+Kind = Literal["LORA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
+"""peft's names of the kinds that are served."""
+
+VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]
+"""What a vector does to its module: scales its outputs or its inputs, is added to its outputs, takes the place of its
+bias, is DoRA's magnitude (an output scale once divided by the rows' norms), or takes the place of a norm's weight."""
+
+
 class LoRADelta(BaseModel):
-    """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank]."""
+    """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
+
+    in_features: of VeRA's linears, which share an A as wide as the widest of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     linear: str
     rank: int = Field(ge=1)
     scale: float = Field(allow_inf_nan=False)
+    layers: tuple[int, ...]
+    in_features: int | None = None
+
+
+class VectorSite(BaseModel):
+    """One vector of a linear or norm, in each of `layers`; the last norm is of layer 0.
+
+    tensor: the end of its name in the file, such as "ia3_l". scale: what it is multiplied by.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    module: str
+    role: VectorRole
+    tensor: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
     layers: tuple[int, ...]
 
 
@@ -49,14 +76,15 @@ class AdapterSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[1] = 1
-    kind: Literal["LORA", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"] = "LORA"
+    kind: Kind = "LORA"
     base_fingerprint: str
     deltas: tuple[LoRADelta, ...] = ()
+    vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
 
     @property
     def rank(self) -> int:
-        """The largest rank of any linear; 0 without one."""
+        """The largest rank of any linear; 0 where there is no delta."""
         return max((delta.rank for delta in self.deltas), default=0)
 
     @property
@@ -66,14 +94,15 @@ class AdapterSpec(BaseModel):
 
     @property
     def target_modules(self) -> tuple[str, ...]:
-        """The linears that carry a delta in some layer, in the model's order."""
-        present = {delta.linear for delta in self.deltas}
-        return tuple(linear for linear in LINEARS if linear in present)
+        """The linears and norms that are changed in some layer, in the model's order."""
+        present = {delta.linear for delta in self.deltas} | {site.module for site in self.vectors}
+        return tuple(module for module in (*LINEARS, *NORMS) if module in present)
 
     def canonical_json(self) -> str:
-        """The one text that equal specs share."""
-        # What an adapter lacks is left out, so that a kind of content that is new changes no older adapter's text.
-        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
+        """The one text that equal specs share; what is empty is left out, so that later fields change no digest."""
+        dumped = self.model_dump(mode="json", exclude_none=True)
+        said = {field: value for field, value in dumped.items() if value != []}
+        return json.dumps(said, sort_keys=True, separators=(",", ":"))
 
 
 class AdapterFile(BaseModel):

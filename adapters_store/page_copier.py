@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from adapters_store.lora_layout import LoRALayout, PagePools
 from adapters_store.page_image import PageImage
+from adapters_store.vector_slots import VectorSlots
 
 
 class PageCopy:
@@ -36,8 +38,11 @@ class PageCopier:
     stream of their own. Host memory that is not pinned makes the caller wait. On the CPU a copy is done at once.
     """
 
-    def __init__(self, layout: LoRALayout, dtype: torch.dtype, pools: Sequence[PagePools]) -> None:
+    def __init__(
+        self, layout: LoRALayout, dtype: torch.dtype, pools: Sequence[PagePools], vectors: VectorSlots | None = None
+    ) -> None:
         self._layout = layout
+        self._vectors = vectors
         self._dtype = dtype
         self._pools = pools
         self._device = pools[0].a.device
@@ -45,15 +50,21 @@ class PageCopier:
         if self._device.type == "cuda":
             self._staging = torch.empty(layout.page_bytes(dtype), dtype=torch.uint8, device=self._device)
             self._staged = layout.split(self._staging, dtype)
+            self._staged_row = torch.empty(vectors.layout.size if vectors is not None else 0, device=self._device)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             # What had the staging page's memory before may still be used.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def start(self, image: PageImage, page_ids: Sequence[int]) -> PageCopy:
-        """Start to copy an image into these pages; returns before it is there. The image may not change until then."""
+    def start(self, image: PageImage, page_ids: Sequence[int], row: int = -1) -> PageCopy:
+        """Start to copy an image into these pages, and its vectors into a row; returns before it is there.
+
+        The image may not change until then.
+        """
         if self._stream is None:
             for page, page_id in zip(image.pages, page_ids, strict=True):
                 self._place(self._layout.split(page, self._dtype), page_id)
+            if image.vectors is not None:
+                self._place_vectors(image.vectors, row)
             return PageCopy(image, None)
         launched = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._stream):
@@ -61,6 +72,10 @@ class PageCopier:
                 self._staging.copy_(page, non_blocking=True)
                 self._stream.wait_event(launched)
                 self._place(self._staged, page_id)
+            if image.vectors is not None:
+                self._staged_row.copy_(image.vectors, non_blocking=True)
+                self._stream.wait_event(launched)
+                self._place_vectors(self._staged_row, row)
             return PageCopy(image, self._stream.record_event())
 
     def wait(self) -> None:
@@ -72,3 +87,8 @@ class PageCopier:
         for pools, parts in zip(self._pools, page, strict=True):
             for pool, part in zip(pools.arrays, parts.arrays, strict=True):
                 pool[:, page_id].copy_(part)
+
+    def _place_vectors(self, vectors: Tensor, row: int) -> None:
+        assert self._vectors is not None
+        for name, part in self._vectors.layout.split(vectors).items():
+            self._vectors.pools[name][:, row].copy_(part)

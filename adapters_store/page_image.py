@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools, num_pages_for
+from adapters_store.manifest import VectorRole
+from adapters_store.vector_layout import check_vectors
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK
 
@@ -19,21 +21,25 @@ _LARGEST_FP16: Final = 65504.0
 class PageImage:
     """An adapter of `rank`, a page of 16 ranks after the other: each uint8 [page_bytes], as `LoRALayout.split` says.
 
+    vectors: its row, fp32 [size] as `VectorLayout` says, where it has any. raw: as in `VectorSlots.raw`.
     virtual_tokens: as `AdapterWeights`.
     """
 
     rank: int
     pages: tuple[Tensor, ...]
+    vectors: Tensor | None = None
+    raw: frozenset[VectorRole] = frozenset()
     virtual_tokens: Tensor | None = None
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(page.nbytes for page in self.pages)
+        """Bytes of all pages and the vectors."""
+        return sum(page.nbytes for page in self.pages) + (0 if self.vectors is None else self.vectors.nbytes)
 
 
 def check_weights(weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtype) -> None:
-    """Raises ValueError when a matrix or virtual tokens do not fit the layout, or B does not fit float16 pages."""
+    """Raises ValueError when a part does not fit the layout, or B does not fit float16 pages."""
+    check_vectors(weights, layout)
     _check_virtual_tokens(weights, layout)
     shapes = {name: (width, group.in_features) for group in layout.groups for name, width in _widths(group).items()}
     for (layer, linear), (a, b) in weights.tensors.items():

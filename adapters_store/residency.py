@@ -260,7 +260,7 @@ class AdapterResidency:
     def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
         """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
         image = loading.future.result()
-        if not self._make_room(len(image.pages), keep):
+        if not self._make_room(image, keep):
             return
         slot = self._slots.next_free_slot
         assert slot is not None
@@ -281,18 +281,30 @@ class AdapterResidency:
         self._loads += 1
         self._load_seconds += copying.seconds + time.monotonic() - copying.started
 
-    def _make_room(self, num_pages: int, keep: Collection[str]) -> bool:
-        """Evict until a slot and `num_pages` pages are free; evict nothing when that cannot be reached."""
+    def _make_room(self, image: PageImage, keep: Collection[str]) -> bool:
+        """Evict until a slot, pages and a row for the image are free; evict nothing when that cannot be reached."""
         idle = [digest for digest, entry in self._resident.items() if entry.pins == 0 and digest not in keep]
-        evictable = sum(len(self._slots.pages_of(self._resident[digest].slot)) for digest in idle)
-        if self._slots.num_free_pages + evictable < num_pages or self._slots.num_free_slots + len(idle) == 0:
+        if not self._would_fit(image, [self._resident[digest].slot for digest in idle]):
             return False
         for digest in idle:
-            if self._slots.num_free_slots > 0 and self._slots.num_free_pages >= num_pages:
+            if self._slots.has_room(image):
                 break
+            if self._lacks_a_row_alone(image) and self._slots.vector_row(self._resident[digest].slot) < 0:
+                continue
             self._slots.free(self._resident.pop(digest).slot)
             self._evictions += 1
         return True
+
+    def _would_fit(self, image: PageImage, given_back: list[int]) -> bool:
+        """Whether there was room if these slots were free."""
+        slots = self._slots
+        num_pages = slots.num_free_pages + sum(len(slots.pages_of(slot)) for slot in given_back)
+        num_rows = slots.num_free_rows + sum(slots.vector_row(slot) >= 0 for slot in given_back)
+        has_slot = slots.num_free_slots + len(given_back) > 0
+        return has_slot and num_pages >= len(image.pages) and (image.vectors is None or num_rows > 0)
+
+    def _lacks_a_row_alone(self, image: PageImage) -> bool:
+        return self._slots.num_free_slots > 0 and self._slots.num_free_pages >= len(image.pages)
 
     def _check_rank(self, digest: str, rank: int) -> None:
         if num_pages_for(rank) > self._slots.num_pages or self._slots.num_slots == 0:

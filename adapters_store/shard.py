@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from adapters_store.base_spec import NORMS
 from adapters_store.blobs import BlobStore
 from adapters_store.host_cache import read_adapter
 from adapters_store.lora_layout import LoRALayout
@@ -54,7 +55,13 @@ class Shard:
         virtual = weights.virtual_tokens
         if virtual is not None and virtual.dim() == 3:  # keys and values, head by head; embeddings are whole
             virtual = self.part(virtual, 2)
-        return replace(weights, tensors=tensors, virtual_tokens=virtual)
+        vectors = {key: self._vector(*key, vector) for key, vector in weights.vectors.items()}
+        return replace(weights, tensors=tensors, vectors=vectors, virtual_tokens=virtual)
+
+    def _vector(self, _: int, module: str, role: str, vector: Tensor) -> Tensor:
+        """Whole where it acts on what the ranks have added up."""
+        is_whole = module in NORMS or (module in _INPUTS_SPLIT and role != "in_scale")
+        return vector if is_whole else self.part(vector, 0)
 
 
 def read_share(blobs: BlobStore, digest: str, *, shard: Shard, whole: LoRALayout, dtype: torch.dtype) -> AdapterWeights:

@@ -13,9 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from adapters_store.lora_layout import LoRALayout, PagePools
+from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.vector_slots import VectorSlots
 from lora_kernels.segments import AdapterPages
 
 
@@ -24,7 +25,7 @@ class AdapterSlots:
 
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
     scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
-    device computes (`PageCopier`).
+    device computes (`PageCopier`). vectors: the rows of those adapters that have any; without it none can be loaded.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class AdapterSlots:
         num_pages: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        vectors: VectorSlots | None = None,
     ) -> None:
         self.layout = layout
+        self.vectors = vectors
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.dtype = dtype
@@ -54,7 +57,7 @@ class AdapterSlots:
             for group, pools in zip(layout.groups, self._all_layers, strict=True)
             for layer in range(layout.num_layers)
         }
-        self._copier = PageCopier(layout, dtype, self._all_layers)
+        self._copier = PageCopier(layout, dtype, self._all_layers, vectors)
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
@@ -71,6 +74,20 @@ class AdapterSlots:
     def num_free_pages(self) -> int:
         """Pages that belong to no slot."""
         return len(self._free_pages)
+
+    def has_room(self, image: PageImage) -> bool:
+        """Whether the adapter can be loaded now."""
+        enough_pages = len(image.pages) <= self.num_free_pages
+        return bool(self._free_slots) and enough_pages and (image.vectors is None or self.num_free_rows > 0)
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows for vectors that no adapter has."""
+        return self.vectors.num_free if self.vectors is not None else 0
+
+    def vector_row(self, slot: int) -> int:
+        """The row of the vectors of the adapter in a slot; -1 where it has none, and for the bare base."""
+        return self.vectors.row(slot) if self.vectors is not None else -1
 
     @property
     def next_free_slot(self) -> int | None:
@@ -104,6 +121,21 @@ class AdapterSlots:
         """The pages of one layer and group."""
         return self._pools[layer, group]
 
+    def matrices(self, slot: int, group: LoRAGroup) -> tuple[Tensor, Tensor]:
+        """A group's A [num_layers, slices, r, in] and B [num_layers, r, out_total] of a loaded slot, copied.
+
+        r is 16 ranks a page, of which there are some; in the pools' dtype, or fp32 where that is int8.
+        """
+        pools = self._all_layers[self.layout.groups.index(group)]
+        # Not by an index on the device, which the host would have to send.
+        pages = [[array[:, page] for page in self.pages_of(slot).ids] for array in pools.arrays]
+        a, b, *scales = (torch.stack(array, dim=1) for array in pages)
+        if scales:
+            a_scales, b_scales = scales  # [num_layers, num_pages, slices, PAGE_RANK]
+            columns = [b_scales[:, :, i, :, None].expand(-1, -1, -1, width) for i, width in enumerate(group.widths)]
+            a, b = a * a_scales[..., None], b * torch.cat(columns, dim=-1)
+        return a.transpose(1, 2).flatten(2, 3), b.flatten(1, 2)
+
     def load(self, slot: int, image: PageImage) -> PageCopy:
         """Start to copy an adapter into a free slot and fresh pages, for which the caller has made room.
 
@@ -112,10 +144,13 @@ class AdapterSlots:
         """
         num_pages = len(image.pages)
         assert slot in self._free_slots, f"slot {slot} is taken"
-        assert num_pages <= self.num_free_pages, f"{num_pages} pages asked for, {self.num_free_pages} free"
+        assert self.has_room(image), f"{num_pages} pages asked for, {self.num_free_pages} free"
         # The lowest ids, ascending: adapters loaded in turn lie in one run of pages, which the kernels like.
         pages = tuple(self._free_pages[:num_pages])
-        copy = self._copier.start(image, pages)
+        row = -1
+        if image.vectors is not None and self.vectors is not None:
+            row = self.vectors.take(slot, image.raw)
+        copy = self._copier.start(image, pages, row)
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
@@ -130,9 +165,11 @@ class AdapterSlots:
         self._copier.wait()
 
     def free(self, slot: int) -> None:
-        """Give a loaded slot and its pages back. The bytes stay until the next load overwrites them."""
+        """Give a loaded slot, its pages and its row back. The bytes stay until the next load overwrites them."""
         self._free_pages = sorted([*self._free_pages, *self._slot_pages.pop(slot).ids])
         self._virtual_tokens.pop(slot, None)
+        if self.vectors is not None:
+            self.vectors.free(slot)
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
@@ -143,3 +180,5 @@ class AdapterSlots:
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"
         )
+        if self.vectors is not None:
+            self.vectors.check_integrity()

@@ -23,7 +23,7 @@ from adapters_store.manifest import AdapterManifest
 from adapters_store.sandbox import SandboxLimits, run_confined
 from adapters_store.strict_json import shown
 
-_HEADROOM: Final = 32 << 20
+_HEADROOM: Final = 128 << 20  # for the header, and for VeRA's matrices where the file leaves them out
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,7 @@ class Staging:
                 "fingerprint": base.fingerprint,
                 "num_layers": base.num_layers,
                 "linears": dict(base.linears),
+                "biased": base.biased,
             },
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -13,21 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name
+from adapters_store.adapter_config import AdapterConfig
+from adapters_store.adapter_contents import TensorRule
+from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE, tensor_order, write_canonical
-from adapters_store.config_schema import LoRAConfig, parse_lora_config
+from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
-from adapters_store.lora_targets import LoRATarget, resolve_targets
-from adapters_store.manifest import (
-    BASE_METADATA_KEY,
-    PROMPT_TENSOR,
-    AdapterFile,
-    AdapterManifest,
-    AdapterSpec,
-    LoRADelta,
-)
-from adapters_store.prompt_config import PromptConfig, is_prompt_config, parse_prompt_config
+from adapters_store.manifest import BASE_METADATA_KEY, AdapterFile, AdapterManifest, AdapterSpec
 from adapters_store.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 from adapters_store.strict_json import parse_object, shown
 
@@ -35,16 +27,7 @@ _CHUNK: Final = 1 << 20  # a multiple of every item size
 # What F32 holds may be served in bfloat16, and what overflows there is infinite in products that other tenants share.
 _LARGEST: Final = {"F32": 3.3895e38, "BF16": 3.3895e38, "F16": 65504.0}
 
-Targets = Mapping[tuple[int, str], LoRATarget]
-
-
-@dataclass(frozen=True)
-class _Content:
-    """What a config promises: the arithmetic, each tensor's shape, and what its values are multiplied by, if not 1."""
-
-    spec: AdapterSpec
-    shapes: Mapping[str, tuple[int, ...]]
-    scales: Mapping[str, float] = field(default_factory=dict)
+Arrays = Mapping[str, npt.NDArray[np.float32]]
 
 
 def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
@@ -55,33 +38,36 @@ def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     Raises `AdapterInvalid` naming the file and the field or tensor.
     """
     base = BaseSpec(**request["base"])
-    config = _parse_config((folder / CONFIG_FILE).read_bytes())
+    config = parse_config((folder / CONFIG_FILE).read_bytes())
     header = read_header(folder / WEIGHTS_FILE)
     _check_fingerprint(folder, header, base, request["base_fingerprint"])
-    if isinstance(config, PromptConfig):
-        content = _Content(
-            config.spec(base, int(request["max_virtual_tokens"])), {PROMPT_TENSOR: config.tensor_shape(base)}
-        )
-    else:
-        content = _lora_content(config, base, int(request["max_rank"]))
-    _check_tensors(header.tensors, content.shapes)
+    contents = config.contents(base)
+    spec = AdapterSpec(
+        kind=config.kind,
+        base_fingerprint=base.fingerprint,
+        deltas=contents.deltas,
+        vectors=contents.vectors,
+        virtual_tokens=contents.virtual_tokens,
+    )
+    _check_rank(config, spec.rank, int(request["max_rank"]))
+    _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
+    _check_tensors(header.tensors, contents.tensors)
     _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
+    made = contents.make()
+    tensors = dict(header.tensors) | {
+        name: TensorInfo("F32", array.shape, 0, array.nbytes) for name, array in made.items()
+    }
     with (folder / WEIGHTS_FILE).open("rb") as file:
-        data = _checked_bytes(file, header.tensors, _limits(header.tensors, content.scales))
-        digest, size = write_canonical(folder / CANONICAL_FILE, content.spec, header.tensors, data)
+        data = _checked_bytes(file, tensors, _limits(header.tensors, contents.tensors), made)
+        digest, size = write_canonical(folder / CANONICAL_FILE, spec, tensors, data)
     manifest = AdapterManifest(
-        **content.spec.model_dump(),
+        **spec.model_dump(),
         digest=digest,
-        num_parameters=sum(tensor.shape[0] * tensor.shape[1] for tensor in header.tensors.values()),
+        num_parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         size_bytes=size,
         files=tuple(_describe(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
     )
     return manifest.model_dump(mode="json")
-
-
-def _parse_config(data: bytes) -> LoRAConfig | PromptConfig:
-    raw = parse_object(data, CONFIG_FILE)
-    return parse_prompt_config(raw) if is_prompt_config(raw) else parse_lora_config(data)
 
 
 def _check_fingerprint(folder: Path, header: SafetensorsHeader, base: BaseSpec, stated: str | None) -> None:
@@ -107,48 +93,40 @@ def _check_one_fingerprint(stated: object, base: BaseSpec, file: str | None) -> 
     raise AdapterInvalid(reason, file=file, field="base_fingerprint")
 
 
-def _check_ranks(config: LoRAConfig, targets: Targets, max_rank: int) -> None:
-    rank = max(target.rank for target in targets.values())
+def _check_rank(config: AdapterConfig, rank: int, max_rank: int) -> None:
     if rank > max_rank:
-        field = "r" if rank == config.r else "rank_pattern"
         reason = f"the rank {rank} is above your limit of {max_rank}; train with a smaller rank"
-        raise AdapterInvalid(reason, file=CONFIG_FILE, field=field)
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(rank))
 
 
-def _lora_content(config: LoRAConfig, base: BaseSpec, max_rank: int) -> _Content:
-    targets = resolve_targets(config, base.num_layers)
-    _check_ranks(config, targets, max_rank)
-    shapes: dict[str, tuple[int, ...]] = {}
-    scales: dict[str, float] = {}
-    for (layer, linear), target in targets.items():
-        out_features, in_features = base.linears[linear]
-        shapes[lora_tensor_name(layer, linear, "A")] = (target.rank, in_features)
-        shapes[lora_tensor_name(layer, linear, "B")] = (out_features, target.rank)
-        scales[lora_tensor_name(layer, linear, "B")] = target.scale
-    return _Content(AdapterSpec(base_fingerprint=base.fingerprint, deltas=_deltas(targets)), shapes, scales)
+def _check_virtual_tokens(number: int, most: int) -> None:
+    if number > most:
+        reason = f"{number} virtual tokens are above the limit of {most}; train with fewer"
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field="num_virtual_tokens")
 
 
-def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorRule]) -> None:
     """Exactly the tensors that the config promises, in the base's shapes."""
     for name in tensors:
         if name not in expected:
             raise AdapterInvalid(_why_unexpected(name), file=WEIGHTS_FILE, field=shown(name))
-    for name, shape in expected.items():
+    for name, rule in expected.items():
         if name not in tensors:
-            reason = f"is missing; {CONFIG_FILE} promises it"
+            reason = f"is missing; {CONFIG_FILE} and the base call for it"
             raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
-        if tensors[name].shape != shape:
-            reason = f"has the shape {list(tensors[name].shape)}; the base and {CONFIG_FILE} need {list(shape)}"
+        if tensors[name].shape != rule.shape:
+            reason = f"has the shape {list(tensors[name].shape)}; the base and {CONFIG_FILE} need {list(rule.shape)}"
             raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
 
 
 _UNSERVED_TENSORS: Final = {
-    "lora_magnitude_vector": "DoRA magnitudes are not served in this release",
+    "lora_magnitude_vector": f"is a DoRA magnitude, and {CONFIG_FILE} does not say use_dora",
     "lora_embedding_": "adapted embeddings are not served in this release",
     ".base_layer.": "copies of base weights are not served in this release",
     "trainable_tokens": "trained token embeddings are not served in this release",
     ".tensor.factors.": "tensor-train factors (LoRETTA) are not served in this release",
-    ".bias": "biases are not served in this release",
+    "_norm.weight": "trained norms over single heads are not served in this release",
+    ".bias": f"is a bias that {CONFIG_FILE} and the base do not call for",
 }
 
 
@@ -171,28 +149,19 @@ def _check_library_agrees(path: Path, tensors: Mapping[str, TensorInfo]) -> None
         raise AdapterInvalid("its header can be read in two ways", file=WEIGHTS_FILE)
 
 
-def _deltas(targets: Targets) -> tuple[LoRADelta, ...]:
-    """The targets with equal linear, rank and scale put together."""
-
-    def key(item: tuple[tuple[int, str], LoRATarget]) -> tuple[int, int, float, int]:
-        (layer, linear), target = item
-        return LINEARS.index(linear), target.rank, target.scale, layer
-
-    groups = groupby(sorted(targets.items(), key=key), key=lambda item: key(item)[:3])
-    return tuple(
-        LoRADelta(linear=LINEARS[i], rank=rank, scale=scale, layers=tuple(layer for (layer, _), _ in items))
-        for (i, rank, scale), items in groups
-    )
+def _limits(tensors: Mapping[str, TensorInfo], rules: Mapping[str, TensorRule]) -> dict[str, float]:
+    """The largest magnitude that each tensor's values may have."""
+    return {name: _LARGEST[tensors[name].dtype] / max(1.0, rule.factor) for name, rule in rules.items()}
 
 
-def _limits(tensors: Mapping[str, TensorInfo], scales: Mapping[str, float]) -> dict[str, float]:
-    """The largest magnitude that each tensor's values may have: B is multiplied by the scale in its own dtype."""
-    return {name: _LARGEST[tensor.dtype] / max(1.0, abs(scales.get(name, 1.0))) for name, tensor in tensors.items()}
-
-
-def _checked_bytes(file: IO[bytes], tensors: Mapping[str, TensorInfo], limits: Mapping[str, float]) -> Iterator[bytes]:
-    """The tensors' bytes in the order of storage, each checked to be finite and within its limit."""
+def _checked_bytes(
+    file: IO[bytes], tensors: Mapping[str, TensorInfo], limits: Mapping[str, float], made: Arrays
+) -> Iterator[bytes]:
+    """The tensors' bytes in the order of storage, each of the file's checked to be finite and within its limit."""
     for name in tensor_order(tensors):
+        if name in made:
+            yield made[name].tobytes()
+            continue
         tensor = tensors[name]
         file.seek(tensor.start)
         for start in range(tensor.start, tensor.end, _CHUNK):
@@ -205,7 +174,7 @@ def _check_values(name: str, values: npt.NDArray[np.float32], limit: float) -> N
     if not np.isfinite(values).all():
         raise AdapterInvalid("holds NaN or infinite values", file=WEIGHTS_FILE, field=name)
     if np.abs(values).max() > limit:
-        reason = "overflows bfloat16, or float16 where it is saved so, when multiplied by the LoRA scale"
+        reason = "overflows bfloat16, or float16 where it is saved so, when multiplied by what it is scaled with"
         raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,40 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from adapters_store.base_spec import lora_tensor_name
+from adapters_store.base_spec import VERA_A, VERA_B, VERA_LAMBDA_B, VERA_LAMBDA_D, lora_tensor_name, tensor_name
 from adapters_store.errors import AdapterLoadFailed
-from adapters_store.manifest import ADAPTER_METADATA_KEY, PROMPT_TENSOR, AdapterSpec, LoRADelta, VirtualTokens
+from adapters_store.manifest import (
+    ADAPTER_METADATA_KEY,
+    PROMPT_TENSOR,
+    AdapterSpec,
+    LoRADelta,
+    VectorRole,
+    VectorSite,
+    VirtualTokens,
+)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """LoRA matrices by (layer, linear): A [r, in] and B [out, r] with the LoRA scale already in B.
+    """LoRA matrices by (layer, linear): A [r, in] and B [out, r] with the LoRA scale already in B; and vectors.
 
-    rank: the largest r; 0 without any. Tensors are on the CPU: A as uploaded (fp32, bf16 or fp16), B too or in fp32
-    (`fold_scale`). virtual_tokens: what comes before every prompt, as uploaded: input embeddings [num_tokens, hidden],
-    or keys and values [num_tokens, 2 * num_layers, kv_width], a layer's keys before its values.
+    rank: the largest r, 0 where there are none. vectors: fp32 [width] by (layer, module, role), the last norm's of
+    layer 0. virtual_tokens: what comes before every prompt, as uploaded: input embeddings [num_tokens, hidden], or keys
+    and values [num_tokens, 2 * num_layers, kv_width], a layer's keys before its values. Tensors are on the CPU: A as
+    uploaded (fp32, bf16 or fp16), B too or in fp32 (`fold_scale`).
     """
 
     rank: int
-    tensors: Mapping[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]
+    tensors: Mapping[tuple[int, str], Pair]
+    vectors: Mapping[tuple[int, str, VectorRole], torch.Tensor] = field(default_factory=dict)
     virtual_tokens: torch.Tensor | None = None
+
+    @property
+    def raw(self) -> frozenset[VectorRole]:
+        """The roles among the vectors that only the base turns into scales and biases."""
+        return frozenset(role for _, _, role in self.vectors if role in ("magnitude", "own_bias"))
 
 
 def load_weights(path: Path) -> AdapterWeights:
@@ -36,19 +53,43 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            tensors = {
-                (layer, delta.linear): _read_pair(file, layer, delta) for delta in spec.deltas for layer in delta.layers
+            read_pairs = _read_vera if spec.kind == "VERA" else _read_lora
+            vectors = {
+                (layer, site.module, site.role): _read_vector(file, layer, site)
+                for site in spec.vectors
+                for layer in site.layers
             }
             virtual = _read_virtual(file, spec.virtual_tokens) if spec.virtual_tokens is not None else None
+            return AdapterWeights(spec.rank, dict(read_pairs(file, spec.deltas)), vectors, virtual)
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         raise AdapterLoadFailed(path.name, f"its stored file cannot be read ({error})") from error
-    return AdapterWeights(rank=spec.rank, tensors=tensors, virtual_tokens=virtual)
 
 
-def _read_pair(file: Any, layer: int, delta: LoRADelta) -> tuple[torch.Tensor, torch.Tensor]:
-    a: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
-    b: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
-    return a, fold_scale(b, delta.scale)
+def _read_lora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    for layer, delta in _by_layer(deltas):
+        a: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
+        b: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
+        yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
+
+
+def _read_vera(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: diag(lambda_d) A and diag(lambda_b) B, of A and B the part that the linear's widths need."""
+    a, b = (file.get_tensor(name).float() for name in (VERA_A, VERA_B))
+    for layer, delta in _by_layer(deltas):
+        of_b, of_d = (
+            file.get_tensor(tensor_name(layer, delta.linear, name)).float().unsqueeze(1)
+            for name in (VERA_LAMBDA_B, VERA_LAMBDA_D)
+        )
+        yield (layer, delta.linear), (of_d * a[:, : delta.in_features], of_b * b[: len(of_b)])
+
+
+def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:
+    return ((layer, delta) for delta in deltas for layer in delta.layers)
+
+
+def _read_vector(file: Any, layer: int, site: VectorSite) -> torch.Tensor:
+    vector: torch.Tensor = file.get_tensor(tensor_name(layer, site.module, site.tensor))
+    return vector.float().flatten() * site.scale
 
 
 def _read_virtual(file: Any, virtual: VirtualTokens) -> torch.Tensor:

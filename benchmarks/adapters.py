@@ -7,7 +7,8 @@ On one GPU a base of Llama-3.1-8B's shape, elsewhere the embedded one; adapters 
 "load": from the call of `acquire`, with the adapter in host memory and the device idle, to a slot that the next step
 can use; the floor is the page's bytes over the rate of the link from the host, measured here. "steps": an engine that
 decodes 32 rows of 4 adapters, alone, and while other adapters come in one after another, evicting each other, from
-host memory or from the disk; the longest step is held against the median of the steps alone.
+host memory or from the disk; the longest step is held against the median of the steps alone. "dora": what the first
+step of such an adapter takes more, the first of all and others.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def main() -> None:
         target = LOAD_TARGET if on_gpu and args.layers == 32 else None
         measure_loads(engine, refs[: NUM_SLOTS + 2], f"load r{RANK} {suffix}", target)
         measure_steps(engine, refs, args.steps, suffix)
+        dora = write_adapter(blobs, folder, engine.model.spec, RANK, count, use_dora=True)
+        measure_magnitudes(engine, dora, f"dora r{RANK} {suffix}")
         engine.close()
 
 
@@ -151,6 +154,29 @@ def ask_for(engine: LLMEngine, coming: Sequence[AdapterRef]) -> Iterator[None]:
         yield
     while True:
         yield
+
+
+@torch.inference_mode()
+def measure_magnitudes(engine: LLMEngine, ref: AdapterRef, case: str) -> None:
+    """How long it takes to put an adapter's magnitudes over the norms, the device idle before."""
+    while (slot := engine.residency.acquire(ref)) is None:
+        engine.residency.poll()
+    vectors, raw = engine.runner.slots.vectors, engine.runner.raw_vectors
+    assert vectors is not None
+    assert raw is not None
+    whole, host = [], []
+    for _ in range(1 + ROUNDS):
+        vectors.raw[slot] = frozenset({"magnitude"})
+        begin = time.perf_counter()
+        raw.resolve(slot)
+        host.append(time.perf_counter() - begin)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        whole.append(time.perf_counter() - begin)
+    engine.residency.release(ref.digest)
+    record("adapters", case, "first_resolve_ms", whole[0] * 1e3, "ms", note="with the norms of the base")
+    note = f"median of {ROUNDS}, of which the host {statistics.median(host[1:]) * 1e3:.2f} ms"
+    record("adapters", case, "resolve_ms", statistics.median(whole[1:]) * 1e3, "ms", note=note)
 
 
 def record_steps(case: str, seconds: list[float], median_alone: float, note: str) -> None:

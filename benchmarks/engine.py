@@ -35,10 +35,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name, module_path
+from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name, module_path, tensor_name
 from adapters_store.blobs import BlobStore
 from adapters_store.lora_layout import LoRALayout, num_pages_for
-from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta
+from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterSpec, LoRADelta, VectorSite
 from benchmarks.record import record, recorded
 from gateway.config import EngineConfig
 from gateway.embedded import embedded_path
@@ -155,7 +155,7 @@ def _write_shard(folder: Path, file: str, shapes: dict[str, tuple[int, ...]], we
 
 
 def write_adapter(
-    blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, seed: int, std: float = 0.02
+    blobs: BlobStore, folder: Path, spec: BaseSpec, rank: int, seed: int, std: float = 0.02, use_dora: bool = False
 ) -> AdapterRef:
     """A random bf16 adapter on all seven linears, put into the blob store."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,8 +166,10 @@ def write_adapter(
             for side, shape in (("A", (rank, inner)), ("B", (out, rank))):
                 values = torch.randn(shape, device=device, generator=generator) * std
                 tensors[lora_tensor_name(layer, linear, side)] = values.to(torch.bfloat16).cpu()
+            if use_dora:
+                tensors[tensor_name(layer, linear, "lora_magnitude_vector")] = torch.ones(out)
     path = folder / f"adapter{seed}.safetensors"
-    adapter = adapter_spec(spec, rank)
+    adapter = adapter_spec(spec, rank, use_dora)
     save_file(tensors, path, metadata={ADAPTER_METADATA_KEY: adapter.canonical_json()})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     blobs.put(digest, path)
@@ -175,11 +177,15 @@ def write_adapter(
     return AdapterRef(f"bench/adapter{seed}:1", digest, rank)
 
 
-def adapter_spec(spec: BaseSpec, rank: int) -> AdapterSpec:
+def adapter_spec(spec: BaseSpec, rank: int, use_dora: bool = False) -> AdapterSpec:
     """What `write_adapter` says of its adapters."""
     layers = tuple(range(spec.num_layers))
     deltas = tuple(LoRADelta(linear=name, rank=rank, scale=1.0, layers=layers) for name in spec.linears)
-    return AdapterSpec(base_fingerprint=spec.fingerprint, deltas=deltas)
+    sites = [
+        VectorSite(module=name, role="magnitude", tensor="lora_magnitude_vector", layers=layers)
+        for name in (spec.linears if use_dora else ())
+    ]
+    return AdapterSpec(base_fingerprint=spec.fingerprint, deltas=deltas, vectors=tuple(sites))
 
 
 def write_adapters(blobs: BlobStore, folder: Path, spec: BaseSpec, ranks: Sequence[int]) -> list[AdapterRef]:

@@ -41,6 +41,9 @@ class EngineConfig:
         a third of the memory beside the base at most (CUDA).
     adapter_dtype: how adapters' weights are kept; "auto" is dtype, "int8" has one scale a rank and matrix: twice the
         adapters in as much memory.
+    num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
+        Llama-3.1-8B's shape, taken at the start; as many as adapters' slots at most. 0 refuses them. They also take a
+        sixteenth of host_cache_bytes.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
@@ -77,6 +80,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
+    num_vector_slots: int = 16
     max_virtual_tokens: int = 512
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
@@ -90,6 +94,11 @@ class EngineConfig:
     def max_rows(self) -> int:
         """Rows of one decode step at most: sequences, or one with all that is guessed for it."""
         return max(self.max_num_seqs, 1 + self.max_speculative_tokens)
+
+    @property
+    def num_vector_rows(self) -> int:
+        """Adapters with vectors that are on the device at once, at most."""
+        return min(self.num_vector_slots, self.num_adapter_slots)
 
 
 @dataclass(frozen=True)

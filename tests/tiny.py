@@ -23,10 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from adapters_store.base_spec import BaseSpec
+from adapters_store.base_spec import BaseSpec, module_path
 from adapters_store.blobs import BlobStore
 from adapters_store.upload import Staging
 from gateway.engine.request import AdapterRef
+from gateway.models.checkpoint import Checkpoint
 from gateway.models.config import DecoderConfig
 
 CHAT_TEMPLATE = (
@@ -144,11 +145,13 @@ def stored_adapter(base: Path, folder: Path, blobs: BlobStore, name: str, **sett
 def store_adapter(base: Path, folder: Path, blobs: BlobStore, name: str) -> AdapterRef:
     """A peft adapter, validated as an upload is and put into the blob store."""
     config = DecoderConfig.from_folder(base)
+    checkpoint = Checkpoint(base, config)
+    biased = tuple(name for name in ALL_LINEARS if f"{module_path(0, name)}.bias" in checkpoint)
+    spec = BaseSpec("any", config.num_layers, config.linears, biased)
     with Staging(folder.parent / "staging") as staging:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             staging.add_file(file, [(folder / file).read_bytes()])
-        base_spec = BaseSpec("any", config.num_layers, config.linears)
-        staged = staging.validate(base_spec, max_rank=256, max_virtual_tokens=64)
+        staged = staging.validate(spec, max_rank=256, max_virtual_tokens=64)
         blobs.put(staged.manifest.digest, staged.path)
     return AdapterRef.of(name, staged.manifest)
 

@@ -25,7 +25,7 @@ class DecodeGraphs:
     """Graphs of each batch size, for steps of no, few, some and many pages of adapters; a batch is padded to a size.
 
     What is done beside the base's product and what behind it (`lora_kernels.nf4_lora`) depends on how many pages there
-    may be.
+    may be. Where any row has vectors there are two: of no pages, and of many.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class DecodeGraphs:
         self._sizes = _sizes(max_rows)
         self._max_pages = num_pages_for(max_rank)
         self._invariant = invariant
+        self._may_have_vectors = slots.vectors is not None
         self._inputs = DecodeInputs(
             cache,
             slots,
@@ -58,7 +59,7 @@ class DecodeGraphs:
         )
         # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 0.7 GB together.
         self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=decoder.dtype, device=decoder.device)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and most pages
+        self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}  # by size, most pages, vectors
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -66,13 +67,13 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         self._inputs.fill([], None)
         for size in reversed(self._sizes):
-            for most_pages in self._page_limits(size):
+            for variant in self._variants(size):
                 for _ in range(_WARM_UPS):
-                    self._forward(size, most_pages)
+                    self._forward(size, *variant)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._forward(size, most_pages)
-                self._graphs[size, most_pages] = graph
+                    self._forward(size, *variant)
+                self._graphs[size, *variant] = graph
 
     def run(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor | None:
         """The logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
@@ -84,12 +85,14 @@ class DecodeGraphs:
         if size is None:
             return None
         token_slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
-        num_pages = self._inputs.route(token_slots, size) if (token_slots >= 0).any() else 0
+        is_adapted = (token_slots >= 0).any()
+        num_pages = self._inputs.route(token_slots, size) if is_adapted else 0
         if num_pages is None:
             return None
+        has_vectors = is_adapted and self._inputs.send_vectors(token_slots)
         self._inputs.fill(chunks, pending)
-        most_pages = next(limit for limit in self._page_limits(size) if limit >= num_pages)
-        self._graphs[size, most_pages].replay()
+        variant = next(v for v in self._variants(size) if v[0] >= num_pages and v[1] == has_vectors)
+        self._graphs[size, *variant].replay()
         return self._logits[:rows]
 
     def _page_limits(self, size: int) -> list[int]:
@@ -97,8 +100,14 @@ class DecodeGraphs:
         most = size * self._max_pages
         return [0, most] if self._invariant else [0, *page_limits(size, most)]
 
-    def _forward(self, size: int, most_pages: int) -> None:
-        batch = self._inputs.batch(size, most_pages)
+    def _variants(self, size: int) -> list[tuple[int, bool]]:
+        """The most pages, and whether there are vectors, of each of a size's graphs; the fewest pages first."""
+        limits = self._page_limits(size)
+        with_vectors = sorted({limits[0], limits[-1]}) if self._may_have_vectors else []
+        return [*((limit, False) for limit in limits), *((limit, True) for limit in with_vectors)]
+
+    def _forward(self, size: int, most_pages: int, has_vectors: bool) -> None:
+        batch = self._inputs.batch(size, most_pages, has_vectors)
         self._logits[:size].copy_(self._decoder(batch, self._cache.layers))
 
 

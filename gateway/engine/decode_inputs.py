@@ -57,6 +57,8 @@ class DecodeInputs:
         self._routed: tuple[bytes, tuple[int, ...]] | None = None
         self._num_pages = 0
         self._routing = torch.zeros(fixed_size(size, max_pages), dtype=torch.int32, device=device)
+        self._vector_rows = np.full(size, -1, np.int32)
+        self._vector_rows_there = torch.full((size,), -1, dtype=torch.int32, device=device)
 
     def fill(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> None:
         """Send what the rows of this step, one token each, need. The rows behind them are padding.
@@ -84,12 +86,14 @@ class DecodeInputs:
         """Send the routing of a step of `size` rows, the first of which have these slots.
 
         token_slots: int32 [num_rows], -1 for the bare base, not all of them. Returns the number of pages of all their
-        adapters; None when an adapter has too many.
+        adapters, 0 when they have vectors alone; None when an adapter has too many.
         """
         used = sorted(set(token_slots.tolist()) - {-1})
         routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used)
         if routed == self._routed:
             return self._num_pages
+        if not any(len(self._slots.pages_of(slot)) for slot in used):
+            return 0
         routing = Routing.of(token_slots, size, self._slots.slot_pages, self._invariant)
         if routing.max_pages > self._max_pages:
             return None
@@ -98,8 +102,25 @@ class DecodeInputs:
         self._routed, self._num_pages = routed, routing.num_pages
         return self._num_pages
 
-    def batch(self, size: int, most_pages: int) -> ForwardBatch:
-        """The first `size` rows, whose adapters have no more than so many pages together.
+    def send_vectors(self, token_slots: npt.NDArray[np.int32]) -> bool:
+        """Send which rows have vectors, and where. False when none has any.
+
+        token_slots: `route`'s.
+        """
+        vectors = self._slots.vectors
+        if vectors is None or not vectors.num_held:
+            return False
+        rows = np.full(self._size, -1, np.int32)
+        rows[: len(token_slots)] = [vectors.row(slot) for slot in token_slots.tolist()]
+        if (rows < 0).all():
+            return False
+        if (rows != self._vector_rows).any():
+            send_into(rows, self._vector_rows_there)
+            self._vector_rows = rows
+        return True
+
+    def batch(self, size: int, most_pages: int, has_vectors: bool = False) -> ForwardBatch:
+        """The first `size` rows, whose adapters have no more than so many pages together, and perhaps vectors.
 
         Made while a graph is recorded, it reads what `fill` and `route` have sent since.
         """
@@ -122,6 +143,7 @@ class DecodeInputs:
             if most_pages
             else None,
             invariant=self._invariant,
+            vector_rows=self._vector_rows_there[:size] if has_vectors else None,
         )
 
     def _send_blocks(self, tables: list[list[int]]) -> None:

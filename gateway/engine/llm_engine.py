@@ -70,6 +70,7 @@ class LLMEngine:
             config.host_cache_bytes // config.tensor_parallel_size,
             pinned=decoder.device.type == "cuda",
             read=read,
+            vectors=slots.vectors.layout if slots.vectors is not None else None,
         )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(

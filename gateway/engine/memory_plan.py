@@ -55,6 +55,7 @@ class MemoryPlan:
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
             # Adapters come in through a page of their own, and blocks through staging.
             usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
+            usable -= _vector_bytes(engine, decoder)
         plan = cls.of(engine, page_bytes, per_block, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
@@ -79,7 +80,8 @@ class MemoryPlan:
         if free_bytes is not None and plan.adapter_bytes + plan.cache_bytes > free_bytes:
             raise ConfigInvalid(
                 f"The device has {_gib(free_bytes)} left beside the base; {plan} need more. Lower num_adapter_pages, "
-                "num_adapter_slots, max_lora_rank or kv_cache_tokens, or raise gpu_memory_utilization.",
+                "num_adapter_slots, num_vector_slots, max_lora_rank or kv_cache_tokens, or raise "
+                "gpu_memory_utilization.",
                 param="engine",
             )
         return plan
@@ -123,6 +125,12 @@ def _host_bytes(engine: EngineConfig, device: torch.device) -> int:
     default = _HOST_BYTES if device.type == "cuda" else 0
     whole = engine.kv_host_bytes if engine.kv_host_bytes is not None else default
     return whole // engine.tensor_parallel_size
+
+
+def _vector_bytes(engine: EngineConfig, decoder: Decoder) -> int:
+    """Of all rows for adapters' vectors, and of the one that they come in through."""
+    rows = engine.num_vector_rows
+    return (rows + 1) * decoder.vector_layout.row_bytes if rows else 0
 
 
 def _operations(config: DecoderConfig) -> int:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 
 from adapters_store.slots import AdapterSlots
+from adapters_store.vector_slots import VectorSlots
 from gateway.config import EngineConfig
 from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.host_tier import HostTier
 from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
+from gateway.engine.raw_vectors import RawVectors
 from gateway.engine.scheduler import Chunk, SchedulerOutput
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
@@ -50,6 +52,7 @@ class ModelRunner:
             config.inv_freq, config.rope_attention_scaling, max_model_len, decoder.device, decoder.dtype
         )
 
+        self.raw_vectors = RawVectors(decoder, slots, slots.vectors) if slots.vectors is not None else None
         self._attention: AttentionMetadata | None = None  # of the last step
         self._graphs: DecodeGraphs | None = None
 
@@ -72,6 +75,7 @@ class ModelRunner:
             plan.num_adapter_pages,
             resolve_adapter_dtype(config, dtype),
             device,
+            VectorSlots(decoder.vector_layout, config.num_vector_rows, device) if config.num_vector_rows else None,
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
@@ -108,6 +112,8 @@ class ModelRunner:
             self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
         if output.prefixes:
             self._store_prefixes(output.prefixes)
+        if self.slots.vectors is not None and self.slots.vectors.raw:
+            self._resolve_vectors(output)
         if self._graphs is not None and output.is_decode:
             logits = self._graphs.run(output.scheduled, pending)
             if logits is not None:
@@ -125,6 +131,14 @@ class ModelRunner:
         for index, layer in enumerate(self.cache.layers):
             layer.store(slots, rows[:, 2 * index], rows[:, 2 * index + 1])
         self._attention = None  # pages that the step before has gathered may have been of these blocks
+
+    def _resolve_vectors(self, output: SchedulerOutput) -> None:
+        """Before the first step of an adapter that came in: all ranks run the same steps, and must do this alike."""
+        assert self.raw_vectors is not None
+        assert self.slots.vectors is not None
+        used = {chunk.sequence.slot for chunk in output.scheduled}
+        for slot in sorted(used & self.slots.vectors.raw.keys()):
+            self.raw_vectors.resolve(slot)
 
     def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
         """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""
@@ -166,6 +180,7 @@ class ModelRunner:
             segments=self._segments(chunks, query_lens),
             invariant=self.invariant,
             virtual=virtual,
+            vector_rows=self._vector_rows(chunks, query_lens),
         )
 
     def _inputs(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> tuple[torch.Tensor, VirtualRows | None]:
@@ -215,6 +230,12 @@ class ModelRunner:
             return None
         pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
         return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device, self.invariant)
+
+    def _vector_rows(self, chunks: Seq[Chunk], query_lens: Seq[int]) -> torch.Tensor | None:
+        if self.slots.vectors is None or not self.slots.vectors.num_held:
+            return None
+        rows = np.array([self.slots.vector_row(sequence.slot) for sequence, _, _ in chunks], np.int32)
+        return send(np.repeat(rows, query_lens), self.decoder.device) if (rows >= 0).any() else None
 
 
 def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:

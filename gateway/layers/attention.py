@@ -36,8 +36,9 @@ class Attention:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch, cache: LayerCache) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]. cache: this layer's pages."""
-        qkv = self.qkv(x, batch)
-        q = rotary_store(qkv, batch.cos, batch.sin, cache, batch.slot_mapping, self.head_norm)
+        qkv, layer = self.qkv(x, batch), self.qkv.layer
+        vectors = batch.output_vectors(layer, "qkv")
+        q = rotary_store(qkv, batch.cos, batch.sin, cache, batch.slot_mapping, self.head_norm, vectors)
         attend = invariant_attention if batch.invariant else paged_attention
         attended = attend(q, cache, batch.attention, self.scale, self.sliding_window)
-        return self.o(attended.reshape(len(x), -1), batch)
+        return batch.with_vectors(self.o(attended.reshape(len(x), -1), batch), layer, "o")

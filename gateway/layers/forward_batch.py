@@ -10,6 +10,7 @@ import torch
 from adapters_store.slots import AdapterSlots
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.segments import LoRASegments
+from lora_kernels.vectors import SlotVectors, apply_vectors
 
 
 class VirtualRows(NamedTuple):
@@ -25,9 +26,10 @@ class ForwardBatch:
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; slot_mapping is where a token's key and value go
     (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted, or None for all.
-    cos, sin: [num_tokens, 1, head_dim]. segments is None when no row's adapter has pages. invariant: a row's bits
-    are to depend on nothing but its sequence (`lora_kernels.invariant`). virtual: the rows whose input is not the
-    embedding of their id, if there are any.
+    cos, sin: [num_tokens, 1, head_dim]. segments is None when no row has a low-rank delta. invariant: a row's bits are
+    to depend on nothing but its sequence (`lora_kernels.invariant`). virtual: the rows whose input is not the embedding
+    of their id, if there are any. vector_rows: int32 [num_tokens], where in `adapters.vectors` each token's are, -1 for
+    none; None when no token has any.
     """
 
     input_ids: torch.Tensor
@@ -40,3 +42,25 @@ class ForwardBatch:
     segments: LoRASegments | None
     invariant: bool
     virtual: VirtualRows | None = None
+    vector_rows: torch.Tensor | None = None
+
+    def output_vectors(self, layer: int, group: str) -> SlotVectors | None:
+        """What scales and shifts the outputs of a group of linears."""
+        vectors = self.adapters.vectors
+        return vectors.outputs(layer, group, self.vector_rows) if vectors and self.vector_rows is not None else None
+
+    def input_vectors(self, layer: int) -> SlotVectors | None:
+        """What scales the inputs of down_proj."""
+        vectors = self.adapters.vectors
+        return vectors.inputs(layer, self.vector_rows) if vectors and self.vector_rows is not None else None
+
+    def tuned_norm(self, layer: int, norm: str) -> SlotVectors | None:
+        """What stands for a norm's weight."""
+        vectors = self.adapters.vectors
+        return vectors.norm(layer, norm, self.vector_rows) if vectors and self.vector_rows is not None else None
+
+    def with_vectors(self, y: torch.Tensor, layer: int, group: str) -> torch.Tensor:
+        """y, a group's outputs, each row scaled and shifted in place by its own adapter's vectors."""
+        if (vectors := self.output_vectors(layer, group)) is not None:
+            apply_vectors(y, vectors)
+        return y

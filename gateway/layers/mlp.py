@@ -18,4 +18,6 @@ class GatedMLP:
 
     def __call__(self, x: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """x: [num_tokens, hidden] -> [num_tokens, hidden]."""
-        return self.down(silu_mul(self.gate_up(x, batch)), batch)
+        layer = self.gate_up.layer
+        gate_up = batch.with_vectors(self.gate_up(x, batch), layer, "gate_up")
+        return batch.with_vectors(self.down(silu_mul(gate_up, batch.input_vectors(layer)), batch), layer, "down")

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from adapters_store.lora_layout import LoRALayout
+from adapters_store.vector_layout import VectorLayout
 from gateway.layers.attention import Attention
 from gateway.layers.forward_batch import ForwardBatch
-from gateway.layers.linear import DenseLinear
+from gateway.layers.linear import AdaptedLinear, DenseLinear, RowParallelLinear
 from gateway.layers.mlp import GatedMLP
 from gateway.layers.norm import RMSNorm
 from gateway.layers.tensor_parallel import TensorParallel
@@ -35,8 +36,9 @@ class DecoderLayer:
 
         x, delta: [num_tokens, hidden]. Each addition is the next norm's: one launch for the two.
         """
-        attended = self.attention(self.input_norm(x, delta), batch, cache)
-        return self.mlp(self.post_norm(x, attended), batch)
+        layer = self.attention.qkv.layer
+        attended = self.attention(self.input_norm(x, delta, batch.tuned_norm(layer, "input_layernorm")), batch, cache)
+        return self.mlp(self.post_norm(x, attended, batch.tuned_norm(layer, "post_attention_layernorm")), batch)
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,25 @@ class Decoder:
     lm_head: DenseLinear
     ranks: TensorParallel | None = None
 
+    def linears(self, group: str) -> list[AdaptedLinear]:
+        """This rank's part of a group ("qkv", "o", "gate_up" or "down") in every layer."""
+        linears = [getattr(layer.attention if group in ("qkv", "o") else layer.mlp, group) for layer in self.layers]
+        return [linear.part if isinstance(linear, RowParallelLinear) else linear for linear in linears]
+
     @property
     def lora_layout(self) -> LoRALayout:
         """What of an adapter goes with these linears."""
         return LoRALayout.from_linears(self.config.linears, self.config.num_layers)
+
+    @property
+    def vector_layout(self) -> VectorLayout:
+        """What of an adapter's vectors goes with these linears and norms."""
+        norms = {
+            "input_layernorm": torch.stack([layer.input_norm.weight for layer in self.layers]),
+            "post_attention_layernorm": torch.stack([layer.post_norm.weight for layer in self.layers]),
+            "norm": self.norm.weight[None],
+        }
+        return VectorLayout(self.lora_layout, {name: weight.float().cpu() for name, weight in norms.items()})
 
     @property
     def num_logits(self) -> int:
@@ -82,7 +99,9 @@ class Decoder:
             x.index_copy_(0, *batch.virtual)
         for layer, cache in zip(self.layers, caches, strict=True):
             delta = layer(x, delta, batch, cache)
+        tuned = batch.tuned_norm(0, "norm")
         if delta is not None and batch.last_rows is not None:
             x, delta = x[batch.last_rows], delta[batch.last_rows]
-        logits = self.lm_head(self.norm(x, delta), batch.invariant)
+            tuned = tuned and tuned._replace(token_slots=tuned.token_slots[batch.last_rows])
+        logits = self.lm_head(self.norm(x, delta, tuned), batch.invariant)
         return logits if self.ranks is None else self.ranks.gather(logits)[:, : self.config.vocab_size]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from adapters_store.base_spec import BaseSpec, module_path
+from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.lora_layout import GROUPS
 from adapters_store.shard import Shard
 from gateway.config import EngineConfig
@@ -73,6 +73,7 @@ def load_model(config: EngineConfig, ranks: TensorParallel | None = None) -> Loa
             fingerprint=builder.fingerprint(),
             num_layers=decoder_config.num_layers,
             linears=decoder_config.linears,
+            biased=builder.biased,
         ),
     )
 
@@ -126,6 +127,11 @@ class _Builder:
         norm = self._norm("model.norm.weight", c.hidden_size)
         head = embed if c.tie_word_embeddings else self._read("lm_head.weight", (c.vocab_size, c.hidden_size))
         return Decoder(self.part, embed, layers, norm, DenseLinear(self._place(self._rows(head))), self.ranks)
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The linears that have a bias; they are the same in every layer."""
+        return tuple(name for name in LINEARS if f"{module_path(0, name)}.bias" in self.checkpoint)
 
     def fingerprint(self) -> str:
         """sha256 over the packed base, in the order of loading. Call it once, after `build`."""

@@ -173,8 +173,8 @@ class LoRASegments:
         """Routes each token of a step.
 
         token_slots: int32 [num_tokens], the adapter slot of each row, -1 for the bare base.
-        slot_pages: slot -> its pages, in order of rank; none for an adapter that changes no linear. Returns None when
-        no token has a page.
+        slot_pages: slot -> its pages, in order of rank; an adapter of none is as the bare base. Returns None when no
+            token has an adapter.
         """
         segments = _split_by_slot(token_slots, slot_pages)
         if not segments:
@@ -262,7 +262,7 @@ def _split_by_slot(slots: npt.NDArray[np.int32], slot_pages: Mapping[int, Adapte
     segments = [
         Segment(tokens=order[start:end], pages=slot_pages[slot])
         for start, end in pairwise(cuts)
-        if (slot := int(ordered[start])) >= 0 and slot_pages[slot].ids
+        if (slot := int(ordered[start])) >= 0 and len(slot_pages[slot])
     ]
     return sorted(segments, key=lambda segment: segment.pages.ids)
 

@@ -11,12 +11,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from adapters_store.base_spec import lora_tensor_name
+from adapters_store.base_spec import NORMS, lora_tensor_name, tensor_name
 from adapters_store.blobs import BlobStore
 from adapters_store.lora_layout import LoRALayout, num_pages_for
-from adapters_store.manifest import ADAPTER_METADATA_KEY, PROMPT_TENSOR, AdapterSpec, LoRADelta, VirtualTokens
+from adapters_store.manifest import (
+    ADAPTER_METADATA_KEY,
+    PROMPT_TENSOR,
+    AdapterSpec,
+    LoRADelta,
+    VectorSite,
+    VirtualTokens,
+)
 from adapters_store.page_image import PageImage, fill_pages
 from adapters_store.slots import AdapterSlots
+from adapters_store.vector_layout import VectorLayout
 from adapters_store.weights import AdapterWeights
 
 NUM_LAYERS = 2
@@ -30,6 +38,8 @@ SHAPES = {
     "down_proj": (12, 20),
 }
 LAYOUT = LoRALayout.from_linears(SHAPES, NUM_LAYERS)
+BASE_NORMS = {norm: torch.randn(1 if norm == "norm" else NUM_LAYERS, 12) for norm in NORMS}
+VECTORS = VectorLayout(LAYOUT, BASE_NORMS)
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,19 @@ def put_virtual_tokens(blobs: BlobStore, folder: Path, num_tokens: int, *, is_pr
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     blobs.put(digest, path)
     return StoredAdapter(f"tenant/{path.stem}:1", digest, 0, num_tokens)
+
+
+def put_vectors(blobs: BlobStore, folder: Path, seed: int = 0) -> StoredAdapter:
+    """Store an adapter of no rank that scales the outputs of k_proj."""
+    site = VectorSite(module="k_proj", role="out_scale", tensor="ia3_l", layers=(0, 1))
+    spec = AdapterSpec(kind="IA3", base_fingerprint="f" * 64, vectors=(site,))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {tensor_name(layer, "k_proj", "ia3_l"): torch.randn(6, 1, generator=generator) for layer in (0, 1)}
+    path = folder / f"vectors-seed{seed}.safetensors"
+    save_file(tensors, path, {ADAPTER_METADATA_KEY: spec.canonical_json()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blobs.put(digest, path)
+    return StoredAdapter(f"tenant/vectors:{seed}", digest, 0)
 
 
 def assert_slot_holds(slots: AdapterSlots, slot: int, weights: AdapterWeights) -> None:

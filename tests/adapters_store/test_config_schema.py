@@ -7,15 +7,17 @@ import json
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
 
-from adapters_store.config_schema import LoRAConfig, parse_lora_config
+from adapters_store.adapter_config import AdapterConfig
+from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
+from adapters_store.lora_config import LoRAConfig
 
 
-def parse(**changes: Any) -> LoRAConfig:
+def parse(**changes: Any) -> AdapterConfig:
     fields = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
-    return parse_lora_config(json.dumps(fields).encode())
+    return parse_config(json.dumps(fields).encode())
 
 
 def refused(**changes: Any) -> AdapterInvalid:
@@ -28,6 +30,7 @@ def refused(**changes: Any) -> AdapterInvalid:
 def test_every_field_that_this_peft_writes_is_known() -> None:
     fields = json.loads(json.dumps(LoraConfig(target_modules=["q_proj"]).to_dict(), default=list))
     config = parse(**{**fields, "peft_type": "LORA"})
+    assert isinstance(config, LoRAConfig)
     assert (config.r, config.lora_alpha, config.target_modules) == (8, 8.0, ("q_proj",))
     assert set(fields) <= {field.name for field in dataclasses.fields(LoraConfig)}
 
@@ -35,13 +38,12 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", "yes"),
         ("use_qalora", True),
         ("use_bdlora", {"nblocks": 2}),
-        ("lora_bias", True),
-        ("bias", "all"),
-        ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
+        ("lora_bias", 1),
+        ("bias", "vera_only"),
+        ("modules_to_save", "norm"),
         ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
@@ -61,7 +63,8 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", 3),
-        ("peft_type", "IA3"),
+        ("peft_type", "LOHA"),
+        ("peft_type", ["LORA"]),
         ("peft_type", None),
         ("task_type", "SEQ_CLS"),
         ("r", 0),
@@ -125,10 +128,70 @@ def test_layers_cannot_be_chosen_beside_a_regular_expression() -> None:
 )  # fmt: skip
 def test_what_is_not_one_plain_json_object_is_refused(data: bytes) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        parse_lora_config(data)
+        parse_config(data)
     assert caught.value.file == "adapter_config.json"
 
 
 def test_a_message_never_repeats_control_characters() -> None:
     error = refused(**{"evil\x1b[31m\n": 1})
     assert str(error).isprintable()
+
+
+OTHER_KINDS: list[PeftConfig] = [
+    IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    BeftConfig(target_modules=["k_proj"]),
+    LNTuningConfig(target_modules=["norm"]),
+    VeraConfig(target_modules=["q_proj"]),
+]
+
+
+def written(config: PeftConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=list))
+    return fields
+
+
+@pytest.mark.parametrize("config", OTHER_KINDS, ids=lambda config: config.peft_type.value)
+def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: PeftConfig) -> None:
+    fields = written(config)
+    parsed = parse_config(json.dumps(fields).encode())
+    assert parsed.kind == config.peft_type.value
+    for field in {f.name for f in dataclasses.fields(LoraConfig)} - set(fields):
+        if field not in ("fan_in_fan_out", "modules_to_save"):
+            with pytest.raises(AdapterInvalid) as caught:
+                parse_config(json.dumps({**fields, field: 1}).encode())
+            assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        (0, "fan_in_fan_out", True),
+        (0, "feedforward_modules", None),
+        (0, "feedforward_modules", [3]),
+        (1, "modules_to_save", "norm"),
+        (2, "modules_to_save", ["norm"]),
+        (2, "target_modules", None),
+        (3, "fan_in_fan_out", True),
+        (3, "projection_prng_key", -1),
+        (3, "projection_prng_key", "0"),
+        (3, "bias", "lora_only"),
+        (3, "r", 0),
+        (3, "layers_pattern", "layers"),
+    ],
+)
+def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: int, field: str, value: Any) -> None:
+    with pytest.raises(AdapterInvalid) as caught:
+        parse_config(json.dumps({**written(OTHER_KINDS[config]), field: value}).encode())
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "ADALORA", "CPT", "SHIRA", "lora"])
+def test_a_kind_that_is_not_served_is_refused_by_name_with_those_that_are(kind: str) -> None:
+    error = refused(peft_type=kind)
+    assert error.field == "peft_type"
+    assert kind in error.reason
+    assert "LN_TUNING" in error.reason
+
+
+def test_biases_on_b_beside_magnitudes_are_refused_as_peft_does() -> None:
+    assert refused(use_dora=True, lora_bias=True).field == "lora_bias"

@@ -31,3 +31,15 @@ def test_images_share_no_memory() -> None:
     for value, page in enumerate(pages):
         page.fill_(value)
     assert [page.unique().tolist() for page in pages] == [[0], [1], [2], [3]]
+
+
+def test_vectors_have_frames_of_their_own() -> None:
+    memory = HostPages(max_bytes=3200, page_bytes=100, vector_size=20, pinned=False)
+    assert memory.num_pages == 30  # a sixteenth is for two rows of 80 bytes
+    images = [memory.take(0, has_vectors=True) for _ in range(3)]
+    assert [image is not None for image in images] == [True, True, False]
+    assert memory.num_free == 30
+    assert images[0] is not None
+    assert images[0].num_bytes == 80
+    del images[0]
+    assert memory.take(16, has_vectors=True) is not None

@@ -25,15 +25,18 @@ from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
 from adapters_store.residency import AdapterResidency
 from adapters_store.slots import AdapterSlots
+from adapters_store.vector_slots import VectorSlots
 
 from .random_adapters import (
     LAYOUT,
     SHAPES,
+    VECTORS,
     GatedBlobStore,
     StoredAdapter,
     assert_slot_holds,
     make_image,
     put_adapter,
+    put_vectors,
     put_virtual_tokens,
     random_weights,
 )
@@ -73,12 +76,16 @@ class SlowSlots(AdapterSlots):
 class World:
     """Real parts: a blob folder, a host cache, slots. `step` is what an engine step does."""
 
-    def __init__(self, blobs: BlobStore, folder: Path, host_pages: int = 40, slots: AdapterSlots | None = None) -> None:
+    def __init__(
+        self, blobs: BlobStore, folder: Path, host_pages: int = 40, slots: AdapterSlots | None = None, num_rows: int = 0
+    ) -> None:
         self.folder = folder
         self.blobs = blobs
         self.ready = threading.Semaphore(0)
-        self.slots = slots or AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu")
-        self.host = HostCache(blobs, LAYOUT, torch.float32, host_pages * LAYOUT.page_bytes(torch.float32))
+        vectors = VectorSlots(VECTORS, num_rows, "cpu") if num_rows else None
+        self.slots = slots or AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu", vectors)
+        host_bytes = host_pages * LAYOUT.page_bytes(torch.float32)
+        self.host = HostCache(blobs, LAYOUT, torch.float32, host_bytes, vectors=VECTORS if num_rows else None)
         self.residency = AdapterResidency(self.slots, self.host, self.ready.release)
 
     def put(self, rank: int = 4, seed: int = 0) -> StoredAdapter:
@@ -563,3 +570,48 @@ def test_no_more_than_a_load_for_each_slot_runs_where_adapters_take_no_page(blob
     assert len(world.residency._loading) == NUM_SLOTS
     gated.gate.set()
     world.host.close()
+
+
+@pytest.fixture
+def rows(blobs: BlobStore, tmp_path: Path) -> Iterator[World]:
+    """A world of three slots, of which one may have vectors."""
+    world = World(blobs, tmp_path, num_rows=1)
+    yield world
+    world.residency.check_integrity()
+    world.host.close()
+
+
+def test_an_adapter_with_vectors_waits_for_a_row_and_others_do_not(rows: World, tmp_path: Path) -> None:
+    first, second = (put_vectors(rows.blobs, tmp_path, seed) for seed in (0, 1))
+    assert rows.acquire(first) is not None
+    assert rows.acquire(second) is None
+    assert rows.residency.is_waiting_for_room(second.digest)
+    assert rows.acquire(rows.put()) is not None
+    rows.residency.release(first.digest)
+    slot = rows.acquire(second)
+    assert slot is not None
+    assert rows.slots.vector_row(slot) == 0
+    assert rows.residency.stats.evictions == 1
+
+
+def test_for_a_row_alone_only_an_adapter_with_vectors_leaves(rows: World, tmp_path: Path) -> None:
+    plain, first, second = rows.put(), *(put_vectors(rows.blobs, tmp_path, seed) for seed in (0, 1))
+    for adapter in (plain, first):
+        rows.acquire(adapter)
+        rows.residency.release(adapter.digest)
+    assert rows.acquire(second) is not None
+    assert rows.residency.stats.resident == (plain.name, second.name)
+
+
+def test_a_row_comes_back_with_its_slot(rows: World, tmp_path: Path) -> None:
+    for seed in range(3):
+        adapter = put_vectors(rows.blobs, tmp_path, seed)
+        assert rows.acquire(adapter) is not None
+        rows.residency.release(adapter.digest)
+    assert rows.slots.num_free_rows == 0
+    assert rows.residency.stats.evictions == 2
+
+
+def test_vectors_fail_to_load_where_there_are_no_rows(world: World, tmp_path: Path) -> None:
+    with pytest.raises(AdapterLoadFailed, match="num_vector_slots"):
+        world.acquire(put_vectors(world.blobs, tmp_path))

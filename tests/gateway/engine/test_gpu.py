@@ -26,11 +26,13 @@ from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import InternalError
 from gateway.layers import attention as attention_layer
+from gateway.layers import forward_batch
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
 from gateway.layers import norm as norm_layer
 from gateway.models.loader import load_model
-from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv
+from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv, vectors
+from tests.gateway.engine.test_kinds import World
 from tests.tiny import uploaded_virtual_tokens
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +123,7 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_layer, "rms_norm", norm.rms_norm_ref)
     monkeypatch.setattr(mlp_layer, "silu_mul", activation.silu_mul_ref)
     monkeypatch.setattr(attention_layer, "paged_attention", attention.paged_attention_ref)
+    monkeypatch.setattr(forward_batch, "apply_vectors", vectors.apply_vectors_ref)
 
 
 def ids(rows: dict[str, list[TokenLogprob]]) -> dict[str, list[int]]:
@@ -632,3 +635,80 @@ def test_the_host_never_waits_in_a_batch_invariant_decode_step(tmp_path: Path) -
         drain(engine)
     engine.check_integrity()
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """An adapter of every kind, on a base whose q, k and v have biases."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return World(tmp_path_factory.mktemp("kinds"), "qwen2", **shape)
+
+
+def engine_of_kinds(kinds: World, **settings: Any) -> LLMEngine:
+    defaults = {"device": "cuda", "dtype": "float32", "max_lora_rank": 256, "num_adapter_slots": 16}
+    config = EngineConfig(base=str(kinds.base), kv_cache_tokens=8192, max_num_seqs=24, **defaults | settings)
+    return LLMEngine(config, kinds.blobs, lambda: None)
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_every_kind_in_one_batch_gives_the_cpu_path_s_tokens(
+    kinds: World, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    refs = list(kinds.refs.values())
+    wanted = generate(engine_of_kinds(kinds, device="cpu"), refs, 48)
+    settings = {"overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    assert ids(generate(engine_of_kinds(kinds, **settings), refs, 48)) == ids(wanted)
+    taking_turns = engine_of_kinds(kinds, num_adapter_slots=5, num_vector_slots=2, **settings)
+    assert ids(generate(taking_turns, refs, 48)) == ids(wanted)
+
+
+def test_every_kind_in_bf16_is_as_exact_as_the_reference_path(kinds: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs = list(kinds.refs.values())
+    truth = generate(engine_of_kinds(kinds, device="cpu"), refs, 32)
+    ours = generate(engine_of_kinds(kinds, dtype="bfloat16"), refs, 32)
+    use_references(monkeypatch)
+    plain = generate(engine_of_kinds(kinds, dtype="bfloat16", enforce_eager=True), refs, 32)
+    assert_as_near(ours, plain, truth)
+
+
+def test_the_host_waits_neither_where_magnitudes_are_resolved_nor_in_steps_with_vectors(kinds: World) -> None:
+    engine = engine_of_kinds(kinds)
+    params = SamplingParams(temperature=0, max_tokens=180, ignore_eos=True)
+    for name in ("dora", "ia3", "beft", "ln_tuning", "lora"):
+        prompt = list(range(20, 52))
+        engine.add(GenerateRequest(name, params, prompt=prompt, adapter=kinds.refs[name]), prompt)
+    while engine.step().num_tokens != 5:
+        pass
+    other = kinds.refs["dora and own biases"]
+    while (slot := engine.residency.acquire(other)) is None:
+        engine.step()
+    engine.step()
+    assert engine.runner.raw_vectors is not None
+    with no_waiting():
+        engine.runner.raw_vectors.resolve(slot)
+        drain(engine)
+    engine.residency.release(other.digest)
+    engine.check_integrity()
+    engine.close()
+
+
+def test_kinds_in_a_batch_leave_a_request_s_bits_under_batch_invariance(kinds: World) -> None:
+    names = ["dora", "ia3", "ln_tuning", "lora and all biases"]
+    together = generate(engine_of_kinds(kinds, batch_invariant=True), [kinds.refs[name] for name in names], 32)
+    for i, name in enumerate(names):
+        engine = engine_of_kinds(kinds, batch_invariant=True)
+        params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=20)
+        prompt = list(range(20 + i, 52 + 3 * i))
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=kinds.refs[name]), prompt)
+        assert drain(engine)[str(i)] == together[str(i)]
+        engine.close()
+
+
+@two_gpus
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_two_gpus_serve_every_kind_as_one_does(kinds: World, enforce_eager: bool) -> None:
+    refs = list(kinds.refs.values())
+    settings = {"num_adapter_slots": 6, "enforce_eager": enforce_eager}
+    one, two = (generate(engine_of_kinds(kinds, tensor_parallel_size=n, **settings), refs, 48) for n in (1, 2))
+    assert ids(two) == ids(one)

@@ -130,7 +130,7 @@ def test_adapters_in_8_bits_are_peft_s_with_weights_rounded_alike(
 
 
 def test_pages_in_8_bits_are_planned_with_their_own_size(make_engine: MakeEngine) -> None:
-    engine = make_engine(adapter_dtype="int8")
+    engine = make_engine(adapter_dtype="int8", num_vector_slots=0)
     assert engine._slots.pools(0, "qkv").a.dtype == torch.int8
     layout = engine._slots.layout
     assert layout.page_bytes(torch.int8) < layout.page_bytes(torch.float32) / 3

@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from adapters_store.base_spec import module_path
-from adapters_store.config_schema import LoRAConfig, parse_lora_config
+from adapters_store.base_spec import BaseSpec
+from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
-from adapters_store.lora_targets import resolve_targets
+from adapters_store.lora_config import LoRAConfig
 
 from .conftest import save_adapter, tiny_model
 
@@ -48,22 +48,21 @@ def peft_targets(options: dict[str, Any]) -> dict[str, tuple[int, float]]:
 
 
 @pytest.mark.parametrize("options", CONFIGS, ids=json.dumps)
-def test_targets_are_those_of_peft(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_targets_are_those_of_peft(tmp_path: Path, base: BaseSpec, options: dict[str, Any]) -> None:
     folder = save_adapter(tmp_path, torch.float32, **options)
-    config = parse_lora_config((folder / "adapter_config.json").read_bytes())
-    ours = resolve_targets(config, num_layers=2)
-    assert {
-        module_path(*key): (target.rank, pytest.approx(target.scale)) for key, target in ours.items()
-    } == peft_targets(options)
+    config = parse_config((folder / "adapter_config.json").read_bytes())
+    assert isinstance(config, LoRAConfig)
+    ours = config.targets(base)
+    assert {path: (target.rank, pytest.approx(target.scale)) for path, target in ours.items()} == peft_targets(options)
 
 
-def test_all_linear_as_a_text_takes_the_seven_linears_of_every_layer() -> None:
-    assert len(resolve_targets(LoRAConfig(target_modules="all-linear"), 3)) == 21
+def test_all_linear_as_a_text_takes_the_seven_linears_of_every_layer(base: BaseSpec) -> None:
+    assert len(LoRAConfig(target_modules="all-linear").targets(base)) == 14
 
 
-def test_a_target_that_matches_nothing_is_refused() -> None:
+def test_a_target_that_matches_nothing_is_refused(base: BaseSpec) -> None:
     with pytest.raises(AdapterInvalid) as caught:
-        resolve_targets(LoRAConfig(target_modules="transformer.*"), 2)
+        LoRAConfig(target_modules="transformer.*").targets(base)
     assert caught.value.field == "target_modules"
 
 
@@ -76,15 +75,15 @@ def test_a_target_that_matches_nothing_is_refused() -> None:
         ("alpha_pattern", {"[": 2.0}),
     ],
 )
-def test_a_broken_regular_expression_is_refused_by_field(field: str, value: Any) -> None:
+def test_a_broken_regular_expression_is_refused_by_field(base: BaseSpec, field: str, value: Any) -> None:
     config = LoRAConfig.model_validate({"target_modules": ["q_proj"], field: value})
     with pytest.raises(AdapterInvalid) as caught:
-        resolve_targets(config, 2)
+        config.targets(base)
     assert caught.value.field == field
 
 
-def test_a_broken_layers_pattern_is_refused() -> None:
+def test_a_broken_layers_pattern_is_refused(base: BaseSpec) -> None:
     config = LoRAConfig(target_modules=("q_proj",), layers_to_transform=(0,), layers_pattern="(")
     with pytest.raises(AdapterInvalid) as caught:
-        resolve_targets(config, 2)
+        config.targets(base)
     assert caught.value.field == "layers_pattern"

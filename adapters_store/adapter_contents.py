@@ -1,0 +1,101 @@
+"""What an upload must hold: the tensors that its config and the base call for, and what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from adapters_store.base_spec import LINEARS, NORMS, BaseSpec, tensor_name
+from adapters_store.manifest import LoRADelta, VectorRole, VectorSite, VirtualTokens
+from adapters_store.module_matching import refuse
+
+_MODULES: Final = (*LINEARS, *NORMS)
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """A tensor's shape, and what its values are multiplied by at most before they are served."""
+
+    shape: tuple[int, ...]
+    factor: float = 1.0
+
+
+@dataclass
+class AdapterContents:
+    """Filled by a kind's config: `tensors` by name, and the deltas, vectors and virtual tokens that they make.
+
+    make: makes those tensors that a file leaves out, fp32 by name, once the ranks are known to be allowed.
+    """
+
+    tensors: dict[str, TensorRule] = field(default_factory=dict)
+    make: Callable[[], Mapping[str, npt.NDArray[np.float32]]] = dict
+    virtual_tokens: VirtualTokens | None = None
+    _deltas: list[tuple[str, int, float, int | None, int]] = field(default_factory=list)
+    _vectors: list[tuple[str, VectorRole, str, float, int]] = field(default_factory=list)
+
+    def add_delta(self, layer: int, linear: str, rank: int, scale: float, in_features: int | None = None) -> None:
+        """A low-rank delta, whose tensors the caller adds."""
+        self._deltas.append((linear, rank, scale, in_features, layer))
+
+    def add_vector(
+        self, layer: int, module: str, role: VectorRole, tensor: str, shape: tuple[int, ...], scale: float = 1.0
+    ) -> None:
+        """A vector and its tensor."""
+        self.tensors[tensor_name(layer, module, tensor)] = TensorRule(shape, abs(scale))
+        self._vectors.append((module, role, tensor, scale, layer))
+
+    def add_own_biases(self, base: BaseSpec, which: str, targets: Mapping[str, object]) -> None:
+        """The trained biases of the base that go with `bias`: those of all linears, or only of the targets' paths."""
+        for path, (layer, linear) in base.paths(base.biased).items() if which != "none" else ():
+            if which == "all" or path in targets:
+                name = "base_layer.bias" if path in targets else "bias"
+                self.add_vector(layer, linear, "own_bias", name, (base.linears[linear][0],))
+
+    def add_saved_norms(self, base: BaseSpec, modules_to_save: tuple[str, ...]) -> None:
+        """The norms that `modules_to_save` names: for peft those whose path ends so, "norm" being the end of many."""
+        norms, others = base.paths(NORMS), _other_modules(base)
+        for name in modules_to_save:
+            other = next((path for path in others if path.endswith(name)), None)
+            if other is not None:
+                reason = (
+                    f"{name[:80]!r} leads to {other}; of fully trained modules only norms are served in this release"
+                )
+                raise refuse("modules_to_save", reason)
+            if not any(path.endswith(name) for path in norms):
+                raise refuse("modules_to_save", f"{name[:80]!r} is not a module of the base")
+        for path, (layer, norm) in norms.items():
+            if path.endswith(modules_to_save):
+                self.add_vector(layer, norm, "norm", "weight", (base.hidden_size,))
+
+    @property
+    def deltas(self) -> tuple[LoRADelta, ...]:
+        """Those of equal linear, rank and scale put together, in the model's order."""
+        ordered = sorted(self._deltas, key=lambda delta: (_MODULES.index(delta[0]), *delta[1:]))
+        return tuple(
+            LoRADelta(
+                linear=linear, rank=rank, scale=scale, layers=tuple(d[-1] for d in group), in_features=in_features
+            )
+            for (linear, rank, scale, in_features), group in groupby(ordered, key=lambda delta: delta[:4])
+        )
+
+    @property
+    def vectors(self) -> tuple[VectorSite, ...]:
+        """Those alike but for their layer put together, in the model's order."""
+        ordered = sorted(self._vectors, key=lambda vector: (_MODULES.index(vector[0]), *vector[1:]))
+        return tuple(
+            VectorSite(module=module, role=role, tensor=tensor, scale=scale, layers=tuple(v[-1] for v in group))
+            for (module, role, tensor, scale), group in groupby(ordered, key=lambda vector: vector[:4])
+        )
+
+
+def _other_modules(base: BaseSpec) -> list[str]:
+    """Paths of what is neither a norm over the hidden state nor inside one."""
+    layers = [f"model.layers.{layer}" for layer in range(base.num_layers)]
+    inner = [f"{layer}.{block}" for layer in layers for block in ("self_attn", "mlp", "mlp.act_fn")]
+    return [*base.paths(LINEARS), "lm_head", "model.embed_tokens", "model", "model.layers", "model.rotary_emb",
+            *layers, *inner]  # fmt: skip

@@ -1,0 +1,184 @@
+"""Uploads of every kind through the real validator: what is kept, and what is refused by its name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
+from adapters_store.errors import AdapterInvalid
+from adapters_store.manifest import VectorSite
+from adapters_store.upload import Staging
+from adapters_store.weights import load_weights
+
+from .conftest import edit_config, stage, tiny_model
+
+WEIGHTS = "adapter_model.safetensors"
+IA3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+LN = LNTuningConfig(target_modules=["input_layernorm", "norm"])
+VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
+PREFIX = "base_model.model.model."
+
+
+def save(folder: Path, config: PeftConfig) -> Path:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tiny_model(), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = {**load_file(folder / WEIGHTS), **changes}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def refused(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> AdapterInvalid:
+    with pytest.raises(AdapterInvalid) as caught:
+        stage(staging, folder, base, **options)
+    return caught.value
+
+
+def site(module: str, role: Any, tensor: str, layers: tuple[int, ...] = (0, 1), scale: float = 1.0) -> VectorSite:
+    return VectorSite(module=module, role=role, tensor=tensor, layers=layers, scale=scale)
+
+
+SAVED_NORMS = tuple(
+    site(norm, "norm", "weight", (0,) if norm == "norm" else (0, 1))
+    for norm in ("input_layernorm", "post_attention_layernorm", "norm")
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "rank", "vectors"),
+    [
+        (IA3, 0, (site("k_proj", "out_scale", "ia3_l"), site("down_proj", "in_scale", "ia3_l"))),
+        (BeftConfig(target_modules=["v_proj"]), 0, (site("v_proj", "bias", "beft_bias"),)),
+        (LN, 0, (site("input_layernorm", "norm", "ln_tuning_layers.weight"),
+                 site("norm", "norm", "ln_tuning_layers.weight", (0,)))),
+        (LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]), 4,
+         (site("q_proj", "magnitude", "lora_magnitude_vector"),)),
+        (LoraConfig(r=4, lora_alpha=6, lora_bias=True, target_modules=["q_proj"], layers_to_transform=[1]), 4,
+         (site("q_proj", "bias", "lora_B.bias", (1,), 1.5),)),
+        (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]), 4, SAVED_NORMS),
+        (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"]), 4, SAVED_NORMS[:1]),
+        (VERA, 6, ()),
+    ],
+    ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA"],
+)  # fmt: skip
+def test_a_peft_folder_is_accepted_and_kept_whole(
+    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
+) -> None:
+    folder = save(tmp_path / "adapter", config)
+    staged = stage(staging, folder, base)
+    assert (staged.manifest.kind, staged.manifest.rank) == (config.peft_type.value, rank)
+    assert staged.manifest.vectors == vectors
+    original, stored = load_file(folder / WEIGHTS), load_file(staged.path)
+    assert stored.keys() == original.keys()
+    assert all(torch.equal(stored[name], original[name]) for name in stored)
+    assert staged.manifest.num_parameters == sum(tensor.numel() for tensor in original.values())
+    keys = {(layer, s.module, s.role) for s in vectors for layer in s.layers}
+    assert load_weights(staged.path).vectors.keys() == keys
+
+
+def test_vera_without_its_matrices_is_kept_with_them(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+    whole = save(tmp_path / "whole", VERA)
+    part = save(tmp_path / "part", replace(VERA, save_projection=False))
+    assert VERA_A not in load_file(part / WEIGHTS)
+    stored, wanted = load_file(stage(staging, part, base).path), load_file(whole / WEIGHTS)
+    assert all(torch.equal(stored[name], wanted[name]) for name in (VERA_A, VERA_B))
+
+
+def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+    """peft's Llama has none: made up here, as peft writes those of Qwen2."""
+    folder = save(tmp_path / "adapter", LoraConfig(r=4, bias="all", target_modules=["q_proj"]))
+    edit_weights(folder, **{
+        f"{PREFIX}layers.{layer}.self_attn.{name}": torch.ones(width)
+        for layer in (0, 1)
+        for name, width in (("q_proj.base_layer.bias", 32), ("k_proj.bias", 16))
+    })  # fmt: skip
+    biased = replace(base, biased=("q_proj", "k_proj"))
+    vectors = stage(staging, folder, biased).manifest.vectors
+    assert vectors == (site("q_proj", "own_bias", "base_layer.bias"), site("k_proj", "own_bias", "bias"))
+    edit_config(folder, bias="lora_only")
+    with Staging(tmp_path / "again") as again:
+        error = refused(again, folder, biased)
+    assert error.field == f"{PREFIX}layers.0.self_attn.k_proj.bias"
+    assert "bias" in error.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "field", "reason"),
+    [
+        (IA3, {"feedforward_modules": ["k_proj", "down_proj"]}, "feedforward_modules", "inputs of k_proj"),
+        (IA3, {"target_modules": ["k_proj", "lm_head"]}, "target_modules", "lm_head"),
+        (IA3, {"target_modules": ["k_proj", "norm"]}, "target_modules", "norm"),
+        (IA3, {"feedforward_modules": "("}, "feedforward_modules", "regular expression"),
+        (IA3, {"modules_to_save": ["lm_head"]}, "modules_to_save", "lm_head"),
+        (IA3, {"modules_to_save": ["embed_tokens"]}, "modules_to_save", "embed_tokens"),
+        (IA3, {"modules_to_save": ["q_proj"]}, "modules_to_save", "q_proj"),
+        (IA3, {"modules_to_save": ["self_attn"]}, "modules_to_save", "self_attn"),
+        (IA3, {"modules_to_save": ["norm", "score"]}, "modules_to_save", "score"),
+        (LN, {"target_modules": ["input_layernorm", "q_proj"]}, "target_modules", "q_proj"),
+        (LN, {"target_modules": "all-linear"}, "target_modules", "norm"),
+        (LN, {"target_modules": ".*q_norm"}, "target_modules", "matches no norm"),
+        (VERA, {"target_modules": "lm_head"}, "target_modules", "matches no linear"),
+        (VERA, {"r": 17}, "r", "limit of 16"),
+    ],
+)  # fmt: skip
+def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
+    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, changes: Any, field: str, reason: str
+) -> None:
+    folder = save(tmp_path / "adapter", config)
+    edit_config(folder, **changes)
+    error = refused(staging, folder, base)
+    assert (error.file, error.field) == ("adapter_config.json", field)
+    assert reason in error.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor", "value", "reason"),
+    [
+        (IA3, "layers.0.self_attn.k_proj.ia3_l", None, "missing"),
+        (IA3, "layers.0.self_attn.k_proj.ia3_l", torch.ones(1, 16), "[16, 1]"),
+        (IA3, "layers.1.mlp.down_proj.ia3_l", torch.full((1, 48), torch.nan), "NaN"),
+        (IA3, "layers.0.self_attn.v_proj.ia3_l", torch.ones(16, 1), "not a tensor"),
+        (LN, "layers.0.post_attention_layernorm.ln_tuning_layers.weight", torch.ones(32), "not a tensor"),
+        (LN, "layers.0.self_attn.q_norm.weight", torch.ones(8), "single heads"),
+        (LN, "norm.ln_tuning_layers.weight", torch.full((32,), torch.inf), "infinite"),
+        (LoraConfig(r=4, target_modules=["q_proj"]), "layers.0.self_attn.q_proj.lora_magnitude_vector",
+         torch.ones(32), "use_dora"),
+        (LoraConfig(r=4, target_modules=["q_proj"]), "layers.0.self_attn.q_proj.lora_B.bias", torch.ones(32), "bias"),
+        (LoraConfig(r=4, use_dora=True, target_modules=["q_proj"]),
+         "layers.0.self_attn.q_proj.lora_magnitude_vector", None, "missing"),
+        (VERA, "layers.0.self_attn.q_proj.vera_lambda_d", torch.ones(7), "[6]"),
+        (VERA, "layers.0.self_attn.q_proj.vera_lambda_b", torch.full((32,), 1e20), "overflows"),
+    ],
+)  # fmt: skip
+def test_a_tensor_at_fault_is_refused_by_name(
+    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, tensor: str, value: Any, reason: str
+) -> None:
+    folder = save(tmp_path / "adapter", config)
+    edit_weights(folder, **{PREFIX + tensor: value})
+    error = refused(staging, folder, base)
+    assert (error.file, error.field) == (WEIGHTS, PREFIX + tensor)
+    assert reason in error.reason
+
+
+def test_matrices_that_the_config_says_are_left_out_are_refused(
+    staging: Staging, tmp_path: Path, base: BaseSpec
+) -> None:
+    folder = save(tmp_path / "adapter", VERA)
+    edit_config(folder, save_projection=False)
+    assert refused(staging, folder, base).field == VERA_A
