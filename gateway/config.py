@@ -90,11 +90,19 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class StoreConfig:
-    """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others."""
+    """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others.
+
+    blob_url: a folder ("file:///...") or one that fsspec reaches ("s3://bucket/prefix", with the extra `s3`:
+        its keys, region and endpoint come from botocore's AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on).
+    cache_dir: where a machine keeps blobs of such a store, on a disk of its own; None takes a folder in data_dir.
+    cache_bytes: the most that it keeps; least recently used out first.
+    """
 
     data_dir: str = "patchbay-data"
     database_url: str | None = None
     blob_url: str | None = None
+    cache_dir: str | None = None
+    cache_bytes: int = 20 << 30
 
     @property
     def database(self) -> str:
@@ -109,6 +117,11 @@ class StoreConfig:
     def blobs(self) -> str:
         """The fsspec URL of the blob folder."""
         return self.blob_url or f"file://{Path(self.data_dir).resolve() / 'blobs'}"
+
+    @property
+    def cache(self) -> Path:
+        """Where blobs of an object store are kept on this machine's disk."""
+        return Path(self.cache_dir or Path(self.data_dir) / "blob-cache").resolve()
 
     @property
     def staging(self) -> Path:

@@ -76,7 +76,8 @@ class TrainerReplica:
         # Torch takes seconds and 300 MB: it is imported here, at the first job.
         from gateway.trainer.worker import TrainerWorker
 
-        blobs = BlobStore(self._config.store.blobs)
+        store = self._config.store
+        blobs = BlobStore(store.blobs, store.cache, store.cache_bytes)
         registry = AdapterRegistry(database, blobs)
         return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs))
 
