@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import Connection, Row, Select, and_, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters_store.blobs import BlobStore
@@ -15,7 +15,8 @@ from adapters_store.database import Database
 from adapters_store.errors import AdapterNotFound, AliasInUse, NoPreviousVersion, TenantNotFound
 from adapters_store.manifest import AdapterManifest
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
-from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, training_files
+from adapters_store.references import delete_unreferenced, lock_blob
+from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants
 from adapters_store.upload import StagedAdapter
 
 _MAX_VERSION = 2**31 - 1
@@ -81,7 +82,7 @@ class AdapterRegistry:
         manifest, now = staged.manifest, int(time.time())
         self._blobs.put(manifest.digest, staged.path)
         with self._database.write() as connection:
-            self._database.lock(connection, f"blob {manifest.digest}")
+            lock_blob(self._database, connection, manifest.digest)
             if not self._blobs.exists(manifest.digest):  # a delete of its last version came between
                 self._blobs.put(manifest.digest, staged.path)
             adapter_id, version = _next_version(connection, tenant, name, now)
@@ -159,18 +160,7 @@ class AdapterRegistry:
             for table in (alias_history, adapter_versions):
                 is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
                 connection.execute(delete(table).where(is_version))
-        self._delete_unreferenced(row.digest)
-
-    def _delete_unreferenced(self, digest: str) -> None:
-        """Remove a blob that nothing names, under the lock that a concurrent `publish` of it takes."""
-        references = or_(
-            exists().where(adapter_versions.c.digest == digest),
-            exists().where(training_files.c.digest == digest),
-        )
-        with self._database.write() as connection:
-            self._database.lock(connection, f"blob {digest}")
-            if not connection.execute(select(references)).scalar_one():
-                self._blobs.delete(digest)
+        delete_unreferenced(self._database, self._blobs, row.digest)
 
     def _require_tenant(self, tenant: str) -> None:
         query = select(tenants.c.id).where(tenants.c.id == tenant)

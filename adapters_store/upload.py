@@ -200,14 +200,31 @@ class UploadSink:
 
 def clean_staging(root: Path) -> int:
     """Remove what uploads left under `root` whose process is gone; for start-up. Returns how many."""
-    removed = 0
-    for lock_path in root.glob("*.lock"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
-            lock_path.unlink()
-            removed += 1
-    return removed
+    return sum(remove_staging(lock_path) for lock_path in root.glob("*.lock"))
+
+
+def abandoned_stagings(root: Path) -> list[Path]:
+    """The lock files of uploads under `root` whose process is gone."""
+    return [path for path in sorted(root.glob("*.lock")) if not _is_locked(path)]
+
+
+def remove_staging(lock_path: Path) -> bool:
+    """Remove an abandoned upload, by its lock file; False when it is gone or its process lives."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
+        lock_path.unlink()
+        return True
+    return False
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileNotFoundError, BlockingIOError):
+        return True
+    return False
 
 
 def _lock_new(root: Path) -> IO[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from adapters_store import blobs, database, registry
+from adapters_store import blobs, database, references, registry
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.manifest import AdapterManifest
@@ -23,7 +23,7 @@ from adapters_store.registry import AdapterRegistry, AdapterVersion
 from adapters_store.upload import StagedAdapter
 
 KILLED = 9
-TRACED = {module.__file__ for module in (blobs, database, registry)}
+TRACED = {module.__file__ for module in (blobs, database, references, registry)}
 
 
 class Store:
