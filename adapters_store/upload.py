@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -200,31 +200,48 @@ class UploadSink:
 
 def clean_staging(root: Path) -> int:
     """Remove what uploads left under `root` whose process is gone; for start-up. Returns how many."""
-    return sum(remove_staging(lock_path) for lock_path in root.glob("*.lock"))
+    return sum(map(remove_staging, abandoned_stagings(root)))
 
 
 def abandoned_stagings(root: Path) -> list[Path]:
-    """The lock files of uploads under `root` whose process is gone."""
-    return [path for path in sorted(root.glob("*.lock")) if not _is_locked(path)]
+    """The folders of uploads under `root` whose process is gone; some have only their lock file left."""
+    folders = {path.with_suffix("") for path in root.glob("*")}
+    return sorted(folder for folder in folders if not _is_live(folder))
 
 
-def remove_staging(lock_path: Path) -> bool:
-    """Remove an abandoned upload, by its lock file; False when it is gone or its process lives."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
-        lock_path.unlink()
-        return True
-    return False
-
-
-def _is_locked(path: Path) -> bool:
+def remove_staging(folder: Path) -> bool:
+    """Remove an abandoned upload; False when its process lives after all."""
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (FileNotFoundError, BlockingIOError):
+        with _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _lock_path(folder).unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # a lock file comes before its folder and goes after it: this upload never ends
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _is_live(folder: Path) -> bool:
+    try:
+        with _locked(folder):
+            return False
+    except BlockingIOError:
         return True
-    return False
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an upload's lock. Raises BlockingIOError while its process does, FileNotFoundError without a lock file."""
+    with _lock_path(folder).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_suffix(".lock")
 
 
 def _lock_new(root: Path) -> IO[bytes]:

@@ -52,7 +52,7 @@ def postgresql_url() -> Iterator[str]:
         yield url
         return
     if postgresql_server.find_binary("initdb") is None:
-        pytest.skip("no PostgreSQL server is installed")
+        pytest.skip("no PostgreSQL server: install Debian's `postgresql`, or set PATCHBAY_TEST_POSTGRESQL to one's URL")
     with postgresql_server.serve() as url:
         yield url
 

@@ -119,9 +119,9 @@ def test_leftovers_are_found_and_repair_removes_them_alone(
     part = blob_path(blobs, staged).with_name(".tmp-killed")
     part.touch()
     with Staging(tmp_path / "staging"):  # one that runs
-        killed = tmp_path / "staging" / "0123.lock"
-        killed.touch()
-        killed.with_suffix("").mkdir()
+        killed = tmp_path / "staging" / "0123"
+        killed.mkdir()
+        killed.with_suffix(".lock").touch()
         findings = list(check.findings())
         assert {finding.kind for finding in findings} == {"orphan-blob", "unfinished-blob", "abandoned-upload"}
         assert all(finding.is_leftover and check.repair(finding) for finding in findings)
