@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, and_, delete, insert, select, update
@@ -16,7 +16,8 @@ from adapters_store.errors import AdapterNotFound, AliasInUse, NoPreviousVersion
 from adapters_store.manifest import AdapterManifest
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
 from adapters_store.references import delete_unreferenced, lock_blob
-from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants
+from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, version_tags
+from adapters_store.tags import Tags, tags_of_adapters, tags_of_versions
 from adapters_store.upload import StagedAdapter
 
 _MAX_VERSION = 2**31 - 1
@@ -42,13 +43,15 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter: its versions, oldest first, and the version that each alias names."""
+    """One adapter: its versions, oldest first, the version that each alias names, and tags of it and of versions."""
 
     tenant: str
     name: str
     created_at: int
     versions: tuple[AdapterVersion, ...]
     aliases: Mapping[str, int]
+    tags: Tags = field(default_factory=dict)
+    version_tags: Mapping[int, Tags] = field(default_factory=dict)
 
 
 class AdapterRegistry:
@@ -157,7 +160,7 @@ class AdapterRegistry:
             named_by = _aliases_of(connection, adapter_id, version)
             if named_by:
                 raise AliasInUse(f"{tenant}/{name}:{version}", named_by)
-            for table in (alias_history, adapter_versions):
+            for table in (alias_history, version_tags, adapter_versions):
                 is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
                 connection.execute(delete(table).where(is_version))
         delete_unreferenced(self._database, self._blobs, row.digest)
@@ -180,6 +183,7 @@ class AdapterRegistry:
         with self._database.read() as connection:
             created = {row.name: row.created_at for row in connection.execute(adapter_query)}
             versions = [_version_of(row) for row in connection.execute(version_query)]
+            tags, tags_by_version = tags_of_adapters(connection, is_wanted), tags_of_versions(connection, is_wanted)
             named = list(connection.execute(alias_query.where(is_wanted).order_by(aliases.c.alias)))
         by_name: dict[str, list[AdapterVersion]] = {}
         for version in versions:
@@ -188,7 +192,15 @@ class AdapterRegistry:
         for row in named:
             alias_maps.setdefault(row.name, {})[row.alias] = row.version
         return tuple(
-            AdapterInfo(tenant, adapter, created[adapter], tuple(found), alias_maps.get(adapter, {}))
+            AdapterInfo(
+                tenant,
+                adapter,
+                created[adapter],
+                tuple(found),
+                alias_maps.get(adapter, {}),
+                tags.get(adapter, {}),
+                tags_by_version.get(adapter, {}),
+            )
             for adapter, found in by_name.items()
         )
 

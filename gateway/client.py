@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -159,6 +160,14 @@ class GatewayClient:
         """Point an alias back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
 
+    def set_tag(self, name: str, key: str, value: str, version: int | None = None) -> Json:
+        """Tag "tenant/name", or one of its versions."""
+        return self._json("PUT", _tag_path(name, key, version), json={"value": value})
+
+    def delete_tag(self, name: str, key: str, version: int | None = None) -> Json:
+        """Take a tag away."""
+        return self._json("DELETE", _tag_path(name, key, version))
+
     def delete_version(self, name: str, version: int) -> Json:
         """Delete a version that no alias names."""
         return self._json("DELETE", f"/v1/adapters/{name}/versions/{version}")
@@ -308,6 +317,11 @@ class _Metered:
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+
+def _tag_path(name: str, key: str, version: int | None) -> str:
+    owner = name if version is None else f"{name}/versions/{version}"
+    return f"/v1/adapters/{owner}/tags/{quote(key, safe='')}"
 
 
 def _given(**fields: Any) -> Json:

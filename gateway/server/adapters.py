@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from adapters_store.errors import AdapterNotFound
 from adapters_store.names import DEFAULT_ALIAS, check_name
+from adapters_store.tags import AdapterTags
 from adapters_store.upload import Staging, UploadLimits, UploadSink
 from gateway.errors import InvalidRequest, PermissionDenied
 
@@ -35,6 +36,7 @@ class AdapterService:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._registry = context.registry
+        self._tags = AdapterTags(context.database)
         self._checks = asyncio.Semaphore(_CONCURRENT_CHECKS)
 
     async def list(self, principal: Principal) -> Sequence[AdapterInfo]:
@@ -56,6 +58,22 @@ class AdapterService:
         """Point an alias at the version before. Raises `AdapterNotFound` or `NoPreviousVersion`."""
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.rollback, tenant, name, alias)
+        return await self.get(principal, tenant, name)
+
+    async def set_tag(
+        self, principal: Principal, tenant: str, name: str, version: int | None, key: str, value: str
+    ) -> AdapterInfo:
+        """Tag an adapter, or one of its versions. Raises `AdapterNotFound` or `InvalidTag`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._tags.set, tenant, name, key, value, version)
+        return await self.get(principal, tenant, name)
+
+    async def delete_tag(
+        self, principal: Principal, tenant: str, name: str, version: int | None, key: str
+    ) -> AdapterInfo:
+        """Take a tag away. Raises `AdapterNotFound`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._tags.delete, tenant, name, key, version)
         return await self.get(principal, tenant, name)
 
     async def delete(self, principal: Principal, tenant: str, name: str, version: int) -> None:

@@ -277,6 +277,12 @@ class AliasRequest(_Closed):
     version: Annotated[int, Field(ge=1)]
 
 
+class TagRequest(_Closed):
+    """PUT .../tags/{key}, of an adapter or of a version."""
+
+    value: str
+
+
 class RollbackRequest(_Closed):
     """POST /v1/adapters/{tenant}/{name}/rollback."""
 

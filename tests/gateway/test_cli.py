@@ -22,7 +22,14 @@ from gateway.cli.serve import configure
 from gateway.config import GatewayConfig
 
 Json = dict[str, Any]
-VERSION = {"ref": "acme/tone:2", "version": 2, "rank": 8, "num_parameters": 4096, "created_at": 1_700_000_000}
+VERSION = {
+    "ref": "acme/tone:2",
+    "version": 2,
+    "rank": 8,
+    "num_parameters": 4096,
+    "created_at": 1_700_000_000,
+    "tags": {"stage": "test"},
+}
 ADAPTER = {"tenant": "acme", "name": "tone", "aliases": {"default": 2, "prod": 2}, "versions": [VERSION]}
 
 
@@ -107,7 +114,10 @@ def test_the_commands_are_those_of_the_release() -> None:
         "adapter list",
         "adapter alias",
         "adapter rollback",
+        "adapter tag",
+        "adapter untag",
         "adapter delete",
+        "store fsck",
         "finetune create",
         "finetune watch",
         "finetune list",
@@ -231,7 +241,7 @@ def test_adapters_are_listed_with_the_aliases_that_name_them(wire: Wire, capsys:
     wire.on("GET /v1/adapters", {"data": [ADAPTER]})
     assert run("adapter", "list") == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.split()[:5] == ["acme/tone:2", "@default", "@prod", "8", "4,096"]
+    assert line.split()[:6] == ["acme/tone:2", "@default", "@prod", "stage=test", "8", "4,096"]
     assert run("adapter", "list", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [ADAPTER]
 
@@ -250,6 +260,17 @@ def test_aliases_move_and_roll_back(wire: Wire, capsys: pytest.CaptureFixture[st
         "acme/tone@default is now acme/tone:2.",
         "Deleted acme/tone:1.",
     ]
+
+
+def test_adapters_and_versions_are_tagged_by_their_refs(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
+    wire.on("PUT /v1/adapters/acme/tone/tags/team", ADAPTER)
+    wire.on("PUT /v1/adapters/acme/tone/versions/2/tags/eval%2Fscore", ADAPTER)
+    wire.on("DELETE /v1/adapters/acme/tone/versions/2/tags/eval%2Fscore", ADAPTER)
+    assert run("adapter", "tag", "acme/tone", "team", "north") == 0
+    assert run("adapter", "tag", "acme/tone:2", "eval/score", "0.9") == 0
+    assert run("adapter", "untag", "acme/tone:2", "eval/score") == 0
+    assert [json.loads(body) for _, _, body in wire.asked[:2]] == [{"value": "north"}, {"value": "0.9"}]
+    assert capsys.readouterr().out.splitlines()[0] == "acme/tone has team=north."
 
 
 def _job(wire: Wire, status: str, error: Json | None = None) -> Json:

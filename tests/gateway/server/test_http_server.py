@@ -130,6 +130,21 @@ def test_upload_list_alias_rollback_delete(tenant: TenantClient, adapter: Path, 
     assert [[v["version"] for v in info["versions"]] for info in listed] == [[1]]
 
 
+def test_tags_of_an_adapter_and_of_a_version_are_set_shown_and_deleted(tenant: TenantClient, adapter: Path) -> None:
+    tenant.upload("helper", adapter)
+    path = f"/v1/adapters/{tenant.id}/helper"
+    assert tenant.http.put(f"{path}/tags/team", json={"value": "north"}).json()["tags"] == {"team": "north"}
+    tagged = tenant.http.put(f"{path}/versions/1/tags/eval/score", json={"value": "0.9"}).json()
+    assert tagged["versions"][0]["tags"] == {"eval/score": "0.9"}
+    (listed,) = tenant.http.get("/v1/adapters").json()["data"]
+    assert listed == tagged
+    assert tenant.http.delete(f"{path}/tags/team").json()["tags"] == {}
+    assert tenant.http.delete(f"{path}/versions/1/tags/eval/score").json()["versions"][0]["tags"] == {}
+    refused = tenant.http.put(f"{path}/tags/{'k' * 300}", json={"value": ""})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_tag")
+    assert tenant.http.put(f"{path}/versions/2/tags/a", json={"value": ""}).status_code == 404
+
+
 def test_an_archive_is_the_same_adapter(tenant: TenantClient, adapter: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
