@@ -149,6 +149,14 @@ class AdapterRegistry:
             _unwind_alias(connection, adapter_id, alias, before, int(time.time()))
             return _version_of(_find_version(connection, tenant, name, before.version))
 
+    def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+        """Take an alias away; the version that it named stays. Raises `AdapterNotFound`."""
+        with self._database.write() as connection:
+            adapter_id = _lock_adapter(connection, tenant, name)
+            is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+            if connection.execute(delete(aliases).where(is_alias)).rowcount == 0:
+                raise AdapterNotFound(f"{tenant}/{name}@{alias}")
+
     def delete(self, tenant: str, name: str, version: int) -> None:
         """Remove a version, and its bytes unless another version shares them. Its number is never used again.
 

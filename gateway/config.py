@@ -96,6 +96,7 @@ class StoreConfig:
         its keys, region and endpoint come from botocore's AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on).
     cache_dir: where a machine keeps blobs of such a store, on a disk of its own; None takes a folder in data_dir.
     cache_bytes: the most that it keeps; least recently used out first.
+    import_roots: folders and URLs below which an admin's /v1/load_lora_adapter may make the server read; default none.
     """
 
     data_dir: str = "patchbay-data"
@@ -103,6 +104,7 @@ class StoreConfig:
     blob_url: str | None = None
     cache_dir: str | None = None
     cache_bytes: int = 20 << 30
+    import_roots: tuple[str, ...] = ()
 
     @property
     def database(self) -> str:
@@ -162,12 +164,14 @@ class ServerConfig:
     """The front doors and the replicas. Port 0 asks the system for a free one.
 
     replica_num_gpus: of each replica; `tensor_parallel_size` where that is more than one.
+    default_tenant: whose adapters an admin key means by a name without a tenant; None asks for tenant/name.
     front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
     """
 
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 50051
+    default_tenant: str | None = None
     num_front_doors: int = 1
     front_door_resource: str | None = None
     num_replicas: int = 1
@@ -237,6 +241,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, name)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigInvalid(f"{name} must be a list", param=name)
+        return tuple(_convert(args[0], each, f"{name}[{index}]") for index, each in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigInvalid(f"{name} must be a mapping", param=name)

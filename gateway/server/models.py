@@ -53,12 +53,21 @@ class ModelService:
         return _card(model, await self.resolve(principal, model), info)
 
     async def resolve(self, principal: Principal, model: str) -> AdapterVersion:
-        """The version that an adapter's name means now. Raises `ModelNotFound`, also for another tenant's."""
-        tenant = principal.tenant or model.partition("/")[0]
+        """The version that an adapter's name means now. Raises `ModelNotFound`, also for another tenant's.
+
+        Names are those of `AdapterRef`, also without the tenant, which is then the caller's, and after "base:".
+        """
+        base = (await self._context.router.info()).model_name
+        ref = _full_ref(model.removeprefix(f"{base}:"), principal.tenant or self._context.config.server.default_tenant)
+        tenant = principal.tenant or ref.partition("/")[0]
         try:
-            return await asyncio.to_thread(self._context.registry.resolve, tenant, model)
-        except AdapterNotFound as error:
-            raise ModelNotFound(str(error), param="model") from None
+            return await asyncio.to_thread(self._context.registry.resolve, tenant, ref)
+        except AdapterNotFound:
+            raise ModelNotFound(str(AdapterNotFound(model)), param="model") from None
+
+
+def _full_ref(name: str, tenant: str | None) -> str:
+    return name if "/" in name or tenant is None else f"{tenant}/{name}"
 
 
 def _base(info: EngineInfo) -> ModelCard:

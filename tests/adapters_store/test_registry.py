@@ -235,3 +235,14 @@ def test_the_error_of_an_aliased_version_names_every_alias(registry: AdapterRegi
     registry.set_alias("acme", "support", "prod", 1)
     with pytest.raises(AliasInUse, match=r"acme/support:1 is named by @champion, @prod\."):
         registry.delete("acme", "support", 1)
+
+
+def test_a_deleted_alias_names_nothing_and_its_version_stays(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    registry.delete_alias("acme", "support", "default")
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("acme", "acme/support")
+    assert registry.resolve("acme", "acme/support:1").version == 1
+    with pytest.raises(AdapterNotFound):
+        registry.delete_alias("acme", "support", "default")
+    registry.delete("acme", "support", 1)
