@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -159,6 +162,22 @@ class GatewayClient:
     def rollback(self, name: str, alias: str = "default") -> Json:
         """Point an alias back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
+
+    def download_adapter(self, name: str, version: int, folder: str | Path) -> None:
+        """Write a version of "tenant/name" as the peft folder `folder`, which must not exist yet."""
+        target = Path(folder)
+        if target.exists():
+            raise InvalidInput(f"{target} exists already.")
+        request = self._http.build_request("GET", f"/v1/adapters/{name}/versions/{version}/download")
+        response = self._dispatch(request, stream=True)
+        try:
+            if response.is_error:
+                response.read()
+            _unpack(_Stream(self._checked(response).iter_raw()), target)
+        except httpx.TransportError as error:
+            raise self._lost(error) from error
+        finally:
+            response.close()
 
     def set_tag(self, name: str, key: str, value: str, version: int | None = None) -> Json:
         """Tag "tenant/name", or one of its versions."""
@@ -317,6 +336,36 @@ class _Metered:
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+
+class _Stream(io.RawIOBase):
+    """Pieces of bytes as a file to read once."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while len(self._rest) < size and (piece := next(self._pieces, b"")):
+            self._rest += piece
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _unpack(stream: _Stream, folder: Path) -> None:
+    """The one folder of a tar, under the name given; what broke off is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".patchbay-", dir=folder.parent) as name:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(name, filter="data")
+        except tarfile.TarError as error:
+            raise ClientError(f"The download broke off: {error}. Start it again.") from error
+        (inner,) = Path(name).iterdir()
+        inner.rename(folder)
 
 
 def _tag_path(name: str, key: str, version: int | None) -> str:

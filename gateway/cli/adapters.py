@@ -10,7 +10,7 @@ import typer
 from gateway.cli.options import DEFAULT_URL, ApiKey, AsJson, Timeout, Url, connect, full_name, split_ref, split_version
 from gateway.cli.output import print_json, print_table, say, transfer_bar, when
 
-app = typer.Typer(no_args_is_help=True, help="Upload, list, alias, tag, roll back and delete adapters.")
+app = typer.Typer(no_args_is_help=True, help="Upload, download, list, alias, tag, roll back and delete adapters.")
 Name = Annotated[str, typer.Argument(help="The adapter: tenant/name.")]
 Tagged = Annotated[str, typer.Argument(help="The adapter or the version: tenant/name or tenant/name:3.")]
 
@@ -85,6 +85,26 @@ def rollback(
     with connect(url, api_key, timeout) as client:
         adapter = client.rollback(full_name(name), alias)
     _print_alias(adapter, name, alias, as_json)
+
+
+@app.command()
+def download(
+    version: Annotated[str, typer.Argument(help="The version: tenant/name:3.")],
+    folder: Annotated[Path | None, typer.Argument(help="The peft folder to write.", show_default="./name-3")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Download a version as a folder that PeftModel.from_pretrained loads."""
+    name, number = split_version(version)
+    target = folder or Path(f"{name.rpartition('/')[2]}-{number}")
+    with connect(url, api_key, timeout) as client:
+        client.download_adapter(name, number, target)
+    if as_json:
+        print_json({"ref": version, "folder": str(target)})
+    else:
+        say(f"Wrote {version} to {target}.")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from adapters_store.errors import AdapterNotFound
+from adapters_store.export import PeftTar
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.tags import AdapterTags
 from adapters_store.upload import Staging, UploadLimits, UploadSink
@@ -76,6 +77,16 @@ class AdapterService:
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._tags.delete, tenant, name, key, version)
         return await self.get(principal, tenant, name)
+
+    async def export(self, principal: Principal, tenant: str, name: str, version: int) -> PeftTar:
+        """A version as a peft folder. Raises `AdapterNotFound` or `AdapterLoadFailed`."""
+        _check_reach(principal, tenant, name)
+        base = (await self._context.router.info()).base_spec
+        return await asyncio.to_thread(self._export, tenant, name, version, base.num_layers)
+
+    def _export(self, tenant: str, name: str, version: int, num_layers: int) -> PeftTar:
+        found = self._registry.resolve(tenant, f"{tenant}/{name}:{version}")
+        return PeftTar.of(f"{name}-{version}", found.manifest, num_layers, self._context.blobs.open(found.digest))
 
     async def has_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> bool:
         """Whether an adapter exists and has this alias."""

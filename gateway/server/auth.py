@@ -48,6 +48,7 @@ HTTP_POLICY: Final[Mapping[tuple[str, str], Access]] = {
     ("DELETE", "/v1/adapters/{tenant}/{name}/tags/{key:path}"): Access.ANY_KEY,
     ("PUT", "/v1/adapters/{tenant}/{name}/versions/{version}/tags/{key:path}"): Access.ANY_KEY,
     ("DELETE", "/v1/adapters/{tenant}/{name}/versions/{version}/tags/{key:path}"): Access.ANY_KEY,
+    ("GET", "/v1/adapters/{tenant}/{name}/versions/{version}/download"): Access.ANY_KEY,
     ("POST", "/v1/load_lora_adapter"): Access.ADMIN,
     ("POST", "/v1/unload_lora_adapter"): Access.ADMIN,
     ("POST", "/v1/files"): Access.TENANT,

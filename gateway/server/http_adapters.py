@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from adapters_store.names import DEFAULT_ALIAS
 from adapters_store.registry import AdapterInfo, AdapterVersion
@@ -57,6 +57,13 @@ def adapter_routes(context: ServerContext) -> APIRouter:
     @router.post("/v1/adapters/{tenant}/{name}/rollback")
     async def rollback(tenant: str, name: str, body: RollbackRequest, caller: Caller) -> Response:
         return JSONResponse(_adapter_body(await service.rollback(caller, tenant, name, body.alias)))
+
+    @router.get("/v1/adapters/{tenant}/{name}/versions/{version}/download")
+    async def download_version(tenant: str, name: str, version: int, caller: Caller) -> Response:
+        tar = await service.export(caller, tenant, name, version)
+        disposition = f'attachment; filename="{tar.folder}.tar"'
+        headers = {"content-length": str(tar.num_bytes), "content-disposition": disposition}
+        return StreamingResponse(tar.chunks(), headers=headers, media_type="application/x-tar")
 
     @router.put("/v1/adapters/{tenant}/{name}/tags/{key:path}")
     async def set_tag(tenant: str, name: str, key: str, body: TagRequest, caller: Caller) -> Response:

@@ -114,6 +114,7 @@ def test_the_commands_are_those_of_the_release() -> None:
         "adapter list",
         "adapter alias",
         "adapter rollback",
+        "adapter download",
         "adapter tag",
         "adapter untag",
         "adapter delete",
