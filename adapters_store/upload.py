@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +24,8 @@ from adapters_store.sandbox import SandboxLimits, run_confined
 from adapters_store.strict_json import shown
 
 _HEADROOM: Final = 32 << 20
+_NAME_BYTES: Final = 8
+_OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever else lies there is not ours to remove
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ def clean_staging(root: Path) -> int:
 
 def abandoned_stagings(root: Path) -> list[Path]:
     """The folders of uploads under `root` whose process is gone; some have only their lock file left."""
-    folders = {path.with_suffix("") for path in root.glob("*")}
+    folders = {path.with_suffix("") for path in root.glob("*") if _OWN_NAME.fullmatch(path.stem)}
     return sorted(folder for folder in folders if not _is_live(folder))
 
 
@@ -247,7 +250,7 @@ def _lock_path(folder: Path) -> Path:
 def _lock_new(root: Path) -> IO[bytes]:
     """A locked file of a new name; while its process lives, `clean_staging` leaves the folder beside it alone."""
     while True:
-        file = (root / f"{secrets.token_hex(8)}.lock").open("xb")
+        file = (root / f"{secrets.token_hex(_NAME_BYTES)}.lock").open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else a cleaner came between the two lines above
             return file

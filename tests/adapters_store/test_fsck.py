@@ -119,7 +119,7 @@ def test_leftovers_are_found_and_repair_removes_them_alone(
     part = blob_path(blobs, staged).with_name(".tmp-killed")
     part.touch()
     with Staging(tmp_path / "staging"):  # one that runs
-        killed = tmp_path / "staging" / "0123"
+        killed = tmp_path / "staging" / "0123456789abcdef"
         killed.mkdir()
         killed.with_suffix(".lock").touch()
         findings = list(check.findings())
