@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from adapters_store.errors import AdapterInvalid, UploadTooLarge
 
+_PR_SET_PDEATHSIG: Final = 1
 _CLONE_NEWUSER: Final = 0x10000000
 _CLONE_NEWNET: Final = 0x40000000
 _FORBIDDEN: Final = (
@@ -47,6 +49,7 @@ def main() -> None:
     order = json.load(sys.stdin.buffer)
     task = _load_task(order["task"])
     folder = Path(order["folder"]).resolve()
+    _end_with_parent()
     _drop_network()
     _limit(**order["limits"])
     sys.addaudithook(_guard(folder))
@@ -74,6 +77,12 @@ def _run(task: Task, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         return {"too_large": {"what": error.what, "limit": error.limit}}
     except MemoryError:
         return {"out_of_memory": True}
+
+
+def _end_with_parent() -> None:
+    """Be killed when the thread that waits for the answer is gone: nobody reads it, and its folder is removed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _drop_network() -> None:

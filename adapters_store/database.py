@@ -10,8 +10,10 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 
 from adapters_store.errors import StoreUnavailable
 
@@ -33,17 +35,35 @@ class Database:
 
         Raises `StoreUnavailable`.
         """
-        config = Config()
-        config.set_main_option("script_location", "adapters_store:migrations")
+        config = _migrations()
         with self.write() as connection:
             self.lock(connection, "migrations")
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the database itself, each with what to do about it. Raises `StoreUnavailable`."""
+        with self.read() as connection:
+            found, newest = MigrationContext.configure(connection).get_current_revision(), _newest_revision()
+            if found != newest:
+                advice = "`patchbay serve` brings an older one up to date; a newer one needs a newer Patchbay."
+                return [(f"its schema is of revision {found}; this Patchbay has {newest}", advice)]
+            if connection.dialect.name != "sqlite":
+                return []
+            texts = _check_sqlite(connection)
+        return [(text, "Restore the database from a backup.") for text in texts if text != "ok"]
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without its password."""
+        return self.engine.url.render_as_string(hide_password=True)
+
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A connection for queries that change nothing. Raises `StoreUnavailable`."""
         with _unavailable(), self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":  # where a transaction of reads promises no more than each read
+                connection.execution_options(isolation_level="AUTOCOMMIT")  # and costs two more round trips
             yield connection
 
     @contextmanager
@@ -69,6 +89,26 @@ class Database:
     def dispose(self) -> None:
         """Close all idle connections."""
         self.engine.dispose()
+
+
+def _check_sqlite(connection: Connection) -> list[str]:
+    checks = ("PRAGMA integrity_check", "PRAGMA foreign_key_check")
+    try:
+        return [" ".join(map(str, row)) for check in checks for row in connection.exec_driver_sql(check)]
+    except OperationalError:
+        raise
+    except DatabaseError as error:
+        return [str(error.orig)]
+
+
+def _migrations() -> Config:
+    config = Config()
+    config.set_main_option("script_location", "adapters_store:migrations")
+    return config
+
+
+def _newest_revision() -> str | None:
+    return ScriptDirectory.from_config(_migrations()).get_current_head()
 
 
 @contextmanager

@@ -106,6 +106,16 @@ class InvalidName(StoreError):
         self.name = name
 
 
+class InvalidTag(StoreError):
+    """A tag that passes a limit of its length or number."""
+
+    param = "key"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The tag cannot be set: {reason}.")
+        self.reason = reason
+
+
 class NoPreviousVersion(StoreError):
     """An alias has named no other version before, so there is nothing to roll back to."""
 

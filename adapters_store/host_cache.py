@@ -22,7 +22,8 @@ AdapterReader = Callable[[BlobStore, str], AdapterWeights]
 
 def read_adapter(blobs: BlobStore, digest: str) -> AdapterWeights:
     """The stored adapter, whole. Raises `AdapterLoadFailed` or `StoreUnavailable`."""
-    return load_weights(blobs.local_path(digest))
+    with blobs.reading(digest) as path:
+        return load_weights(path)
 
 
 class HostCache:

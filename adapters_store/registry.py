@@ -6,10 +6,10 @@ import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters_store.blobs import BlobStore
@@ -25,8 +25,10 @@ from adapters_store.errors import (
 )
 from adapters_store.manifest import AdapterManifest
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
+from adapters_store.references import delete_unreferenced, lock_blob
 from adapters_store.reports import VersionReport
-from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, training_files
+from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, version_tags
+from adapters_store.tags import Tags, tags_of_adapters, tags_of_versions
 from adapters_store.upload import StagedAdapter
 
 _MAX_VERSION = 2**31 - 1
@@ -72,14 +74,16 @@ class Canary:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One adapter: its versions, oldest first, the version that each alias names, and the canaries of some."""
+    """One adapter: its versions, oldest first, the version that each alias names, the canaries of some, and tags."""
 
     tenant: str
     name: str
     created_at: int
     versions: tuple[AdapterVersion, ...]
     aliases: Mapping[str, int]
-    canaries: Mapping[str, Canary]
+    canaries: Mapping[str, Canary] = field(default_factory=dict)
+    tags: Tags = field(default_factory=dict)
+    version_tags: Mapping[int, Tags] = field(default_factory=dict)
 
 
 class AdapterRegistry:
@@ -129,7 +133,7 @@ class AdapterRegistry:
         manifest, now = staged.manifest, int(time.time())
         self._blobs.put(manifest.digest, staged.path)
         with self._database.write() as connection:
-            self._database.lock(connection, f"blob {manifest.digest}")
+            lock_blob(self._database, connection, manifest.digest)
             if not self._blobs.exists(manifest.digest):  # a delete of its last version came between
                 self._blobs.put(manifest.digest, staged.path)
             adapter_id, version = _next_version(connection, tenant, name, now)
@@ -246,6 +250,14 @@ class AdapterRegistry:
             connection.execute(update(aliases).where(is_canary).values(canary_version=None, canary_percent=None))
             return _move(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
 
+    def delete_alias(self, tenant: str, name: str, alias: str) -> None:
+        """Take an alias away; the version that it named stays. Raises `AdapterNotFound`."""
+        with self._database.write() as connection:
+            adapter_id = _lock_adapter(connection, tenant, name)
+            is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+            if connection.execute(delete(aliases).where(is_alias)).rowcount == 0:
+                raise AdapterNotFound(f"{tenant}/{name}@{alias}")
+
     def delete(self, tenant: str, name: str, version: int) -> None:
         """Retire a version: it is listed and called no more, and `purge` ends it. Its number is never used again.
 
@@ -258,8 +270,9 @@ class AdapterRegistry:
             if named_by:
                 raise AliasInUse(f"{tenant}/{name}:{version}", named_by)
             _move(connection, adapter_id, version, _LISTED, "retired")
-            is_version = and_(alias_history.c.adapter_id == adapter_id, alias_history.c.version == version)
-            connection.execute(delete(alias_history).where(is_version))
+            for table in (alias_history, version_tags):
+                is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
+                connection.execute(delete(table).where(is_version))
 
     def retired(self) -> tuple[AdapterVersion, ...]:
         """The versions of all tenants that wait for `purge`."""
@@ -277,7 +290,7 @@ class AdapterRegistry:
         )
         with self._database.write() as connection:
             connection.execute(delete(adapter_versions).where(is_version))
-        self._delete_unreferenced(version.digest)
+        delete_unreferenced(self._database, self._blobs, version.digest)
 
     def expire(self, before: int) -> None:
         """Retire what was staged before this time (unix seconds): whoever tested it is gone, and told nobody yes."""
@@ -287,17 +300,6 @@ class AdapterRegistry:
                 return
         with self._database.write() as connection:
             connection.execute(update(adapter_versions).where(is_left).values(status="retired"))
-
-    def _delete_unreferenced(self, digest: str) -> None:
-        """Remove a blob that nothing names, under the lock that a concurrent `publish` of it takes."""
-        references = or_(
-            exists().where(adapter_versions.c.digest == digest),
-            exists().where(training_files.c.digest == digest),
-        )
-        with self._database.write() as connection:
-            self._database.lock(connection, f"blob {digest}")
-            if not connection.execute(select(references)).scalar_one():
-                self._blobs.delete(digest)
 
     def _require_tenant(self, tenant: str) -> None:
         query = select(tenants.c.id).where(tenants.c.id == tenant)
@@ -317,6 +319,7 @@ class AdapterRegistry:
         with self._database.read() as connection:
             created = {row.name: row.created_at for row in connection.execute(adapter_query)}
             versions = [_version_of(row) for row in connection.execute(version_query)]
+            tags, tags_by_version = tags_of_adapters(connection, is_wanted), tags_of_versions(connection, is_wanted)
             named = list(connection.execute(alias_query.where(is_wanted).order_by(aliases.c.alias)))
         by_name: dict[str, list[AdapterVersion]] = {}
         for version in versions:
@@ -328,8 +331,17 @@ class AdapterRegistry:
             if row.canary_version is not None:
                 canaries.setdefault(row.name, {})[row.alias] = Canary(row.canary_version, row.canary_percent)
         return tuple(
-            AdapterInfo(tenant, name, created[name], tuple(found), alias_maps.get(name, {}), canaries.get(name, {}))
-            for name, found in by_name.items()
+            AdapterInfo(
+                tenant,
+                adapter,
+                created[adapter],
+                tuple(found),
+                alias_maps.get(adapter, {}),
+                canaries.get(adapter, {}),
+                tags.get(adapter, {}),
+                tags_by_version.get(adapter, {}),
+            )
+            for adapter, found in by_name.items()
         )
 
 

@@ -96,6 +96,23 @@ alias_history: Final = Table(
     Index(None, "adapter_id", "alias"),
 )
 
+adapter_tags: Final = Table(
+    "adapter_tags",
+    metadata,
+    Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
+version_tags: Final = Table(
+    "version_tags",
+    metadata,
+    Column("adapter_id", Integer, ForeignKey("adapters.id"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("value", Text, nullable=False),
+)
+
 training_files: Final = Table(
     "training_files",
     metadata,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,8 @@ from adapters_store.sandbox import SandboxLimits, run_confined
 from adapters_store.strict_json import shown
 
 _HEADROOM: Final = 128 << 20  # for the header, and for VeRA's matrices where the file leaves them out
+_NAME_BYTES: Final = 8
+_OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever else lies there is not ours to remove
 
 
 @dataclass(frozen=True)
@@ -216,20 +219,54 @@ class UploadSink:
 
 def clean_staging(root: Path) -> int:
     """Remove what uploads left under `root` whose process is gone; for start-up. Returns how many."""
-    removed = 0
-    for lock_path in root.glob("*.lock"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock_path.open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock_path.with_suffix(""), ignore_errors=True)
-            lock_path.unlink()
-            removed += 1
-    return removed
+    return sum(map(remove_staging, abandoned_stagings(root)))
+
+
+def abandoned_stagings(root: Path) -> list[Path]:
+    """The folders of uploads under `root` whose process is gone; some have only their lock file left."""
+    folders = {path.with_suffix("") for path in root.glob("*") if _OWN_NAME.fullmatch(path.stem)}
+    return sorted(folder for folder in folders if not _is_live(folder))
+
+
+def remove_staging(folder: Path) -> bool:
+    """Remove an abandoned upload; False when its process lives after all."""
+    try:
+        with _locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _lock_path(folder).unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # a lock file comes before its folder and goes after it: this upload never ends
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def _is_live(folder: Path) -> bool:
+    try:
+        with _locked(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold an upload's lock. Raises BlockingIOError while its process does, FileNotFoundError without a lock file."""
+    with _lock_path(folder).open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.with_suffix(".lock")
 
 
 def _lock_new(root: Path) -> IO[bytes]:
     """A locked file of a new name; while its process lives, `clean_staging` leaves the folder beside it alone."""
     while True:
-        file = (root / f"{secrets.token_hex(8)}.lock").open("xb")
+        file = (root / f"{secrets.token_hex(_NAME_BYTES)}.lock").open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else a cleaner came between the two lines above
             return file

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -161,6 +165,30 @@ class GatewayClient:
         """Drop an alias's canary; without one, point it back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
 
+    def download_adapter(self, name: str, version: int, folder: str | Path) -> None:
+        """Write a version of "tenant/name" as the peft folder `folder`, which must not exist yet."""
+        target = Path(folder)
+        if target.exists():
+            raise InvalidInput(f"{target} exists already.")
+        request = self._http.build_request("GET", f"/v1/adapters/{name}/versions/{version}/download")
+        response = self._dispatch(request, stream=True)
+        try:
+            if response.is_error:
+                response.read()
+            _unpack(_Stream(self._checked(response).iter_raw()), target)
+        except httpx.TransportError as error:
+            raise self._lost(error) from error
+        finally:
+            response.close()
+
+    def set_tag(self, name: str, key: str, value: str, version: int | None = None) -> Json:
+        """Tag "tenant/name", or one of its versions."""
+        return self._json("PUT", _tag_path(name, key, version), json={"value": value})
+
+    def delete_tag(self, name: str, key: str, version: int | None = None) -> Json:
+        """Take a tag away."""
+        return self._json("DELETE", _tag_path(name, key, version))
+
     def delete_version(self, name: str, version: int) -> Json:
         """Delete a version that no alias names."""
         return self._json("DELETE", f"/v1/adapters/{name}/versions/{version}")
@@ -310,6 +338,41 @@ class _Metered:
 
     def fileno(self) -> int:
         return self._file.fileno()
+
+
+class _Stream(io.RawIOBase):
+    """Pieces of bytes as a file to read once."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while len(self._rest) < size and (piece := next(self._pieces, b"")):
+            self._rest += piece
+        data, self._rest = self._rest[:size], self._rest[size:]
+        return data
+
+
+def _unpack(stream: _Stream, folder: Path) -> None:
+    """The one folder of a tar, under the name given; what broke off is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".patchbay-", dir=folder.parent) as name:
+        try:
+            with tarfile.open(fileobj=stream, mode="r|") as archive:
+                archive.extractall(name, filter="data")
+        except tarfile.TarError as error:
+            raise ClientError(f"The download broke off: {error}. Start it again.") from error
+        (inner,) = Path(name).iterdir()
+        inner.rename(folder)
+
+
+def _tag_path(name: str, key: str, version: int | None) -> str:
+    owner = name if version is None else f"{name}/versions/{version}"
+    return f"/v1/adapters/{owner}/tags/{quote(key, safe='')}"
 
 
 def _given(**fields: Any) -> Json:

@@ -105,6 +105,11 @@ class EngineConfig:
 class StoreConfig:
     """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others.
 
+    blob_url: a folder ("file:///...") or one that fsspec reaches ("s3://bucket/prefix", with the extra `s3`:
+        its keys, region and endpoint come from botocore's AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on).
+    cache_dir: where a machine keeps blobs of such a store, on a disk of its own; None takes a folder in data_dir.
+    cache_bytes: the most that it keeps; least recently used out first.
+    import_roots: folders and URLs below which an admin's /v1/load_lora_adapter may make the server read; default none.
     self_test: run each new version on a replica before an alias may name it.
     self_test_timeout_s: for all of one self-test; where no replica could do it in that time nothing is published.
     """
@@ -112,6 +117,9 @@ class StoreConfig:
     data_dir: str = "patchbay-data"
     database_url: str | None = None
     blob_url: str | None = None
+    cache_dir: str | None = None
+    cache_bytes: int = 20 << 30
+    import_roots: tuple[str, ...] = ()
     self_test: bool = True
     self_test_timeout_s: float = 60.0
 
@@ -128,6 +136,11 @@ class StoreConfig:
     def blobs(self) -> str:
         """The fsspec URL of the blob folder."""
         return self.blob_url or f"file://{Path(self.data_dir).resolve() / 'blobs'}"
+
+    @property
+    def cache(self) -> Path:
+        """Where blobs of an object store are kept on this machine's disk."""
+        return Path(self.cache_dir or Path(self.data_dir) / "blob-cache").resolve()
 
     @property
     def staging(self) -> Path:
@@ -168,12 +181,14 @@ class ServerConfig:
     """The front doors and the replicas. Port 0 asks the system for a free one.
 
     replica_num_gpus: of each replica; `tensor_parallel_size` where that is more than one.
+    default_tenant: whose adapters an admin key means by a name without a tenant; None asks for tenant/name.
     front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
     """
 
     host: str = "127.0.0.1"
     http_port: int = 8000
     grpc_port: int = 50051
+    default_tenant: str | None = None
     num_front_doors: int = 1
     front_door_resource: str | None = None
     num_replicas: int = 1
@@ -243,6 +258,10 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
         if value is None and type(None) in args:
             return None
         return _convert(next(a for a in args if a is not type(None)), value, name)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ConfigInvalid(f"{name} must be a list", param=name)
+        return tuple(_convert(args[0], each, f"{name}[{index}]") for index, each in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigInvalid(f"{name} must be a mapping", param=name)

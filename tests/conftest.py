@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests import postgresql as postgresql_server
+from tests import s3 as s3_server
 
 if TYPE_CHECKING:
     from adapters_store.database import Database
@@ -50,7 +52,7 @@ def postgresql_url() -> Iterator[str]:
         yield url
         return
     if postgresql_server.find_binary("initdb") is None:
-        pytest.skip("no PostgreSQL server is installed")
+        pytest.skip("no PostgreSQL server: install Debian's `postgresql`, or set PATCHBAY_TEST_POSTGRESQL to one's URL")
     with postgresql_server.serve() as url:
         yield url
 
@@ -69,3 +71,21 @@ def postgresql(postgresql_url: str) -> Iterator[Database]:
         metadata.drop_all(connection)
         connection.execute(text("DROP TABLE IF EXISTS alembic_version"))
     database.dispose()
+
+
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """The environment variables of an S3 server with one empty bucket."""
+    for package in ("moto", "s3fs"):
+        pytest.importorskip(package, reason="the S3 driver and moto's server are not installed (extra `dev`)")
+    with s3_server.serve() as environment:
+        s3_server.make_bucket(environment)
+        yield environment
+
+
+@pytest.fixture
+def s3_url(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The fsspec URL of an empty prefix in the bucket, with the environment to reach it."""
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3_server.BUCKET}/{uuid.uuid4().hex}"

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from gateway.cli.options import DEFAULT_URL, ApiKey, AsJson, Timeout, Url, connect, full_name, split_version
+from gateway.cli.options import DEFAULT_URL, ApiKey, AsJson, Timeout, Url, connect, full_name, split_ref, split_version
 from gateway.cli.output import print_json, print_table, say, transfer_bar, when
 
-app = typer.Typer(no_args_is_help=True, help="Upload, list, alias, roll back and delete adapters.")
+app = typer.Typer(no_args_is_help=True, help="Upload, download, list, alias, tag, roll back and delete adapters.")
 Name = Annotated[str, typer.Argument(help="The adapter: tenant/name.")]
+Tagged = Annotated[str, typer.Argument(help="The adapter or the version: tenant/name or tenant/name:3.")]
 
 
 @app.command()
@@ -52,7 +53,7 @@ def list_adapters(
         return
     rows = [row for adapter in adapters for row in _rows(adapter)]
     empty = "No adapters yet: patchbay adapter upload FOLDER NAME"
-    print_table(("VERSION", "ALIASES", "RANK", "PARAMETERS", "STATUS", "CREATED"), rows, empty)
+    print_table(("VERSION", "ALIASES", "TAGS", "RANK", "PARAMETERS", "STATUS", "CREATED"), rows, empty)
 
 
 @app.command()
@@ -95,6 +96,65 @@ def rollback(
 
 
 @app.command()
+def download(
+    version: Annotated[str, typer.Argument(help="The version: tenant/name:3.")],
+    folder: Annotated[Path | None, typer.Argument(help="The peft folder to write.", show_default="./name-3")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Download a version as a folder that PeftModel.from_pretrained loads."""
+    name, number = split_version(version)
+    target = folder or Path(f"{name.rpartition('/')[2]}-{number}")
+    with connect(url, api_key, timeout) as client:
+        client.download_adapter(name, number, target)
+    if as_json:
+        print_json({"ref": version, "folder": str(target)})
+    else:
+        say(f"Wrote {version} to {target}.")
+
+
+@app.command()
+def tag(
+    ref: Tagged,
+    key: Annotated[str, typer.Argument(help="The tag's key.")],
+    value: Annotated[str, typer.Argument(help="Its value; it replaces the one that is there.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Tag an adapter or a version with a text."""
+    name, version = split_ref(ref)
+    with connect(url, api_key, timeout) as client:
+        adapter = client.set_tag(name, key, value, version)
+    if as_json:
+        print_json(adapter)
+    else:
+        say(f"{ref} has {key}={value}.")
+
+
+@app.command()
+def untag(
+    ref: Tagged,
+    key: Annotated[str, typer.Argument(help="The tag's key.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Take a tag away from an adapter or a version."""
+    name, version = split_ref(ref)
+    with connect(url, api_key, timeout) as client:
+        adapter = client.delete_tag(name, key, version)
+    if as_json:
+        print_json(adapter)
+    else:
+        say(f"{ref} has no {key} any more.")
+
+
+@app.command()
 def delete(
     version: Annotated[str, typer.Argument(help="The version to delete: tenant/name:3.")],
     url: Url = DEFAULT_URL,
@@ -123,7 +183,8 @@ def _rows(adapter: dict[str, Any]) -> list[tuple[object, ...]]:
         ]
         aliases = " ".join([*(f"@{name}" for name in names), *shares])
         parameters, status = f"{version['num_parameters']:,}", version["status"]
-        rows.append((version["ref"], aliases, version["rank"], parameters, status, when(version["created_at"])))
+        tags = " ".join(f"{key}={value}" for key, value in version["tags"].items())
+        rows.append((version["ref"], aliases, tags, version["rank"], parameters, status, when(version["created_at"])))
     return rows
 
 

@@ -65,6 +65,11 @@ def split_version(ref: str) -> tuple[str, int]:
     return full_name(name), int(version)
 
 
+def split_ref(ref: str) -> tuple[str, int | None]:
+    """ "tenant/name:3" -> ("tenant/name", 3); "tenant/name" -> ("tenant/name", None). Raises `typer.BadParameter`."""
+    return split_version(ref) if ":" in ref else (full_name(ref), None)
+
+
 def full_name(name: str) -> str:
     """`name`, checked to be "tenant/name". Raises `typer.BadParameter`."""
     tenant, slash, rest = name.partition("/")

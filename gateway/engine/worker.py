@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -47,7 +46,7 @@ class Failed:
     trace: str
 
 
-def serve(shard: Shard, config: EngineConfig, blob_url: str, folder: str, rank_0: Connection[Any, Any]) -> NoReturn:
+def serve(shard: Shard, config: EngineConfig, blobs: BlobStore, folder: str, rank_0: Connection[Any, Any]) -> NoReturn:
     """Run a rank until it is killed, or rank 0's process ends in whatever way.
 
     Sent up: None when it can meet the others in `folder`, its `MemoryPlan` when its share is loaded, `Failed`.
@@ -58,7 +57,7 @@ def serve(shard: Shard, config: EngineConfig, blob_url: str, folder: str, rank_0
     try:
         rank_0.send(None)
         ranks = TensorParallel.join(shard, resolve_device(config.device).type, folder)
-        _Worker(ranks, config, BlobStore(blob_url, Path(folder) / f"blobs-{shard.rank}")).run(rank_0)
+        _Worker(ranks, config, blobs).run(rank_0)
     except Exception as error:
         with suppress(OSError):
             rank_0.send(Failed(f"failed with {type(error).__name__}: {error}", traceback.format_exc()))

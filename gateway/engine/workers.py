@@ -59,7 +59,7 @@ class Workers:
         self._connections: list[Connection[Any, Any]] = []
         try:
             for rank in range(1, size):
-                self._start(Shard(rank, size), config, blobs.url)
+                self._start(Shard(rank, size), config, blobs)
             self._answers()
             self.ranks = TensorParallel.join(Shard(0, size), kind, self._folder.name)
         except BaseException:
@@ -124,10 +124,10 @@ class Workers:
             giving_up.join(_LOOK_S)
         self._folder.cleanup()
 
-    def _start(self, shard: Shard, config: EngineConfig, blob_url: str) -> None:
+    def _start(self, shard: Shard, config: EngineConfig, blobs: BlobStore) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        args = (shard, config, blob_url, self._folder.name, theirs)
+        args = (shard, config, blobs, self._folder.name, theirs)
         process = context.Process(target=serve, args=args, name=f"rank-{shard.rank}", daemon=True)
         process.start()
         theirs.close()  # the worker has the only one, so that `ours` says when it is gone

@@ -13,10 +13,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from adapters_store.errors import AdapterNotFound, StoreError
+from adapters_store.export import PeftTar
 from adapters_store.names import DEFAULT_ALIAS, check_name
 from adapters_store.reports import VersionReport
+from adapters_store.tags import AdapterTags
 from adapters_store.upload import Staging, UploadLimits, UploadSink
 from gateway.errors import AdapterNotFinite, InvalidRequest, PermissionDenied
+from gateway.server.import_folder import ImportFolder
 
 if TYPE_CHECKING:
     from adapters_store.accounts import Principal
@@ -41,6 +44,7 @@ class AdapterService:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._registry = context.registry
+        self._tags = AdapterTags(context.database)
         self._checks = asyncio.Semaphore(_CONCURRENT_CHECKS)
 
     async def list(self, principal: Principal) -> Sequence[AdapterInfo]:
@@ -73,6 +77,44 @@ class AdapterService:
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.rollback, tenant, name, alias)
         return await self.get(principal, tenant, name)
+
+    async def set_tag(
+        self, principal: Principal, tenant: str, name: str, version: int | None, key: str, value: str
+    ) -> AdapterInfo:
+        """Tag an adapter, or one of its versions. Raises `AdapterNotFound` or `InvalidTag`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._tags.set, tenant, name, key, value, version)
+        return await self.get(principal, tenant, name)
+
+    async def delete_tag(
+        self, principal: Principal, tenant: str, name: str, version: int | None, key: str
+    ) -> AdapterInfo:
+        """Take a tag away. Raises `AdapterNotFound`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._tags.delete, tenant, name, key, version)
+        return await self.get(principal, tenant, name)
+
+    async def export(self, principal: Principal, tenant: str, name: str, version: int) -> PeftTar:
+        """A version as a peft folder. Raises `AdapterNotFound` or `AdapterLoadFailed`."""
+        _check_reach(principal, tenant, name)
+        base = (await self._context.router.info()).base_spec
+        return await asyncio.to_thread(self._export, tenant, name, version, base.num_layers)
+
+    def _export(self, tenant: str, name: str, version: int, num_layers: int) -> PeftTar:
+        found = self._registry.resolve(tenant, f"{tenant}/{name}:{version}")
+        return PeftTar.of(f"{name}-{version}", found.manifest, num_layers, self._context.blobs.open(found.digest))
+
+    async def has_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> bool:
+        """Whether an adapter exists and has this alias."""
+        try:
+            return alias in (await self.get(principal, tenant, name)).aliases
+        except AdapterNotFound:
+            return False
+
+    async def delete_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> None:
+        """Take a name away; its version stays. Raises `AdapterNotFound`."""
+        _check_reach(principal, tenant, name)
+        await asyncio.to_thread(self._registry.delete_alias, tenant, name, alias)
 
     async def delete(self, principal: Principal, tenant: str, name: str, version: int) -> None:
         """Retire a version: no new request gets it, and its bytes go when those that run with it have ended.
@@ -131,6 +173,14 @@ class Upload(AbstractAsyncContextManager["Upload"]):
             archive = file_name.endswith(ARCHIVE_SUFFIXES)
         begin = self._staging.begin_archive if archive else self._staging.begin_file
         return UploadFile(self, await self.run(lambda: begin(file_name)))
+
+    async def add_folder(self, path: str) -> None:
+        """Take the peft folder at a path or URL that the operator lets the server read (`store.import_roots`).
+
+        Raises `PermissionDenied` or `InvalidRequest`, `AdapterInvalid` or `UploadTooLarge`.
+        """
+        roots = self._context.config.store.import_roots
+        await self.run(lambda: ImportFolder(path, roots).stage(self._staging))
 
     async def publish(
         self, name: str, alias: str = DEFAULT_ALIAS, base_fingerprint: str | None = None
@@ -219,14 +269,18 @@ def reachable_adapters(context: ServerContext, principal: Principal) -> Sequence
     return [info for tenant in context.accounts.list_tenants() for info in context.registry.list(tenant.id)]
 
 
-def split_name(principal: Principal, name: str) -> tuple[str, str]:
-    """ "tenant/name", or "name" in the caller's tenant. Raises `InvalidRequest` where no tenant is known."""
+def split_name(principal: Principal, name: str, default_tenant: str | None = None) -> tuple[str, str]:
+    """ "tenant/name", or "name" in the caller's tenant. Raises `InvalidRequest` where no tenant is known.
+
+    default_tenant: that of an admin's key.
+    """
     tenant, slash, own_name = name.rpartition("/")
     if slash:
         return tenant, own_name
-    if principal.tenant is None:
+    own_tenant = principal.tenant or default_tenant
+    if own_tenant is None:
         raise InvalidRequest("an admin key must name the adapter as tenant/name", param="name")
-    return principal.tenant, own_name
+    return own_tenant, own_name
 
 
 async def quarantine(context: ServerContext, ref: str, error: AdapterNotFinite) -> None:

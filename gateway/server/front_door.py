@@ -129,7 +129,7 @@ class FrontDoor:
         clean_staging(config.store.staging)
         accounts = Accounts(database)
         _ensure_admin_key(accounts, Path(config.store.data_dir))
-        blobs = BlobStore(config.store.blobs)
+        blobs = BlobStore(config.store.blobs, config.store.cache, config.store.cache_bytes)
         registry = new_registry()
         metrics = FrontDoorMetrics(registry, name)
         exposition = Exposition(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from adapters_store.names import DEFAULT_ALIAS
 from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
@@ -17,7 +17,7 @@ from gateway.server.adapters import AdapterService, UploadFile
 from gateway.server.context import ServerContext
 from gateway.server.http_routes import Caller, PolicyRoute
 from gateway.server.multipart import read_form
-from gateway.server.openai_schema import AliasRequest, KeyRequest, RollbackRequest, TenantRequest
+from gateway.server.openai_schema import AliasRequest, KeyRequest, RollbackRequest, TagRequest, TenantRequest
 
 _UPLOAD_FIELDS: Final = ("name", "alias", "base_fingerprint")
 
@@ -58,6 +58,31 @@ def adapter_routes(context: ServerContext) -> APIRouter:
     @router.post("/v1/adapters/{tenant}/{name}/rollback")
     async def rollback(tenant: str, name: str, body: RollbackRequest, caller: Caller) -> Response:
         return JSONResponse(_adapter_body(await service.rollback(caller, tenant, name, body.alias)))
+
+    @router.get("/v1/adapters/{tenant}/{name}/versions/{version}/download")
+    async def download_version(tenant: str, name: str, version: int, caller: Caller) -> Response:
+        tar = await service.export(caller, tenant, name, version)
+        disposition = f'attachment; filename="{tar.folder}.tar"'
+        headers = {"content-length": str(tar.num_bytes), "content-disposition": disposition}
+        return StreamingResponse(tar.chunks(), headers=headers, media_type="application/x-tar")
+
+    @router.put("/v1/adapters/{tenant}/{name}/tags/{key:path}")
+    async def set_tag(tenant: str, name: str, key: str, body: TagRequest, caller: Caller) -> Response:
+        return JSONResponse(_adapter_body(await service.set_tag(caller, tenant, name, None, key, body.value)))
+
+    @router.delete("/v1/adapters/{tenant}/{name}/tags/{key:path}")
+    async def delete_tag(tenant: str, name: str, key: str, caller: Caller) -> Response:
+        return JSONResponse(_adapter_body(await service.delete_tag(caller, tenant, name, None, key)))
+
+    @router.put("/v1/adapters/{tenant}/{name}/versions/{version}/tags/{key:path}")
+    async def set_version_tag(
+        tenant: str, name: str, version: int, key: str, body: TagRequest, caller: Caller
+    ) -> Response:
+        return JSONResponse(_adapter_body(await service.set_tag(caller, tenant, name, version, key, body.value)))
+
+    @router.delete("/v1/adapters/{tenant}/{name}/versions/{version}/tags/{key:path}")
+    async def delete_version_tag(tenant: str, name: str, version: int, key: str, caller: Caller) -> Response:
+        return JSONResponse(_adapter_body(await service.delete_tag(caller, tenant, name, version, key)))
 
     @router.delete("/v1/adapters/{tenant}/{name}/versions/{version}")
     async def delete_version(tenant: str, name: str, version: int, caller: Caller) -> Response:
@@ -122,7 +147,11 @@ def _adapter_body(info: AdapterInfo) -> dict[str, Any]:
         "created_at": info.created_at,
         "aliases": dict(info.aliases),
         "canaries": {alias: dataclasses.asdict(canary) for alias, canary in info.canaries.items()},
-        "versions": [_version_body(version) for version in info.versions],
+        "tags": dict(info.tags),
+        "versions": [
+            {**_version_body(version), "tags": dict(info.version_tags.get(version.version, {}))}
+            for version in info.versions
+        ],
     }
 
 

@@ -19,6 +19,7 @@ from gateway.server.http_adapters import adapter_routes, admin_routes
 from gateway.server.http_fine_tuning import file_routes, fine_tuning_routes
 from gateway.server.http_inference import inference_routes
 from gateway.server.http_routes import PolicyRoute, error_response
+from gateway.server.http_vllm import vllm_routes
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def create_http_app(context: ServerContext) -> FastAPI:
         _service_routes(context, app),
         inference_routes(context),
         adapter_routes(context),
+        vllm_routes(context),
         admin_routes(context),
         file_routes(context),
         fine_tuning_routes(context),

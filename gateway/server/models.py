@@ -55,13 +55,20 @@ class ModelService:
     async def resolve(self, principal: Principal, model: str, caller: str | None = None) -> AdapterVersion:
         """The version that an adapter's name means now, to this caller where an alias has a canary.
 
-        Raises `ModelNotFound`, also for another tenant's, and `VersionNotReady`.
+        Names are those of `AdapterRef`, also without the tenant, which is then the caller's, and after "base:". Raises
+        `ModelNotFound`, also for another tenant's, and `VersionNotReady`.
         """
-        tenant = principal.tenant or model.partition("/")[0]
+        base = (await self._context.router.info()).model_name
+        ref = _full_ref(model.removeprefix(f"{base}:"), principal.tenant or self._context.config.server.default_tenant)
+        tenant = principal.tenant or ref.partition("/")[0]
         try:
-            return await asyncio.to_thread(self._context.registry.resolve, tenant, model, caller)
-        except AdapterNotFound as error:
-            raise ModelNotFound(str(error), param="model") from None
+            return await asyncio.to_thread(self._context.registry.resolve, tenant, ref, caller)
+        except AdapterNotFound:
+            raise ModelNotFound(str(AdapterNotFound(model)), param="model") from None
+
+
+def _full_ref(name: str, tenant: str | None) -> str:
+    return name if "/" in name or tenant is None else f"{tenant}/{name}"
 
 
 def _base(info: EngineInfo) -> ModelCard:

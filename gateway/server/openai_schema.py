@@ -295,6 +295,27 @@ class AliasRequest(_Closed):
     canary: CanaryRequest | None = None
 
 
+class LoadLoRARequest(_Closed):
+    """POST /v1/load_lora_adapter, vLLM's. lora_path: a folder that the server reads."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadLoRARequest(_Closed):
+    """POST /v1/unload_lora_adapter, vLLM's. lora_int_id is vLLM's own number, of no meaning here."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=200)]
+    lora_int_id: int | None = None
+
+
+class TagRequest(_Closed):
+    """PUT .../tags/{key}, of an adapter or of a version."""
+
+    value: str
+
+
 class RollbackRequest(_Closed):
     """POST /v1/adapters/{tenant}/{name}/rollback."""
 

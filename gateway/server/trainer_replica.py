@@ -83,7 +83,8 @@ class TrainerReplica:
         # Torch takes seconds and 300 MB: it is imported here, at the first job.
         from gateway.trainer.worker import TrainerWorker
 
-        blobs = BlobStore(self._config.store.blobs)
+        store = self._config.store
+        blobs = BlobStore(store.blobs, store.cache, store.cache_bytes)
         registry = AdapterRegistry(database, blobs)
         test = self._test if self._config.store.self_test else None
         return TrainerWorker(self._config, database, registry, TrainingFiles(database, blobs), test)

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from sqlalchemy import Connection, Row, and_, delete, exists, insert, or_, select, update
+from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, update
 
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import UploadTooLarge
-from adapters_store.tables import adapter_versions, fine_tuning_jobs, training_files
+from adapters_store.references import delete_unreferenced, lock_blob
+from adapters_store.tables import fine_tuning_jobs, training_files
 from gateway.errors import Conflict, InvalidRequest, NotFound
 from gateway.trainer.job import FINAL_STATUSES
 from gateway.trainer.jobs import random_id
@@ -108,9 +109,7 @@ class TrainingFiles:
                 raise Conflict(f"The job {job_id} still needs the file {file_id}. Cancel it or wait for its end.")
             is_mine = and_(_files.c.id == file_id, _files.c.tenant == tenant)
             connection.execute(delete(_files).where(is_mine))
-            self._database.lock(connection, _lock_name(digest))
-            if not _is_referenced(connection, digest):
-                self._blobs.delete(digest)
+        delete_unreferenced(self._database, self._blobs, digest)
 
     def _store(self, tenant: str, filename: str, path: Path, digest: str, size: int) -> TrainingFile:
         file = TrainingFile(
@@ -118,7 +117,7 @@ class TrainingFiles:
         )
         # The row comes first, so that from here on no delete of equal bytes takes the blob away.
         with self._database.write() as connection:
-            self._database.lock(connection, _lock_name(digest))
+            lock_blob(self._database, connection, digest)
             connection.execute(insert(_files).values(vars(file) | {"status": "uploaded"}))
         is_file = _files.c.id == file.id
         try:
@@ -150,15 +149,6 @@ def _clean(filename: str) -> str:
     """A name fit for display: no folders, no control characters."""
     base = filename.replace("\\", "/").rpartition("/")[2]
     return "".join(c for c in base if c.isprintable())[:MAX_FILENAME] or "file.jsonl"
-
-
-def _lock_name(digest: str) -> str:
-    return f"blob {digest}"  # the lock that the adapter registry takes for the same blobs
-
-
-def _is_referenced(connection: Connection, digest: str) -> bool:
-    references = or_(exists().where(_files.c.digest == digest), exists().where(adapter_versions.c.digest == digest))
-    return bool(connection.execute(select(references)).scalar_one())
 
 
 def _job_using(connection: Connection, file_id: str) -> str | None:

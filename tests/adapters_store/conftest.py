@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters_store.base_spec import LINEARS, BaseSpec, module_path
@@ -77,6 +78,19 @@ def staging(tmp_path: Path) -> Iterator[Staging]:
 def stage_folder(staging: Staging, folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         staging.add_file(path.name, [path.read_bytes()])
+
+
+def save_kind(folder: Path, config: PeftConfig) -> Path:
+    """A random adapter of any kind, as peft saves it."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(tiny_model(), config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+    return folder
 
 
 def stage(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> StagedAdapter:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from adapters_store import blobs, database, registry
+from adapters_store import blobs, database, references, registry
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import SelfTestFailed
@@ -28,7 +28,7 @@ from adapters_store.upload import StagedAdapter
 KILLED = 9
 PASSED = VersionReport(passed=True, tested_at=0)
 FAILED = VersionReport(passed=False, tested_at=0, reason="a test")
-TRACED = {module.__file__ for module in (blobs, database, registry)}
+TRACED = {module.__file__ for module in (blobs, database, references, registry)}
 
 
 class Store:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,10 @@ from adapters_store.database import Database
 from adapters_store.registry import AdapterRegistry
 from adapters_store.upload import Staging
 
-from .conftest import edit_config, stage
+from .conftest import edit_config, save_adapter, stage
+
+KILLS = int(os.environ.get("PATCHBAY_SOAK_KILLS", "500"))
+SEED = int(os.environ.get("PATCHBAY_SOAK_SEED", str(random.randrange(1 << 30))))
 
 
 @pytest.mark.parametrize("operation", ["publish", "quarantine", "canary", "rollback", "delete"])
@@ -45,3 +51,21 @@ def test_killed_at_any_line_the_registry_is_whole(
     result = json.loads(done.stdout)
     assert result["points"] > 30
     assert (result["first"], result["last"], result["flips"]) == ("old", "new", 1)
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(KILLS, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])])
+def test_killed_at_random_moments_it_loses_nothing_that_was_acknowledged(
+    tmp_path: Path, database: Database, base: BaseSpec, kills: int
+) -> None:
+    """SIGKILL of whole uploads, publishes, flips and deletes; PATCHBAY_SOAK_SEED=<seed> goes the same way again."""
+    for seed in range(3):
+        save_adapter(tmp_path / "adapters" / str(seed), seed=seed)
+    (tmp_path / "adapters" / "base.json").write_text(json.dumps(asdict(base)))
+    url = database.engine.url.render_as_string(hide_password=False)
+    print(f"seed {SEED}")
+    program = Path(__file__).with_name("kill_randomly.py")
+    command = [sys.executable, program, url, tmp_path, tmp_path / "adapters", str(kills), str(SEED)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert json.loads(done.stdout)["versions"] >= kills // 4

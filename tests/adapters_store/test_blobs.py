@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import multiprocessing
 import os
 import time
 import uuid
@@ -18,9 +20,12 @@ BYTES = b"some bytes" * 100
 DIGEST = hashlib.sha256(BYTES).hexdigest()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    url = f"file://{tmp_path / 'blobs'}" if request.param == "file" else f"memory://{uuid.uuid4().hex}/blobs"
+    if request.param == "s3":
+        url = request.getfixturevalue("s3_url")
+    else:
+        url = f"file://{tmp_path / 'blobs'}" if request.param == "file" else f"memory://{uuid.uuid4().hex}/blobs"
     return BlobStore(url, cache_dir=tmp_path / "cache")
 
 
@@ -122,3 +127,56 @@ def test_a_store_that_cannot_be_written_is_unavailable(tmp_path: Path, source: P
     (tmp_path / "blobs").write_text("a file, not a folder")
     with pytest.raises(StoreUnavailable):
         BlobStore(f"file://{tmp_path / 'blobs'}").put(DIGEST, source)
+
+
+def test_a_blob_of_several_parts_comes_back_from_s3(s3_url: str, tmp_path: Path) -> None:
+    data = os.urandom(1 << 20) * 20
+    digest = hashlib.sha256(data).hexdigest()
+    (tmp_path / "source").write_bytes(data)
+    store = BlobStore(s3_url, cache_dir=tmp_path / "cache")
+    store.put(digest, tmp_path / "source")
+    assert store.local_path(digest).read_bytes() == data
+    assert store.leftovers() == []
+
+
+def test_an_unfinished_upload_to_s3_is_a_leftover_that_can_be_removed(s3_url: str, tmp_path: Path) -> None:
+    store = BlobStore(s3_url, cache_dir=tmp_path / "cache")
+    fs, root = fsspec.core.url_to_fs(s3_url)
+    unfinished = fs.open(f"{root}/ab/cd", "wb", block_size=8 << 20, autocommit=False)
+    unfinished.write(bytes(9 << 20))
+    (name,) = store.leftovers()
+    assert f"{root}/ab/cd" in name
+    store.remove_leftover(name)
+    assert store.leftovers() == []
+
+
+def test_an_s3_store_that_does_not_answer_or_has_no_bucket_is_unavailable(
+    s3_url: str, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreUnavailable):
+        BlobStore("s3://no-such-bucket/x", cache_dir=tmp_path / "cache").put(DIGEST, source)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    store = BlobStore("s3://patchbay-tests/x", cache_dir=tmp_path / "cache")
+    with pytest.raises(StoreUnavailable):
+        store.exists(DIGEST)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_leftover_of_a_folder_is_what_nobody_writes_any_more(tmp_path: Path, source: Path) -> None:
+    store = BlobStore(f"file://{tmp_path / 'blobs'}")
+    store.put(DIGEST, source)
+    killed, running = (tmp_path / "blobs" / DIGEST[:2] / name for name in (".tmp-killed", ".tmp-running"))
+    killed.touch()
+    with running.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert store.leftovers() == [str(killed)]
+        store.remove_leftover(str(killed))
+        assert store.leftovers() == []
+
+
+def test_another_process_may_be_given_the_store(tmp_path: Path, source: Path) -> None:
+    store = BlobStore(f"file://{tmp_path / 'blobs'}")
+    store.put(DIGEST, source)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(store.exists, (DIGEST,))

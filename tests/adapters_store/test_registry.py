@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 
@@ -215,3 +216,43 @@ def test_publishing_and_deleting_one_blob_at_once_never_loses_it(
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(come_and_go, ["acme", "globex"]))
     assert list(blobs.digests()) == [other.manifest.digest]
+
+
+def _publish_often(url: str, blob_url: str, staged: StagedAdapter, tenant: str) -> list[int]:
+    database = Database(url)
+    registry = AdapterRegistry(database, BlobStore(blob_url))
+    published = [registry.publish(tenant, "support", staged).version for _ in range(10)]
+    database.dispose()
+    return published
+
+
+def test_processes_that_publish_at_once_get_distinct_versions(
+    registry: AdapterRegistry, database: Database, blobs: BlobStore, staged: StagedAdapter
+) -> None:
+    url = database.engine.url.render_as_string(hide_password=False)
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_publish_often, url, blobs.url, staged, "acme") for _ in range(3)]
+        published = [version for each in running for version in each.result()]
+    assert sorted(published) == list(range(1, 31))
+    info = registry.get("acme", "support")
+    assert [version.version for version in info.versions] == list(range(1, 31))
+    assert info.aliases == {"default": 30}
+
+
+def test_the_error_of_an_aliased_version_names_every_alias(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged, alias="champion")
+    assert registry.resolve("acme", "acme/support@champion").version == 1
+    registry.set_alias("acme", "support", "prod", 1)
+    with pytest.raises(AliasInUse, match=r"acme/support:1 is named by @champion, @prod\."):
+        registry.delete("acme", "support", 1)
+
+
+def test_a_deleted_alias_names_nothing_and_its_version_stays(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    registry.delete_alias("acme", "support", "default")
+    with pytest.raises(AdapterNotFound):
+        registry.resolve("acme", "acme/support")
+    assert registry.resolve("acme", "acme/support:1").version == 1
+    with pytest.raises(AdapterNotFound):
+        registry.delete_alias("acme", "support", "default")
+    registry.delete("acme", "support", 1)

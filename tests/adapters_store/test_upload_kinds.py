@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
@@ -18,25 +17,13 @@ from adapters_store.manifest import VectorSite
 from adapters_store.upload import Staging
 from adapters_store.weights import load_weights
 
-from .conftest import edit_config, stage, tiny_model
+from .conftest import edit_config, save_kind, stage
 
 WEIGHTS = "adapter_model.safetensors"
 IA3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 LN = LNTuningConfig(target_modules=["input_layernorm", "norm"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
-
-
-def save(folder: Path, config: PeftConfig) -> Path:
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(tiny_model(), config)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        model.save_pretrained(folder)
-    return folder
 
 
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -80,7 +67,7 @@ SAVED_NORMS = tuple(
 def test_a_peft_folder_is_accepted_and_kept_whole(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
 ) -> None:
-    folder = save(tmp_path / "adapter", config)
+    folder = save_kind(tmp_path / "adapter", config)
     staged = stage(staging, folder, base)
     assert (staged.manifest.kind, staged.manifest.rank) == (config.peft_type.value, rank)
     assert staged.manifest.vectors == vectors
@@ -93,8 +80,8 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
 
 
 def test_vera_without_its_matrices_is_kept_with_them(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
-    whole = save(tmp_path / "whole", VERA)
-    part = save(tmp_path / "part", replace(VERA, save_projection=False))
+    whole = save_kind(tmp_path / "whole", VERA)
+    part = save_kind(tmp_path / "part", replace(VERA, save_projection=False))
     assert VERA_A not in load_file(part / WEIGHTS)
     stored, wanted = load_file(stage(staging, part, base).path), load_file(whole / WEIGHTS)
     assert all(torch.equal(stored[name], wanted[name]) for name in (VERA_A, VERA_B))
@@ -102,7 +89,7 @@ def test_vera_without_its_matrices_is_kept_with_them(staging: Staging, tmp_path:
 
 def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
     """peft's Llama has none: made up here, as peft writes those of Qwen2."""
-    folder = save(tmp_path / "adapter", LoraConfig(r=4, bias="all", target_modules=["q_proj"]))
+    folder = save_kind(tmp_path / "adapter", LoraConfig(r=4, bias="all", target_modules=["q_proj"]))
     edit_weights(folder, **{
         f"{PREFIX}layers.{layer}.self_attn.{name}": torch.ones(width)
         for layer in (0, 1)
@@ -140,7 +127,7 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
 def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, changes: Any, field: str, reason: str
 ) -> None:
-    folder = save(tmp_path / "adapter", config)
+    folder = save_kind(tmp_path / "adapter", config)
     edit_config(folder, **changes)
     error = refused(staging, folder, base)
     assert (error.file, error.field) == ("adapter_config.json", field)
@@ -169,7 +156,7 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
 def test_a_tensor_at_fault_is_refused_by_name(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, tensor: str, value: Any, reason: str
 ) -> None:
-    folder = save(tmp_path / "adapter", config)
+    folder = save_kind(tmp_path / "adapter", config)
     edit_weights(folder, **{PREFIX + tensor: value})
     error = refused(staging, folder, base)
     assert (error.file, error.field) == (WEIGHTS, PREFIX + tensor)
@@ -179,6 +166,6 @@ def test_a_tensor_at_fault_is_refused_by_name(
 def test_matrices_that_the_config_says_are_left_out_are_refused(
     staging: Staging, tmp_path: Path, base: BaseSpec
 ) -> None:
-    folder = save(tmp_path / "adapter", VERA)
+    folder = save_kind(tmp_path / "adapter", VERA)
     edit_config(folder, save_projection=False)
     assert refused(staging, folder, base).field == VERA_A

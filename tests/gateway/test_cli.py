@@ -29,6 +29,7 @@ VERSION = {
     "num_parameters": 4096,
     "created_at": 1_700_000_000,
     "status": "ready",
+    "tags": {"stage": "test"},
 }
 ADAPTER = {
     "tenant": "acme",
@@ -120,7 +121,11 @@ def test_the_commands_are_those_of_the_release() -> None:
         "adapter list",
         "adapter alias",
         "adapter rollback",
+        "adapter download",
+        "adapter tag",
+        "adapter untag",
         "adapter delete",
+        "store fsck",
         "finetune create",
         "finetune watch",
         "finetune list",
@@ -244,7 +249,7 @@ def test_adapters_are_listed_with_the_aliases_that_name_them(wire: Wire, capsys:
     wire.on("GET /v1/adapters", {"data": [ADAPTER]})
     assert run("adapter", "list") == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.split()[:6] == ["acme/tone:2", "@default", "@prod", "8", "4,096", "ready"]
+    assert line.split()[:7] == ["acme/tone:2", "@default", "@prod", "stage=test", "8", "4,096", "ready"]
     assert run("adapter", "list", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [ADAPTER]
 
@@ -274,6 +279,17 @@ def test_a_canary_is_set_and_shown(wire: Wire, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == "acme/tone@default is now acme/tone:1, and acme/tone:2 for 25 % of callers.\n"
     assert run("adapter", "list") == 0
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["acme/tone:2", "@default(25%)"]
+
+
+def test_adapters_and_versions_are_tagged_by_their_refs(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
+    wire.on("PUT /v1/adapters/acme/tone/tags/team", ADAPTER)
+    wire.on("PUT /v1/adapters/acme/tone/versions/2/tags/eval%2Fscore", ADAPTER)
+    wire.on("DELETE /v1/adapters/acme/tone/versions/2/tags/eval%2Fscore", ADAPTER)
+    assert run("adapter", "tag", "acme/tone", "team", "north") == 0
+    assert run("adapter", "tag", "acme/tone:2", "eval/score", "0.9") == 0
+    assert run("adapter", "untag", "acme/tone:2", "eval/score") == 0
+    assert [json.loads(body) for _, _, body in wire.asked[:2]] == [{"value": "north"}, {"value": "0.9"}]
+    assert capsys.readouterr().out.splitlines()[0] == "acme/tone has team=north."
 
 
 def _job(wire: Wire, status: str, error: Json | None = None) -> Json:

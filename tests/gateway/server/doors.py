@@ -156,7 +156,7 @@ class Doors:
             engine=EngineConfig(
                 base=str(self.base), quantization="none", device="cpu", kv_cache_tokens=16384, max_lora_rank=32
             ),
-            store=StoreConfig(data_dir=str(self.folder)),
+            store=StoreConfig(data_dir=str(self.folder), import_roots=(str(self.folder / "imports"),)),
             limits=LimitsConfig(
                 max_upload_bytes=1 << 20,
                 max_training_file_bytes=1 << 18,

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from adapters_store.errors import StoreUnavailable
+from gateway.client import ApiError, GatewayClient, InvalidInput
 from gateway.errors import Overloaded
 from tests.gateway.server.conftest import TenantClient
 from tests.gateway.server.doors import Doors
@@ -128,6 +129,35 @@ def test_upload_list_alias_rollback_delete(tenant: TenantClient, adapter: Path, 
     assert tenant.http.delete(f"{path}/versions/2").json()["deleted"] is True
     listed = tenant.http.get("/v1/adapters").json()["data"]
     assert [[v["version"] for v in info["versions"]] for info in listed] == [[1]]
+
+
+def test_a_version_is_downloaded_as_a_peft_folder_and_uploads_again(
+    doors: Doors, tenant: TenantClient, adapter: Path, tmp_path: Path
+) -> None:
+    first = tenant.upload("helper", adapter).json()
+    with GatewayClient(doors.url, tenant.key) as client:
+        client.download_adapter(f"{tenant.id}/helper", 1, tmp_path / "mine")
+        with pytest.raises(ApiError, match="does not exist"):
+            client.download_adapter(f"{tenant.id}/helper", 2, tmp_path / "other")
+        with pytest.raises(InvalidInput, match="exists already"):
+            client.download_adapter(f"{tenant.id}/helper", 1, tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+    assert tenant.upload("again", tmp_path / "mine").json()["digest"] == first["digest"]
+
+
+def test_tags_of_an_adapter_and_of_a_version_are_set_shown_and_deleted(tenant: TenantClient, adapter: Path) -> None:
+    tenant.upload("helper", adapter)
+    path = f"/v1/adapters/{tenant.id}/helper"
+    assert tenant.http.put(f"{path}/tags/team", json={"value": "north"}).json()["tags"] == {"team": "north"}
+    tagged = tenant.http.put(f"{path}/versions/1/tags/eval/score", json={"value": "0.9"}).json()
+    assert tagged["versions"][0]["tags"] == {"eval/score": "0.9"}
+    (listed,) = tenant.http.get("/v1/adapters").json()["data"]
+    assert listed == tagged
+    assert tenant.http.delete(f"{path}/tags/team").json()["tags"] == {}
+    assert tenant.http.delete(f"{path}/versions/1/tags/eval/score").json()["versions"][0]["tags"] == {}
+    refused = tenant.http.put(f"{path}/tags/{'k' * 300}", json={"value": ""})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_tag")
+    assert tenant.http.put(f"{path}/versions/2/tags/a", json={"value": ""}).status_code == 404
 
 
 def test_an_archive_is_the_same_adapter(tenant: TenantClient, adapter: Path) -> None:

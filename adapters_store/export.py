@@ -1,0 +1,169 @@
+"""A stored version as the `peft` folder with the same arithmetic, in a tar that is made as it is sent."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, Final, TypeVar
+
+from adapters_store.base_spec import LINEARS, module_path
+from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
+from adapters_store.manifest import AdapterManifest, AdapterSpec
+
+_CHUNK: Final = 1 << 20
+_END: Final = bytes(2 * tarfile.BLOCKSIZE)
+
+V = TypeVar("V", bound=Hashable)
+Modules = dict[tuple[int, str], V]
+"""A value for each adapted linear, by (layer, linear)."""
+
+
+@dataclass(frozen=True)
+class PeftTar:
+    """A tar of one folder, ready for `PeftModel.from_pretrained` and for uploading again.
+
+    small: its small files by name. weights: the version's blob, open at its start, which is a safetensors file with
+    `peft`'s names and is sent as it is; `weights_bytes` is its size.
+    """
+
+    folder: str
+    small: Mapping[str, bytes]
+    weights: BinaryIO
+    weights_bytes: int
+
+    @classmethod
+    def of(cls, folder: str, manifest: AdapterManifest, num_layers: int, weights: BinaryIO) -> PeftTar:
+        """num_layers: of the base."""
+        small = {
+            CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
+            PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
+        }
+        return cls(folder, small, weights, manifest.size_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole tar."""
+        sizes = [*map(len, self.small.values()), self.weights_bytes]
+        return sum(tarfile.BLOCKSIZE + _padded(size) for size in sizes) + len(_END)
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tar's bytes, in pieces of a megabyte at most."""
+        with self.weights:
+            for name, data in self.small.items():
+                yield self._head(name, len(data)) + data + _padding(len(data))
+            yield self._head(WEIGHTS_FILE, self.weights_bytes)
+            while chunk := self.weights.read(_CHUNK):
+                yield chunk
+            yield _padding(self.weights_bytes) + _END
+
+    def _head(self, name: str, size: int) -> bytes:
+        info = tarfile.TarInfo(f"{self.folder}/{name}")
+        info.size = size
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors.
+
+    num_layers: of the base.
+    """
+    common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
+    if spec.virtual_tokens is not None:
+        return common | {"num_virtual_tokens": spec.num_virtual_tokens}
+    norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
+    if spec.kind == "LN_TUNING":
+        return common | {"target_modules": norms}
+    of_kind = {"LORA": _lora_fields, "VERA": _vera_fields, "IA3": _ia3_fields, "BEFT": _beft_fields}[spec.kind]
+    return common | {"modules_to_save": norms or None} | of_kind(spec, num_layers)
+
+
+def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Every scale as alpha / r; the commonest rank and alpha are the defaults, the others patterns."""
+    ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
+    alphas = {(layer, delta.linear): _alpha(delta.scale, delta.rank) for delta in spec.deltas for layer in delta.layers}
+    rank, rank_pattern = _default_and_pattern(ranks)
+    alpha, alpha_pattern = _default_and_pattern(alphas)
+    roles = {site.role for site in spec.vectors}
+    return {
+        "bias": _own_biases(spec, "lora_only"),
+        "use_dora": "magnitude" in roles,
+        "lora_bias": "bias" in roles,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        **_targets(set(ranks), num_layers),
+    }
+
+
+def _vera_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """The shared matrices are in the file, also where they were drawn."""
+    modules = {(layer, delta.linear) for delta in spec.deltas for layer in delta.layers}
+    bias = _own_biases(spec, "vera_only")
+    return {"bias": bias, "r": spec.rank, "save_projection": True, **_targets(modules, num_layers)}
+
+
+def _ia3_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    scaled = {role: _modules(spec, role) for role in ("in_scale", "out_scale")}
+    paths = {role: [module_path(*module) for module in sorted(modules)] for role, modules in scaled.items()}
+    return {"target_modules": [*paths["out_scale"], *paths["in_scale"]], "feedforward_modules": paths["in_scale"]}
+
+
+def _beft_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    return {"target_modules": [module_path(*module) for module in sorted(_modules(spec, "bias"))]}
+
+
+def _modules(spec: AdapterSpec, role: str) -> set[tuple[int, str]]:
+    return {(layer, site.module) for site in spec.vectors if site.role == role for layer in site.layers}
+
+
+def _own_biases(spec: AdapterSpec, of_targets: str) -> str:
+    """`bias`: none, those of the targets alone, or all, of which those of other linears have the base's names."""
+    names = {site.tensor for site in spec.vectors if site.role == "own_bias"}
+    return "all" if "bias" in names else of_targets if names else "none"
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha whose quotient with `rank` is `scale`: a whole number where one is."""
+    alpha = scale * rank
+    return round(alpha) if round(alpha) / rank == scale else alpha
+
+
+def _default_and_pattern(values: Modules[V]) -> tuple[V, dict[str, V]]:
+    """The commonest value, and the others by the linear's name where all its layers agree, else by module path."""
+    default = Counter(values.values()).most_common(1)[0][0]
+    pattern: dict[str, V] = {}
+    for linear in LINEARS:
+        own = {layer: value for (layer, name), value in values.items() if name == linear}
+        if len(set(own.values())) == 1:
+            named = {linear: next(iter(own.values()))}
+        else:
+            named = {module_path(layer, linear): value for layer, value in own.items()}
+        pattern |= {name: value for name, value in named.items() if value != default}
+    return default, pattern
+
+
+def _targets(modules: set[tuple[int, str]], num_layers: int) -> dict[str, Any]:
+    """Linears by name, and the layers unless all; full module paths where the linears' layers differ."""
+    linears = [linear for linear in LINEARS if any(name == linear for _, name in modules)]
+    layers = sorted({layer for layer, _ in modules})
+    if len(modules) != len(linears) * len(layers):
+        return {"target_modules": sorted(module_path(*module) for module in modules)}
+    if layers == list(range(num_layers)):
+        return {"target_modules": linears}
+    return {"target_modules": linears, "layers_to_transform": layers}
+
+
+def _json_file(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
+
+
+def _padded(size: int) -> int:
+    return size + len(_padding(size))
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)

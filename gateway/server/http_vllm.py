@@ -1,0 +1,46 @@
+"""vLLM's routes for adapters at run time, as it answers them; here they publish and last. With an admin key."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
+
+from adapters_store.errors import AdapterNotFound
+from adapters_store.names import DEFAULT_ALIAS
+from gateway.errors import InvalidRequest, NotFound
+from gateway.server.adapters import AdapterService, split_name
+from gateway.server.context import ServerContext
+from gateway.server.http_routes import Caller, PolicyRoute
+from gateway.server.openai_schema import LoadLoRARequest, UnloadLoRARequest
+
+
+def vllm_routes(context: ServerContext) -> APIRouter:
+    """/v1/load_lora_adapter and /v1/unload_lora_adapter."""
+    router = APIRouter(route_class=PolicyRoute)
+    service = AdapterService(context)
+    default_tenant = context.config.server.default_tenant
+
+    @router.post("/v1/load_lora_adapter")
+    async def load_lora_adapter(body: LoadLoRARequest, caller: Caller) -> Response:
+        tenant, name = split_name(caller, body.lora_name, default_tenant)
+        if not body.load_inplace and await service.has_alias(caller, tenant, name, DEFAULT_ALIAS):
+            raise InvalidRequest(
+                f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter "
+                "in place, set 'load_inplace' to True.",
+                param="lora_name",
+            )
+        async with service.upload(caller) as upload:
+            await upload.add_folder(body.lora_path)
+            await upload.publish(f"{tenant}/{name}")
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload_lora_adapter(body: UnloadLoRARequest, caller: Caller) -> Response:
+        tenant, name = split_name(caller, body.lora_name, default_tenant)
+        try:
+            await service.delete_alias(caller, tenant, name, DEFAULT_ALIAS)
+        except AdapterNotFound:
+            raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router

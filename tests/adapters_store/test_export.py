@@ -1,0 +1,102 @@
+"""An exported version is a peft folder: `PeftModel.from_pretrained` gives the logits of what was uploaded."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+
+from adapters_store.base_spec import BaseSpec
+from adapters_store.export import PeftTar
+from adapters_store.upload import StagedAdapter, Staging
+
+from .conftest import save_adapter, save_kind, stage, tiny_model
+
+Q0 = "model.layers.0.self_attn.q_proj"
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear", "r": 5, "lora_alpha": 3},
+    {"use_rslora": True, "r": 3, "lora_alpha": 7},
+    {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+    {"rank_pattern": {Q0: 2}, "alpha_pattern": {Q0: 1, "layers.1.self_attn.v_proj": 11}},
+    {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    {"target_modules": r"model\.layers\.0\.self_attn\.[qk]_proj|model\.layers\.1\.mlp\.down_proj"},
+    {"use_rslora": True, "rank_pattern": {"v_proj": 7}},
+]
+
+KINDS: dict[str, PeftConfig] = {
+    "DoRA": LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+    "lora_bias": LoraConfig(r=3, lora_alpha=5, lora_bias=True, target_modules=["v_proj"], modules_to_save=["norm"]),
+    "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "BEFT": BeftConfig(target_modules=["v_proj", "layers.1.mlp.up_proj"]),
+    "LN": LNTuningConfig(target_modules=["input_layernorm", "norm"]),
+    "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "P-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}
+
+
+def export(staged: StagedAdapter, folder: Path) -> Path:
+    """The peft folder that a tar unpacks to."""
+    tar = PeftTar.of("support-1", staged.manifest, 2, staged.path.open("rb"))
+    data = b"".join(tar.chunks())
+    assert len(data) == tar.num_bytes
+    assert tar.weights.closed
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / "support-1"
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = PeftModel.from_pretrained(tiny_model(), folder).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.arange(16)[None]).logits
+    return found
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_peft_computes_the_same_from_an_export(
+    staging: Staging, tmp_path: Path, base: BaseSpec, options: dict[str, Any]
+) -> None:
+    uploaded = save_adapter(tmp_path / "adapter", **options)
+    exported = export(stage(staging, uploaded, base), tmp_path / "export")
+    expected = logits(uploaded)
+    with torch.no_grad():
+        assert not torch.allclose(expected, tiny_model().eval()(torch.arange(16)[None]).logits, atol=1e-4)
+    torch.testing.assert_close(logits(exported), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
+def test_an_export_uploaded_again_is_the_same_adapter(tmp_path: Path, base: BaseSpec, options: dict[str, Any]) -> None:
+    uploaded = save_adapter(tmp_path / "adapter", **options)
+    with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
+        staged = stage(first, uploaded, base)
+        again = stage(second, export(staged, tmp_path / "export"), base)
+        assert again.manifest.digest == staged.manifest.digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_exported_and_uploaded_again(tmp_path: Path, base: BaseSpec, kind: str) -> None:
+    uploaded = save_kind(tmp_path / "adapter", KINDS[kind])
+    with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
+        staged = stage(first, uploaded, base, max_virtual_tokens=8)
+        exported = export(staged, tmp_path / "export")
+        torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
+        assert stage(second, exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest
