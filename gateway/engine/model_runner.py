@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from typing import Self
 
 import numpy as np
@@ -10,12 +9,13 @@ import torch
 
 from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
-from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.host_tier import HostTier
 from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.step_graphs import MAX_ROWS, StepGraphs
+from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
 from gateway.layers.forward_batch import ForwardBatch
@@ -51,7 +51,7 @@ class ModelRunner:
         )
 
         self._attention: AttentionMetadata | None = None  # of the last step
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @classmethod
     def build(cls, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Self:
@@ -75,17 +75,25 @@ class ModelRunner:
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture_graphs(config.max_rows, config.max_lora_rank if config.num_adapter_slots else 0)
+            runner.capture_graphs(
+                config.max_rows,
+                config.max_num_batched_tokens or MAX_ROWS,
+                config.max_lora_rank if config.num_adapter_slots else 0,
+            )
         return runner
 
-    def capture_graphs(self, max_rows: int, max_rank: int) -> None:
-        """Record decode steps of up to `max_rows` sequences with adapters of up to `max_rank`. On CUDA only."""
-        self._graphs = DecodeGraphs(
+    def capture_graphs(self, max_rows: int, max_tokens: int, max_rank: int) -> None:
+        """Record small steps: of up to `max_rows` decode rows, of up to `max_tokens` with chunks of prompts among them.
+
+        max_rank: of their adapters. On CUDA only.
+        """
+        self._graphs = StepGraphs(
             self.decoder,
             self.cache,
             self.slots,
             self.rotary,
             max_rows=max_rows,
+            max_tokens=max_tokens,
             max_len=self.max_model_len,
             max_rank=max_rank,
             invariant=self.invariant,
@@ -106,13 +114,11 @@ class ModelRunner:
         if output.copies:
             pairs = send(np.array(output.copies, np.int64), self.decoder.device)
             self.cache.copy_blocks(pairs[:, 0], pairs[:, 1])
-        if self._graphs is not None and output.is_decode:
-            logits = self._graphs.run(output.scheduled, pending)
-            if logits is not None:
-                return logits
         if self.invariant and self.decoder.device.type == "cpu":
             return self._execute_by_token(output, pending)
-        return self.decoder(self._batch(output, pending), self.cache.layers).float()
+        tokens = StepTokens.of(output, pending, self.cache.block_size)
+        logits = self._graphs.run(tokens, pending) if self._graphs is not None else None
+        return self._forward(tokens, pending) if logits is None else logits
 
     def _execute_by_token(self, output: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
         """`execute`, each token by itself: the order of PyTorch's sums on a CPU depends on the number of rows."""
@@ -124,62 +130,41 @@ class ModelRunner:
                 step = SchedulerOutput(output.number, [Chunk(sequence, position, 1)])
                 if sequence in sampled and position == start + num_tokens - 1:
                     step.sampled.append(sequence)
-                logits.append(self.decoder(self._batch(step, own), self.cache.layers).float())
+                logits.append(self._forward(StepTokens.of(step, own, self.cache.block_size), own))
         return torch.cat(logits)
 
-    def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:
-        chunks = output.scheduled
+    def _forward(self, tokens: StepTokens, pending: PendingTokens | None) -> torch.Tensor:
+        return self.decoder(self._batch(tokens, pending), self.cache.layers).float()
+
+    def _batch(self, tokens: StepTokens, pending: PendingTokens | None) -> ForwardBatch:
         device = self.decoder.device
-        query_lens = [chunk.num_tokens for chunk in chunks]
-        ends = [start + num_tokens for _, start, num_tokens in chunks]
-        positions, slot_mapping = self._places(chunks)
-        cos, sin = self.rotary.at(send(positions, device))
+        parts = tokens.ids, tokens.positions, tokens.cache_slots, tokens.last_rows
+        ids, positions, slot_mapping, last_rows = send(np.concatenate(parts), device).split_with_sizes(
+            [len(part) for part in parts]
+        )
+        cos, sin = self.rotary.at(positions)
         self._attention = AttentionMetadata.build(
-            query_lens,
-            ends,
-            [sequence.block_table for sequence, _, _ in chunks],
+            tokens.query_lens.tolist(),
+            tokens.context_lens.tolist(),
+            tokens.block_tables,
             self.cache.block_size,
             device,
             previous=self._attention,
         )
+        segments = None
+        if (tokens.adapter_slots >= 0).any():
+            segments = LoRASegments.build(tokens.adapter_slots, self.slots.slot_pages, device, self.invariant)
         return ForwardBatch(
-            input_ids=self._input_ids(chunks, pending),
-            slot_mapping=send(slot_mapping, device),
+            input_ids=ids if pending is None else resolve(ids, pending.token_ids),
+            slot_mapping=slot_mapping,
             attention=self._attention,
             cos=cos,
             sin=sin,
-            last_rows=send(_last_rows(output, query_lens), device),
+            last_rows=last_rows,
             adapters=self.slots,
-            segments=self._segments(chunks, query_lens),
+            segments=segments,
             invariant=self.invariant,
         )
-
-    def _input_ids(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor:
-        """The step's token ids, int64 [num_tokens], the pending ones taken where they are."""
-        ids: list[int] = []
-        marks: list[int] = [] if pending is None else pending.marks.tolist()
-        for row, (sequence, start, num_tokens) in enumerate(chunks):
-            ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
-        on_device = send(np.array(ids, np.int64), self.decoder.device)
-        return on_device if pending is None else resolve(on_device, pending.token_ids)
-
-    def _places(self, chunks: Seq[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-        """The step's positions and cache slots, each int64 [num_tokens]."""
-        positions: list[int] = []
-        slots: list[int] = []
-        size = self.cache.block_size
-        for sequence, start, num_tokens in chunks:
-            table = sequence.block_table
-            positions.extend(range(start, start + num_tokens))
-            slots.extend(table[p // size] * size + p % size for p in range(start, start + num_tokens))
-        return np.array(positions, np.int64), np.array(slots, np.int64)
-
-    def _segments(self, chunks: Seq[Chunk], query_lens: Seq[int]) -> LoRASegments | None:
-        slots = np.array([sequence.slot for sequence, _, _ in chunks], np.int32)
-        if (slots < 0).all():
-            return None
-        pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
-        return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device, self.invariant)
 
 
 def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
@@ -196,10 +181,3 @@ def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> i
             param="engine.max_model_len",
         )
     return wanted
-
-
-def _last_rows(output: SchedulerOutput, query_lens: Seq[int]) -> np.ndarray:
-    """The row of each sampled sequence's last token: int64 [num_sampled]."""
-    sampled = set(output.sampled)
-    ends = np.cumsum(query_lens) - 1
-    return ends[[sequence in sampled for sequence, _, _ in output.scheduled]].astype(np.int64)

@@ -1,31 +1,42 @@
-"""Decode steps recorded as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
+"""Small steps recorded as CUDA graphs: the host launches one graph instead of hundreds of kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 
 from adapters_store.lora_layout import num_pages_for
 from adapters_store.slots import AdapterSlots
-from gateway.engine.decode_inputs import DecodeInputs
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.pending import PendingTokens
-from gateway.engine.scheduler import Chunk
+from gateway.engine.step_inputs import StepInputs
+from gateway.engine.step_tokens import StepTokens
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from lora_kernels.nf4_lora import page_limits
 
-MAX_ROWS = 512
-_WARM_UPS = 2  # the first compiles kernels, the second sees that nothing more is allocated
+# At 8B on an H200 the device takes as long for about so many rows as the host to launch their kernels one by one.
+MAX_ROWS: Final = 512
+# Rows to record: no batch is padded by more than a half of its rows or seven. Below 32 a ragged step costs the same.
+_DECODE_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
+_RAGGED_SIZES: Final = (32, 64, 96, 128, 192, 256, 384)
+_WARM_UPS: Final = 2  # the first compiles kernels, the second sees that nothing more is allocated
 
 
-class DecodeGraphs:
-    """Graphs of each batch size, for steps of no, few, some and many pages of adapters; a batch is padded to a size.
+class _Shape(NamedTuple):
+    """What a graph is recorded for: rows, a token each; whether some are chunks of prompts; at most so many pages."""
 
-    What is done beside the base's product and what behind it (`lora_kernels.nf4_lora`) depends on how many pages there
-    may be.
+    size: int
+    is_ragged: bool
+    most_pages: int
+
+
+class StepGraphs:
+    """Graphs of decode rows alone, and of decode rows beside chunks of prompts, by their numbers of rows.
+
+    A step is padded to the next size. Each size has graphs for no, few, some and many pages of adapters: what is done
+    beside the base's product and what behind it (`lora_kernels.nf4_lora`) depends on how many there may be.
     """
 
     def __init__(
@@ -36,73 +47,77 @@ class DecodeGraphs:
         rotary: RotaryTable,
         *,
         max_rows: int,
+        max_tokens: int,
         max_len: int,
         max_rank: int,
         invariant: bool,
     ) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._sizes = _sizes(max_rows)
+        self._decode_sizes, self._ragged_sizes = _sizes(_DECODE_SIZES, max_rows), _sizes(_RAGGED_SIZES, max_tokens)
         self._max_pages = num_pages_for(max_rank)
         self._invariant = invariant
-        self._inputs = DecodeInputs(
+        self._inputs = StepInputs(
             cache,
             slots,
             rotary,
             decoder.device,
-            size=self._sizes[-1],
+            size=max(self._decode_sizes[-1], self._ragged_sizes[-1]),
             max_blocks=-(-max_len // cache.block_size),
             max_pages=self._max_pages,
             max_pending=max_rows,
             invariant=invariant,
         )
-        # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 1.3 GB together.
-        self._logits = torch.empty(self._sizes[-1], decoder.num_logits, dtype=torch.float32, device=decoder.device)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and most pages
+        # Shared by all graphs: at a vocabulary of 128,256 those of each graph would take 2 GB together. No step samples
+        # more than the most decode rows.
+        self._logits = torch.empty(
+            self._decode_sizes[-1], decoder.num_logits, dtype=torch.float32, device=decoder.device
+        )
+        self._graphs: dict[_Shape, torch.cuda.CUDAGraph] = {}
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record all graphs, the largest first, so that the others fit into its memory."""
+        """Record all graphs over padding alone, the largest first, so that the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        self._inputs.fill([], None)
-        for size in reversed(self._sizes):
-            for most_pages in self._page_limits(size):
-                for _ in range(_WARM_UPS):
-                    self._forward(size, most_pages)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._forward(size, most_pages)
-                self._graphs[size, most_pages] = graph
+        for shape in sorted(self._shapes(), reverse=True):
+            for _ in range(_WARM_UPS):
+                self._forward(shape)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._forward(shape)
+            self._graphs[shape] = graph
 
-    def run(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> torch.Tensor | None:
-        """The fp32 logits [len(chunks), vocab] of one more token each, until the next call overwrites them.
+    def run(self, tokens: StepTokens, pending: PendingTokens | None) -> torch.Tensor | None:
+        """The fp32 logits [num_sampled, vocab] of `tokens.last_rows`, until the next call overwrites them.
 
         None where no graph fits: too many rows, or an adapter above the engine's highest rank.
         """
-        rows = len(chunks)
-        size = next((size for size in self._sizes if size >= rows), None)
-        if size is None:
+        sizes = self._decode_sizes if tokens.is_decode else self._ragged_sizes
+        size = next((size for size in sizes if size >= len(tokens)), None)
+        num_pages = self._inputs.route(tokens, size) if size is not None else None
+        if size is None or num_pages is None:
             return None
-        token_slots = np.array([chunk.sequence.slot for chunk in chunks], np.int32)
-        num_pages = self._inputs.route(token_slots, size) if (token_slots >= 0).any() else 0
-        if num_pages is None:
-            return None
-        self._inputs.fill(chunks, pending)
+        self._inputs.fill(tokens, pending, size)
         most_pages = next(limit for limit in self._page_limits(size) if limit >= num_pages)
-        self._graphs[size, most_pages].replay()
-        return self._logits[:rows]
+        self._graphs[_Shape(size, not tokens.is_decode, most_pages)].replay()
+        return self._logits[: len(tokens.last_rows)]
+
+    def _shapes(self) -> list[_Shape]:
+        kinds = (self._decode_sizes, False), (self._ragged_sizes, True)
+        return [_Shape(size, kind, most) for sizes, kind in kinds for size in sizes for most in self._page_limits(size)]
 
     def _page_limits(self, size: int) -> list[int]:
         """How many pages of adapters each of a size's graphs takes, ascending."""
         most = size * self._max_pages
         return [0, most] if self._invariant else [0, *page_limits(size, most)]
 
-    def _forward(self, size: int, most_pages: int) -> None:
-        batch = self._inputs.batch(size, most_pages)
-        self._logits[:size].copy_(self._decoder(batch, self._cache.layers))
+    def _forward(self, shape: _Shape) -> None:
+        sampled = min(shape.size, len(self._logits))
+        batch = self._inputs.batch(shape.size, shape.most_pages, sampled if shape.is_ragged else None)
+        self._logits[:sampled].copy_(self._decoder(batch, self._cache.layers))
 
 
-def _sizes(most: int) -> list[int]:
-    """The batch sizes to record, up to `most` rows: no batch is padded by more than a half of its rows or seven."""
+def _sizes(among: tuple[int, ...], most: int) -> list[int]:
+    """The numbers of rows to record, up to `most`."""
     most = min(most, MAX_ROWS)
-    return [*(size for size in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384) if size < most), most]
+    return [*(size for size in among if size < most), most]

@@ -1,8 +1,8 @@
-"""What a recorded decode step reads, at addresses that never change."""
+"""What a recorded step reads, at addresses that never change."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,18 +11,25 @@ import torch
 from adapters_store.slots import AdapterSlots
 from gateway.engine.kv_cache import KVCache
 from gateway.engine.pending import IntArray, PendingTokens, resolve
-from gateway.engine.scheduler import Chunk
+from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send, send_into
 from gateway.layers.forward_batch import ForwardBatch
 from gateway.layers.rotary import RotaryTable
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.segments import LoRASegments, Routing, fixed_size, order_capacity
 
+# Rows of `_numbers`. A step of decode rows alone needs but the first four.
+_TOKEN_ID, _POSITION, _CACHE_SLOT, _CONTEXT_LEN, _LAST_ROW, _QUERY_START = range(6)
+_OF_DECODES = 4
 
-class DecodeInputs:
-    """The inputs of up to `size` decode rows on the device, and the host's record of what is there.
 
-    A step sends four numbers a row, the blocks that tables have grown by, and the routing when a row's slot, or what
+class StepInputs:
+    """The inputs of up to `size` rows on the device, a token each, and the host's record of what is there.
+
+    A step is padded between its chunks of one token and the longer ones: so each of the former, and each row of
+    padding, is the sequence of its own number, and what is behind them is the longer ones' alone.
+
+    A step sends a few numbers a row, the blocks that tables have grown by, and the routing when a row's slot, or what
     lies in it, has changed. Tokens that the step before sampled never leave the device.
     """
 
@@ -45,49 +52,52 @@ class DecodeInputs:
         self._size = size
         self._max_pages = max_pages
         self._invariant = invariant
-        # Context length, token id (below zero: pending), position and cache slot of each row.
-        self._numbers = np.zeros((4, size), np.int32)
-        self._numbers_there = torch.zeros((4, size), dtype=torch.int32, device=device)
-        # Each row's table is its sequence's own list, which only grows; how many of its blocks have been sent.
+        self._numbers = np.zeros((6, size + 1), np.int32)
+        self._numbers[_CACHE_SLOT] = cache.scratch_slot
+        self._numbers[_QUERY_START] = range(size + 1)
+        self._numbers_there = torch.tensor(self._numbers, device=device)
+        # Each sequence's table is its own list, which only grows; how many of its blocks have been sent.
         self._tables: list[list[int]] = [[] for _ in range(size)]
         self._num_sent = np.zeros(size, np.int64)
         self._block_table = torch.zeros((size, max_blocks), dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(max_pending, dtype=torch.int64, device=device)
-        self._query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self._one_each = torch.arange(size + 1, dtype=torch.int32, device=device)
         self._routed: tuple[bytes, tuple[int, ...]] | None = None
         self._num_pages = 0
         self._routing = torch.zeros(fixed_size(size, max_pages), dtype=torch.int32, device=device)
 
-    def fill(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> None:
-        """Send what the rows of this step, one token each, need. The rows behind them are padding.
+    def fill(self, tokens: StepTokens, pending: PendingTokens | None, size: int) -> None:
+        """Send what a step of so many rows needs, of which these are not padding.
 
-        A padding row attends to nothing and writes its key and value to the cache's scratch block.
+        A row of padding attends to nothing and writes its key and value to the cache's scratch block.
         """
-        rows, block_size = len(chunks), self._cache.block_size
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        positions = np.array([chunk.start for chunk in chunks], np.int64)
-        # Not the last: drafts that failed leave a table longer than its sequence.
-        places = (positions // block_size).tolist()
-        blocks = np.array([table[place] for table, place in zip(tables, places, strict=True)], np.int64)
-        self._numbers[:3, rows:] = 0
-        self._numbers[3, rows:] = self._cache.scratch_slot
-        self._numbers[0, :rows] = positions + 1
-        self._numbers[1, :rows] = _input_ids(chunks, pending)
-        self._numbers[2, :rows] = positions
-        self._numbers[3, :rows] = blocks * block_size + positions % block_size
-        send_into(self._numbers, self._numbers_there)
-        self._send_blocks(tables)
+        scratch = self._cache.scratch_slot
+        sequences = np.arange(len(tokens.query_lens))
+        sequences[tokens.num_single :] += size - len(tokens)
+        self._numbers[_TOKEN_ID, :size] = _padded(tokens, tokens.ids, size, 0)
+        self._numbers[_POSITION, :size] = _padded(tokens, tokens.positions, size, 0)
+        self._numbers[_CACHE_SLOT, :size] = _padded(tokens, tokens.cache_slots, size, scratch)
+        self._numbers[_CONTEXT_LEN] = 0
+        self._numbers[_CONTEXT_LEN, sequences] = tokens.context_lens
+        sent = _OF_DECODES
+        if not tokens.is_decode:
+            self._set_ragged(tokens, size)
+            sent = len(self._numbers)
+        send_into(self._numbers[:sent], self._numbers_there[:sent])
+        self._send_blocks(sequences, tokens.block_tables)
         if pending is not None:
             self._last_tokens[: len(pending.token_ids)].copy_(pending.token_ids)
 
-    def route(self, token_slots: npt.NDArray[np.int32], size: int) -> int | None:
-        """Send the routing of a step of `size` rows, the first of which have these slots.
+    def route(self, tokens: StepTokens, size: int) -> int | None:
+        """Send the routing of a step of so many rows.
 
-        token_slots: int32 [num_rows], -1 for the bare base, not all of them. Returns the number of pages of all their
-        adapters; None when an adapter has too many.
+        Returns the number of pages of all their adapters; None when an adapter has too many.
         """
-        used = sorted(set(token_slots.tolist()) - {-1})
-        routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used)
+        if (tokens.adapter_slots < 0).all():
+            return 0
+        token_slots = _padded(tokens, tokens.adapter_slots, size, -1)
+        used = np.unique(tokens.adapter_slots).tolist()
+        routed = token_slots.tobytes(), tuple(self._slots.generation(slot) for slot in used if slot >= 0)
         if routed == self._routed:
             return self._num_pages
         routing = Routing.of(token_slots, size, self._slots.slot_pages, self._invariant)
@@ -98,25 +108,29 @@ class DecodeInputs:
         self._routed, self._num_pages = routed, routing.num_pages
         return self._num_pages
 
-    def batch(self, size: int, most_pages: int) -> ForwardBatch:
+    def batch(self, size: int, most_pages: int, most_sampled: int | None = None) -> ForwardBatch:
         """The first `size` rows, whose adapters have no more than so many pages together.
 
+        most_sampled: how many rows a ragged step samples at most; None for decode rows alone, all of which are sampled.
         Made while a graph is recorded, it reads what `fill` and `route` have sent since.
         """
-        marked_ids, positions, slot_mapping = self._numbers_there[1:, :size].long()
+        numbers = self._numbers_there
+        marked_ids, positions, slot_mapping = numbers[: _CACHE_SLOT + 1, :size].long()
         cos, sin = self._rotary.at(positions)
+        is_ragged = most_sampled is not None
         return ForwardBatch(
             input_ids=resolve(marked_ids, self._last_tokens),
             slot_mapping=slot_mapping,
             attention=AttentionMetadata.fixed(
                 self._block_table[:size],
-                self._numbers_there[0, :size],
-                self._query_start[: size + 1],
+                numbers[_CONTEXT_LEN, :size],
+                numbers[_QUERY_START, : size + 1] if is_ragged else self._one_each[: size + 1],
                 self._cache.block_size,
+                ragged=is_ragged,
             ),
             cos=cos,
             sin=sin,
-            last_rows=None,
+            last_rows=numbers[_LAST_ROW, :most_sampled].long() if is_ragged else None,
             adapters=self._slots,
             segments=LoRASegments.fixed(self._routing, size, self._size, self._max_pages, most_pages, self._invariant)
             if most_pages
@@ -124,29 +138,38 @@ class DecodeInputs:
             invariant=self._invariant,
         )
 
-    def _send_blocks(self, tables: list[list[int]]) -> None:
-        """Write what is new of the rows' block tables."""
-        for row, table in enumerate(tables):
-            if self._tables[row] is not table:
-                self._tables[row], self._num_sent[row] = table, 0
+    def _set_ragged(self, tokens: StepTokens, size: int) -> None:
+        """Which rows are sampled, and where each sequence's rows begin."""
+        single, padding, rows = tokens.num_single, size - len(tokens), tokens.last_rows
+        self._numbers[_LAST_ROW] = 0
+        self._numbers[_LAST_ROW, : len(rows)] = np.where(rows < single, rows, rows + padding)
+        lens = np.ones(single + padding, np.int64), tokens.query_lens[single:]
+        ends = np.cumsum(np.concatenate(lens))
+        self._numbers[_QUERY_START] = size
+        self._numbers[_QUERY_START, 0] = 0
+        self._numbers[_QUERY_START, 1 : 1 + len(ends)] = ends
+
+    def _send_blocks(self, sequences: IntArray, tables: list[list[int]]) -> None:
+        """Write what is new of the block tables of these sequences."""
+        for sequence, table in zip(sequences.tolist(), tables, strict=True):
+            if self._tables[sequence] is not table:
+                self._tables[sequence], self._num_sent[sequence] = table, 0
         lengths = np.array([len(table) for table in tables], np.int64)
-        grown = np.flatnonzero(lengths > self._num_sent[: len(tables)]).tolist()
+        sent = self._num_sent[sequences]
+        grown = np.flatnonzero(lengths > sent).tolist()
         if not grown:
             return
         width = self._block_table.shape[1]
-        places = [row * width + np.arange(self._num_sent[row], lengths[row]) for row in grown]
-        blocks = [tables[row][self._num_sent[row] :] for row in grown]
+        places = [sequences[i] * width + np.arange(sent[i], lengths[i]) for i in grown]
+        blocks = [tables[i][sent[i] :] for i in grown]
         news = send(np.stack([np.concatenate(places), np.concatenate(blocks)]), self._block_table.device)
         self._block_table.view(-1)[news[0]] = news[1].int()
-        self._num_sent[: len(tables)] = lengths
+        self._num_sent[sequences] = lengths
 
 
-def _input_ids(chunks: Seq[Chunk], pending: PendingTokens | None) -> IntArray:
-    """The rows' token ids, pending ones as their marks."""
-    if pending is None:
-        return np.array([sequence.known_tokens(start, 1)[0] for sequence, start, _ in chunks], np.int64)
-    ids = pending.marks
-    for row in np.flatnonzero(~pending.is_pending).tolist():
-        sequence, start, _ = chunks[row]
-        ids[row] = sequence.known_tokens(start, 1)[0]
-    return ids
+def _padded(
+    tokens: StepTokens, values: npt.NDArray[np.signedinteger[Any]], size: int, padding: int
+) -> npt.NDArray[np.signedinteger[Any]]:
+    """A value for each of `size` rows: the tokens', with padding behind the chunks of one token."""
+    single = tokens.num_single
+    return np.concatenate([values[:single], np.full(size - len(values), padding, values.dtype), values[single:]])
