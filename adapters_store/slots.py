@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -88,6 +90,14 @@ class AdapterSlots:
     def vector_row(self, slot: int) -> int:
         """The row of the vectors of the adapter in a slot; -1 where it has none, and for the bare base."""
         return self.vectors.row(slot) if self.vectors is not None else -1
+
+    def vector_rows(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.int32] | None:
+        """`vector_row` of each; None where none has any."""
+        if self.vectors is None or not self.vectors.num_held:
+            return None
+        used, places = np.unique(slots, return_inverse=True)
+        rows = np.array([self.vectors.row(slot) for slot in used.tolist()], np.int32)
+        return rows[places] if (rows >= 0).any() else None
 
     @property
     def next_free_slot(self) -> int | None:

@@ -15,7 +15,6 @@ from adapters_store.host_cache import HostCache, read_adapter
 from adapters_store.residency import AdapterResidency
 from gateway.config import EngineConfig
 from gateway.engine.block_manager import BlockManager, prefix_root
-from gateway.engine.decode_graphs import MAX_ROWS
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.in_flight import StepInFlight
@@ -29,6 +28,7 @@ from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
+from gateway.engine.step_graphs import MAX_ROWS
 from gateway.engine.workers import Workers
 from gateway.errors import AdapterNotFinite, GatewayError, InternalError, InvalidRequest
 from gateway.models.loader import load_model

@@ -11,13 +11,14 @@ import torch
 from adapters_store.slots import AdapterSlots
 from adapters_store.vector_slots import VectorSlots
 from gateway.config import EngineConfig
-from gateway.engine.decode_graphs import DecodeGraphs
 from gateway.engine.host_tier import HostTier
 from gateway.engine.kv_cache import KVCache, cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.raw_vectors import RawVectors
 from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.step_graphs import MAX_ROWS, StepGraphs
+from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
 from gateway.layers.forward_batch import ForwardBatch, VirtualRows
@@ -54,7 +55,7 @@ class ModelRunner:
 
         self.raw_vectors = RawVectors(decoder, slots, slots.vectors) if slots.vectors is not None else None
         self._attention: AttentionMetadata | None = None  # of the last step
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
 
     @classmethod
     def build(cls, config: EngineConfig, decoder: Decoder, plan: MemoryPlan) -> Self:
@@ -79,17 +80,25 @@ class ModelRunner:
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture_graphs(config.max_rows, config.max_lora_rank if config.num_adapter_slots else 0)
+            runner.capture_graphs(
+                config.max_rows,
+                config.max_num_batched_tokens or MAX_ROWS,
+                config.max_lora_rank if config.num_adapter_slots else 0,
+            )
         return runner
 
-    def capture_graphs(self, max_rows: int, max_rank: int) -> None:
-        """Record decode steps of up to `max_rows` sequences with adapters of up to `max_rank`. On CUDA only."""
-        self._graphs = DecodeGraphs(
+    def capture_graphs(self, max_rows: int, max_tokens: int, max_rank: int) -> None:
+        """Record small steps: of up to `max_rows` decode rows, of up to `max_tokens` with chunks of prompts among them.
+
+        max_rank: of their adapters. On CUDA only.
+        """
+        self._graphs = StepGraphs(
             self.decoder,
             self.cache,
             self.slots,
             self.rotary,
             max_rows=max_rows,
+            max_tokens=max_tokens,
             max_len=self.max_model_len,
             max_rank=max_rank,
             invariant=self.invariant,
@@ -114,17 +123,18 @@ class ModelRunner:
             self._store_prefixes(output.prefixes)
         if self.slots.vectors is not None and self.slots.vectors.raw:
             self._resolve_vectors(output)
-        if self._graphs is not None and output.is_decode:
-            logits = self._graphs.run(output.scheduled, pending)
-            if logits is not None:
-                return logits
         if self.invariant and self.decoder.device.type == "cpu":
             return self._execute_by_token(output, pending)
-        return self.decoder(self._batch(output, pending), self.cache.layers)
+        tokens = StepTokens.of(output, pending, self.cache.block_size)
+        virtual = self._virtual_rows(output.scheduled, tokens.ids)
+        logits = self._graphs.run(tokens, pending) if self._graphs is not None and virtual is None else None
+        return self._forward(tokens, virtual, pending) if logits is None else logits
 
     def _store_prefixes(self, prefixes: Seq[Chunk]) -> None:
         """Write the keys and values that adapters hold themselves where a step would have written computed ones."""
-        slots = send(self._places(prefixes)[1], self.decoder.device)
+        prefixes = sorted(prefixes, key=lambda chunk: chunk.num_tokens > 1)  # as StepTokens wants them
+        tokens = StepTokens.of(SchedulerOutput(0, prefixes), None, self.cache.block_size)
+        slots = send(tokens.cache_slots, self.decoder.device)
         # [num_tokens, 2 * num_layers, num_kv_heads, head_dim]
         rows = torch.cat([self._virtual_tokens(chunk) for chunk in prefixes]).to(self.decoder.dtype)
         rows = rows.view(*rows.shape[:2], *self.cache.layers[0].k.shape[2:])
@@ -150,49 +160,45 @@ class ModelRunner:
                 step = SchedulerOutput(output.number, [Chunk(sequence, position, 1)])
                 if sequence in sampled and position == start + num_tokens - 1:
                     step.sampled.append(sequence)
-                logits.append(self.decoder(self._batch(step, own), self.cache.layers))
+                tokens = StepTokens.of(step, own, self.cache.block_size)
+                logits.append(self._forward(tokens, self._virtual_rows(step.scheduled, tokens.ids), own))
         return torch.cat(logits)
 
-    def _batch(self, output: SchedulerOutput, pending: PendingTokens | None) -> ForwardBatch:
-        chunks = output.scheduled
+    def _forward(self, tokens: StepTokens, virtual: VirtualRows | None, pending: PendingTokens | None) -> torch.Tensor:
+        return self.decoder(self._batch(tokens, virtual, pending), self.cache.layers)
+
+    def _batch(self, tokens: StepTokens, virtual: VirtualRows | None, pending: PendingTokens | None) -> ForwardBatch:
         device = self.decoder.device
-        query_lens = [chunk.num_tokens for chunk in chunks]
-        ends = [start + num_tokens for _, start, num_tokens in chunks]
-        positions, slot_mapping = self._places(chunks)
-        cos, sin = self.rotary.at(send(positions, device))
+        parts = tokens.ids, tokens.positions, tokens.cache_slots, tokens.last_rows
+        ids, positions, slot_mapping, last_rows = send(np.concatenate(parts), device).split_with_sizes(
+            [len(part) for part in parts]
+        )
+        cos, sin = self.rotary.at(positions)
         self._attention = AttentionMetadata.build(
-            query_lens,
-            ends,
-            [sequence.block_table for sequence, _, _ in chunks],
+            tokens.query_lens.tolist(),
+            tokens.context_lens.tolist(),
+            tokens.block_tables,
             self.cache.block_size,
             device,
             previous=self._attention,
         )
-        input_ids, virtual = self._inputs(chunks, pending)
+        vector_rows = self.slots.vector_rows(tokens.adapter_slots)
+        segments = None
+        if (tokens.adapter_slots >= 0).any():
+            segments = LoRASegments.build(tokens.adapter_slots, self.slots.slot_pages, device, self.invariant)
         return ForwardBatch(
-            input_ids=input_ids,
-            slot_mapping=send(slot_mapping, device),
+            input_ids=ids if pending is None else resolve(ids, pending.token_ids),
+            slot_mapping=slot_mapping,
             attention=self._attention,
             cos=cos,
             sin=sin,
-            last_rows=send(_last_rows(output, query_lens), device),
+            last_rows=last_rows,
             adapters=self.slots,
-            segments=self._segments(chunks, query_lens),
+            segments=segments,
             invariant=self.invariant,
             virtual=virtual,
-            vector_rows=self._vector_rows(chunks, query_lens),
+            vector_rows=send(vector_rows, device) if vector_rows is not None else None,
         )
-
-    def _inputs(self, chunks: Seq[Chunk], pending: PendingTokens | None) -> tuple[torch.Tensor, VirtualRows | None]:
-        """The step's token ids, int64 [num_tokens], the pending ones taken where they are, and its virtual tokens."""
-        ids: list[int] = []
-        marks: list[int] = [] if pending is None else pending.marks.tolist()
-        for row, (sequence, start, num_tokens) in enumerate(chunks):
-            ids += sequence.known_tokens(start, num_tokens) or [marks[row]]
-        known = np.array(ids, np.int64)
-        virtual = self._virtual_rows(chunks, known)
-        on_device = send(known, self.decoder.device)
-        return on_device if pending is None else resolve(on_device, pending.token_ids), virtual
 
     def _virtual_rows(self, chunks: Seq[Chunk], ids: np.ndarray) -> VirtualRows | None:
         """The virtual tokens among the ids [num_tokens], which become any token's: their embeddings are their own."""
@@ -213,30 +219,6 @@ class ModelRunner:
         assert virtual is not None
         return virtual[chunk.start : chunk.start + chunk.num_tokens].to(self.decoder.device, non_blocking=True)
 
-    def _places(self, chunks: Seq[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-        """The step's positions and cache slots, each int64 [num_tokens]."""
-        positions: list[int] = []
-        slots: list[int] = []
-        size = self.cache.block_size
-        for sequence, start, num_tokens in chunks:
-            table = sequence.block_table
-            positions.extend(range(start, start + num_tokens))
-            slots.extend(table[p // size] * size + p % size for p in range(start, start + num_tokens))
-        return np.array(positions, np.int64), np.array(slots, np.int64)
-
-    def _segments(self, chunks: Seq[Chunk], query_lens: Seq[int]) -> LoRASegments | None:
-        slots = np.array([sequence.slot for sequence, _, _ in chunks], np.int32)
-        if (slots < 0).all():
-            return None
-        pages = {int(slot): self.slots.pages_of(int(slot)) for slot in np.unique(slots) if slot >= 0}
-        return LoRASegments.build(np.repeat(slots, query_lens), pages, self.decoder.device, self.invariant)
-
-    def _vector_rows(self, chunks: Seq[Chunk], query_lens: Seq[int]) -> torch.Tensor | None:
-        if self.slots.vectors is None or not self.slots.vectors.num_held:
-            return None
-        rows = np.array([self.slots.vector_row(sequence.slot) for sequence, _, _ in chunks], np.int32)
-        return send(np.repeat(rows, query_lens), self.decoder.device) if (rows >= 0).any() else None
-
 
 def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> int:
     wanted = config.max_model_len or min(positions, cache_tokens)
@@ -252,10 +234,3 @@ def _max_model_len(config: EngineConfig, positions: int, cache_tokens: int) -> i
             param="engine.max_model_len",
         )
     return wanted
-
-
-def _last_rows(output: SchedulerOutput, query_lens: Seq[int]) -> np.ndarray:
-    """The row of each sampled sequence's last token: int64 [num_sampled]."""
-    sampled = set(output.sampled)
-    ends = np.cumsum(query_lens) - 1
-    return ends[[sequence in sampled for sequence, _, _ in output.scheduled]].astype(np.int64)

@@ -55,11 +55,6 @@ class SchedulerOutput:
     saves: list[BlockCopy] = field(default_factory=list)
     loads: list[BlockCopy] = field(default_factory=list)
 
-    @property
-    def is_decode(self) -> bool:
-        """Whether every sequence runs one token and samples the next."""
-        return len(self.sampled) == len(self.scheduled) == self.num_tokens
-
 
 class Scheduler:
     """Who is most urgent and was served least, under a token budget; decode before prefill, prefill in chunks.

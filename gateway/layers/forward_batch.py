@@ -22,7 +22,7 @@ class VirtualRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ForwardBatch:
-    """The tokens of one step, decode rows first, then the prefill chunks; sequences lie back to back.
+    """The tokens of one step, decode rows first, then the prefill chunks; padding, if any, lies between the two.
 
     input_ids, positions, slot_mapping: int64 [num_tokens]; slot_mapping is where a token's key and value go
     (block * block_size + offset). last_rows: int64 [num_sampled], the rows whose logits are wanted, or None for all.

@@ -48,7 +48,8 @@ class AttentionMetadata:
 
     query_lens, context_lens, prefix_lens: host lists; a context counts its prefix and the tokens of this step.
     prefix_lens and prefix_len are None when no sequence has a prefix.
-    num_decodes: how many sequences at the front have one query.
+    num_decodes: how many sequences at the front have one query; at fixed addresses, how many there might have.
+    num_longer, longer_tokens: how many others there are, and their queries; at fixed addresses the most.
     block_table: int32 [num_seqs, max_blocks] (0 beyond a sequence's blocks). context_len, prefix_len: int32 [num_seqs].
     query_start: int32 [num_seqs + 1], where each sequence's rows of q begin.
     launches: what the Triton kernels' programs are to do; filled by them in the first layer.
@@ -61,6 +62,8 @@ class AttentionMetadata:
     prefix_lens: list[int] | None
     block_size: int
     num_decodes: int
+    num_longer: int
+    longer_tokens: int
     max_query_len: int
     block_table: Tensor
     context_len: Tensor
@@ -98,12 +101,15 @@ class AttentionMetadata:
         packed[ends[1] : ends[2]] = prefix_lens or 0
         packed[ends[2] :] = [0, *accumulate(query_lens)]
         on_device = torch.from_numpy(packed).to(device, non_blocking=True)
+        num_decodes = next((i for i, n in enumerate(query_lens) if n > 1), num_seqs)
         return cls(
             query_lens=query_lens,
             context_lens=context_lens,
             prefix_lens=prefix_lens,
             block_size=block_size,
-            num_decodes=next((i for i, n in enumerate(query_lens) if n > 1), num_seqs),
+            num_decodes=num_decodes,
+            num_longer=num_seqs - num_decodes,
+            longer_tokens=sum(query_lens[num_decodes:]),
             max_query_len=max(query_lens, default=0),
             block_table=on_device[: ends[0]].view(num_seqs, max_blocks),
             context_len=on_device[ends[0] : ends[1]],
@@ -122,10 +128,13 @@ class AttentionMetadata:
         query_start: Tensor,
         block_size: int,
         prefix_len: Tensor | None = None,
+        *,
+        ragged: bool = False,
     ) -> "AttentionMetadata":
-        """Decode rows at fixed addresses, for kernels alone; who records a CUDA graph fills them in before a replay.
+        """Sequences at fixed addresses, as many as rows of q, for kernels alone; filled in before a graph is replayed.
 
-        A row with a context of 0 attends to nothing and gives zeros.
+        Those of one query come first; one with a context of 0 attends to nothing and gives zeros. Where the step is
+        `ragged`, longer ones come behind them, and then some without queries.
         """
         rows = len(context_len)
         return cls(
@@ -134,6 +143,8 @@ class AttentionMetadata:
             prefix_lens=None,
             block_size=block_size,
             num_decodes=rows,
+            num_longer=rows // 2 if ragged else 0,
+            longer_tokens=rows if ragged else 0,
             max_query_len=1,
             block_table=block_table,
             context_len=context_len,

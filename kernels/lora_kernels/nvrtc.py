@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -60,19 +61,26 @@ class CudaKernel:
 
 def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c_uint64]:
     """How the copy engine finds boxes [rows, columns] of x [n, width] in bf16 or fp16: swizzled by their width."""
+    return _tensor_map(x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), x.dtype, rows, columns)
+
+
+# A step's activations lie where those of steps before did, and weights where they always are.
+@lru_cache(maxsize=2048)
+def _tensor_map(
+    address: int, n: int, width: int, stride: int, dtype: torch.dtype, rows: int, columns: int
+) -> ctypes.Array[ctypes.c_uint64]:
     kinds, swizzles = driver.CUtensorMapDataType, driver.CUtensorMapSwizzle
     swizzle = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_128B, 16: swizzles.CU_TENSOR_MAP_SWIZZLE_32B}[columns]
-    kind = (
-        kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if x.dtype == torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-    )
+    is_bf16 = dtype == torch.bfloat16
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bf16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
     to_u64, to_u32 = driver.cuuint64_t, driver.cuuint32_t
     (encoded,) = _checked(
         driver.cuTensorMapEncodeTiled(
             kind,
             2,
-            x.data_ptr(),
-            [to_u64(x.shape[1]), to_u64(x.shape[0])],
-            [to_u64(x.stride(0) * x.element_size())],
+            address,
+            [to_u64(width), to_u64(n)],
+            [to_u64(stride * dtype.itemsize)],
             [to_u32(columns), to_u32(rows)],
             [to_u32(1), to_u32(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,

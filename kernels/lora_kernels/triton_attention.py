@@ -16,6 +16,6 @@ def paged_attention_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if meta.num_decodes:
         decode(q, cache, out, meta, scale, sliding_window)
-    if meta.num_decodes < len(meta.query_lens):
+    if meta.num_longer:
         prefill(q, cache, out, meta, scale, sliding_window)
     return out

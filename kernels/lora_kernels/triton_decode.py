@@ -22,6 +22,7 @@ _PROGRAM_COST, _COMBINE_COST = tl.constexpr(2), tl.constexpr(2)
 def _plan_kernel(
     context_len_ptr,
     prefix_len_ptr,
+    query_start_ptr,
     pieces_ptr,
     arrived_ptr,
     num_rows,
@@ -36,15 +37,17 @@ def _plan_kernel(
     BLOCK_HEADS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """Cut each row's n tiles of visible keys into ceil(n / size) even pieces, at least one, and `num_pieces` in all.
+    """Cut the n tiles of keys that a row sees into ceil(n / size) even pieces, at least one, and `num_pieces` in all.
 
     Of the sizes that cut the longest row into 1 to MOST, it takes the one with the least time: waves of programs times
     tiles a program, with what a program, and taking pieces together, costs beside. One program a row, and a last one
-    for the pieces that no row needs, whose row is -1.
+    for the pieces that no row needs, whose row is -1. A sequence of several queries, or none, is no row.
     """
     row = tl.program_id(0)
     index = tl.arange(0, ROWS)
-    ok = index < num_rows
+    is_there = index < num_rows
+    start = tl.load(query_start_ptr + index, mask=is_there, other=0)
+    ok = tl.load(query_start_ptr + index + 1, mask=is_there, other=0) - start == 1
     length = tl.load(context_len_ptr + index, mask=ok, other=0)
     if HAS_WINDOW:
         prefix = tl.load(prefix_len_ptr + index, mask=ok, other=0) if prefix_len_ptr is not None else 0
@@ -53,7 +56,7 @@ def _plan_kernel(
     empty = tl.sum((ok & (length == 0)).to(tl.int32), 0)
     longest = tl.max(tiles, 0)
     size = longest
-    least = tl.cdiv(num_rows - empty, WAVE) * (longest + _PROGRAM_COST)
+    least = tl.cdiv(tl.sum(ok.to(tl.int32), 0) - empty, WAVE) * (longest + _PROGRAM_COST)
     for cut in range(2, tl.minimum(MOST, longest) + 1):
         candidate = tl.cdiv(longest, cut)
         total = tl.sum(tl.where(ok, tl.maximum(tl.cdiv(tiles, candidate), 1), 0), 0)
@@ -320,6 +323,7 @@ def _decode_plan(
         _plan_kernel[(num_rows + 1,)](
             meta.context_len,
             meta.prefix_len,
+            meta.query_start,
             pieces,
             arrived,
             num_rows,

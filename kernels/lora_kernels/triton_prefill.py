@@ -1,9 +1,9 @@
 """Triton kernel of the sequences with several new tokens: tiles of queries over pages of keys (FlashAttention)."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from functools import cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +13,47 @@ from lora_kernels.attention import AttentionMetadata
 from lora_kernels.layer_cache import LayerCache
 from lora_kernels.triton_fp8 import in_pairs, split_queries
 from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, score_keys, soften, tile_width
+
+
+@triton.jit(do_not_specialize=("num_seqs", "num_decodes", "num_tiles"), do_not_specialize_on_alignment=PACKED)
+def _tiles_kernel(
+    context_len_ptr,
+    query_start_ptr,
+    tiles_ptr,
+    num_seqs,
+    num_decodes,
+    num_tiles,
+    QUERIES: tl.constexpr,
+    SEQS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lists each tile of QUERIES of a sequence, (sequence, first query): the most keys first: the last are short.
+
+    Sequences among the first `num_decodes` that have one query have none. One program a sequence, and a last one for
+    the tiles that no sequence needs, whose sequence is -1.
+    """
+    seq = tl.program_id(0)
+    index = tl.arange(0, SEQS)
+    ok = index < num_seqs
+    start = tl.load(query_start_ptr + index, mask=ok, other=0)
+    queries = tl.load(query_start_ptr + index + 1, mask=ok, other=0) - start
+    counts = tl.where((queries > 1) | (index >= num_decodes), tl.cdiv(queries, QUERIES), 0)
+    first = tl.load(context_len_ptr + index, mask=ok, other=0) - queries  # position of the first query
+    own = index == seq
+    own_first = tl.sum(tl.where(own, first, 0), 0)
+    is_seq = seq < num_seqs
+    to_write = tl.sum(tl.where(own, counts, 0), 0) if is_seq else num_tiles - tl.sum(counts, 0)
+    name = tl.where(is_seq, seq, -1)
+    for begin in range(0, to_write, BLOCK):
+        nth = begin + tl.arange(0, BLOCK)
+        mask = nth < to_write
+        # Of each sequence, the tiles at positions that come later, or are the same where it is an earlier sequence.
+        distance = (own_first + nth * QUERIES)[:, None] - first[None, :] - (index < seq).to(tl.int32)[None, :]
+        not_before = tl.maximum(distance + QUERIES, 0) // QUERIES
+        before = tl.sum(tl.maximum(counts[None, :] - not_before, 0), 1)
+        place = tl.where(is_seq, before, num_tiles - to_write + nth)
+        tl.store(tiles_ptr + 2 * place, tl.zeros_like(nth) + name, mask=mask)
+        tl.store(tiles_ptr + 2 * place + 1, nth * QUERIES, mask=mask)
 
 
 @triton.jit
@@ -117,6 +158,8 @@ def _prefill_kernel(
     """
     kv_head = tl.program_id(0)
     seq = tl.load(tiles_ptr + 2 * tl.program_id(1))
+    if seq < 0:
+        return
     first_query = tl.load(tiles_ptr + 2 * tl.program_id(1) + 1)
     query_start = tl.load(query_start_ptr + seq)
     query_len = tl.load(query_start_ptr + seq + 1) - query_start
@@ -231,6 +274,7 @@ _PREFILL, _PREFILL_HOPPER = _PrefillConfig(128, 64, 8, 3), _PrefillConfig(128, 6
 # Taking fp8 apart wants registers: half the rows, so that two tiles still share one.
 _PREFILL_HOPPER_FP8 = _PrefillConfig(64, 64, 4, 2)
 _PREFILL_WIDE = _PrefillConfig(64, 32, 4, 2)
+_FEW_SEQS = 128  # whose tiles are listed by one compiled kernel
 
 
 def prefill(
@@ -272,18 +316,25 @@ def prefill(
     )
 
 
-def _prefill_tiles(meta: AttentionMetadata, block_queries: int) -> Tensor:
-    """int32 [num_tiles, 2]: sequence and first query of each tile, the most keys first, so that the last are short."""
-    key = (block_queries,)
+def _prefill_tiles(meta: AttentionMetadata, queries: int) -> Tensor:
+    """The step's tiles, int32 [num_tiles, 2], found on the device so that a CUDA graph can replay it; -1: no tile."""
+    key = (queries,)
     if key not in meta.launches:
-        lens = list(zip(meta.query_lens, meta.context_lens, strict=True))[meta.num_decodes :]
-        tiles = [
-            (context - length + first, seq, first)
-            for seq, (length, context) in enumerate(lens, meta.num_decodes)
-            for first in range(0, length, block_queries)
-        ]
-        ordered = np.array([tile[1:] for tile in sorted(tiles, reverse=True)], dtype=np.int32)
-        meta.launches[key] = (torch.from_numpy(ordered).to(meta.context_len.device, non_blocking=True),)
+        # A sequence's last tile may be short.
+        num_tiles, num_seqs = meta.longer_tokens // queries + meta.num_longer, len(meta.context_len)
+        tiles = torch.empty((num_tiles, 2), dtype=torch.int32, device=meta.context_len.device)
+        _tiles_kernel[(num_seqs + 1,)](
+            meta.context_len,
+            meta.query_start,
+            tiles,
+            num_seqs,
+            meta.num_decodes,
+            num_tiles,
+            QUERIES=queries,
+            SEQS=max(_FEW_SEQS, triton.next_power_of_2(num_seqs)),
+            BLOCK=8,
+        )
+        meta.launches[key] = (tiles,)
     return meta.launches[key][0]
 
 
@@ -295,5 +346,6 @@ def _prefill_config(q: Tensor, cache: LayerCache) -> _PrefillConfig:
     return _PREFILL_HOPPER if cache.scales is None else _PREFILL_HOPPER_FP8
 
 
+@cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

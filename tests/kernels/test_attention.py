@@ -215,6 +215,80 @@ def test_a_batch_padded_to_a_fixed_size_attends_as_it_is(pages: torch.dtype | No
     assert torch.equal(out[2:], torch.zeros_like(q))
 
 
+def padded(meta: AttentionMetadata, num_rows: int) -> tuple[AttentionMetadata, torch.Tensor]:
+    """The same sequences at fixed addresses, padded between those of one query and the longer ones; and their rows."""
+    device, single, tokens = meta.context_len.device, meta.num_decodes, sum(meta.query_lens)
+    padding = num_rows - tokens
+    lens = [*meta.query_lens[:single], *[1] * padding, *meta.query_lens[single:]]
+    starts = torch.full((num_rows + 1,), num_rows, dtype=torch.int32, device=device)
+    starts[: len(lens) + 1] = torch.tensor([0, *itertools.accumulate(lens)])
+    seqs, rows = (torch.arange(count, device=device) for count in (len(meta.query_lens), tokens))
+    seqs[single:] += padding
+    rows[single:] += padding
+    contexts = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    contexts[seqs] = meta.context_len
+    table = torch.full((num_rows, NUM_BLOCKS), NUM_BLOCKS - 1, dtype=torch.int32, device=device)
+    table[seqs, : meta.block_table.shape[1]] = meta.block_table
+    return AttentionMetadata.fixed(table, contexts, starts, meta.block_size, ragged=True), rows
+
+
+RAGGED = {
+    "decode rows beside prompts": Case([(1, 5), (1, 100), (7, 20), (40, 40)]),
+    "one prompt": Case([(33, 90)]),
+    "decode rows": Case([(1, 5), (1, 9)]),
+    "prompts of two": Case([(2, 2)] * 9),
+    "nothing": Case([]),
+    "a window": Case([(1, 60), (20, 70)], window=9),
+    "pieces": Case([(1, 700), (20, 30)], num_kv_heads=1, block_size=16),
+}
+
+
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+@pytest.mark.parametrize("padding", [0, 1, 13])
+@pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED.keys())
+def test_a_ragged_step_padded_to_a_fixed_size_attends_as_it_is(
+    case: Case, padding: int, pages: torch.dtype | None, device: str
+) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    q, cache, tables = _inputs(case, torch.float32, pages)
+    q, cache = q.to(device), _on(device, cache)
+    meta = _meta(case, tables, device)
+    fixed, rows = padded(meta, len(q) + padding)
+    wider = torch.full((len(q) + padding, *q.shape[1:]), float("nan"), device=device)
+    wider[rows] = q
+    out = paged_attention_triton(wider, cache, fixed, 0.3, case.window)
+    assert torch.equal(out[rows], paged_attention_triton(q, cache, meta, 0.3, case.window))
+    is_padding = torch.ones(len(out), dtype=torch.bool, device=device).index_fill(0, rows, False)
+    assert not out[is_padding].any()
+
+
+@pytest.mark.parametrize("padding", [None, 0, 5])
+@pytest.mark.parametrize(
+    "seqs", [[(1, 12), (40, 40), (17, 300), (1, 9)], [(9, 9)] * 4, [(64, 64)], [(1, 3)] * 3], ids=str
+)
+def test_tiles_cover_the_longer_sequences_once_those_with_the_most_keys_first(
+    seqs: list[tuple[int, int]], padding: int | None, device: str
+) -> None:
+    from lora_kernels.triton_prefill import _prefill_tiles
+
+    if padding is not None:  # a step at fixed addresses has those of one query first
+        seqs = sorted(seqs, key=lambda seq: seq[0] > 1)
+    case = Case(seqs)
+    meta = _meta(case, _inputs(case, torch.float32)[2], device)
+    step, shift = meta, 0
+    if padding is not None:
+        step, shift = padded(meta, sum(meta.query_lens) + padding)[0], padding
+    tiles = _prefill_tiles(step, 8).tolist()
+    longer = list(enumerate(seqs))[meta.num_decodes :]
+    wanted = {(seq + shift, first): c - n + first for seq, (n, c) in longer for first in range(0, n, 8)}
+    given = [(seq, first) for seq, first in tiles if seq >= 0]
+    assert tiles[: len(given)] == [list(tile) for tile in given]
+    assert sorted(given) == sorted(wanted)
+    positions = [wanted[tile] for tile in given]
+    assert positions == sorted(positions, reverse=True)
+
+
 def test_a_prefix_at_a_fixed_address_is_seen_past_the_window(device: str) -> None:
     from lora_kernels.triton_attention import paged_attention_triton
 
@@ -258,6 +332,37 @@ def test_pieces_cover_what_each_query_sees_once_and_in_order(lens: list[int], wi
         assert [(begin, end) for _, begin, end, _, _ in own] == list(itertools.pairwise(edges))
         assert edges[-1] == min(length, window or length)
         assert all(piece[3:] == [given.index(own[0]), len(own)] for piece in own)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+def test_a_recorded_ragged_step_follows_the_sequences_that_it_is_replayed_with(pages: torch.dtype | None) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    steps = [[(1, 900), (1, 3), (40, 100)], [(50, 50)], [(1, 7)] * 60, [(2, 30)] * 9 + [(30, 400)], []]
+    q = torch.randn(64, 8, 64, device="cuda", dtype=torch.bfloat16)
+    cache = _on("cuda", _inputs(Case([], num_heads=8, head_dim=64, block_size=16), torch.bfloat16, pages)[1])
+    made = []
+    for seqs in steps:
+        tables = [torch.randint(NUM_BLOCKS, (-(-context // 16),)).tolist() for _, context in seqs]
+        meta = AttentionMetadata.build([n for n, _ in seqs], [c for _, c in seqs], tables, 16, "cuda")
+        made.append(padded(meta, 64)[0])
+    there = [torch.zeros_like(part) for part in (made[0].block_table, made[0].context_len, made[0].query_start)]
+
+    def step() -> torch.Tensor:
+        fixed = AttentionMetadata.fixed(*there, 16, ragged=True)
+        return paged_attention_triton(q, cache, fixed, 0.3, None)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for meta in made:
+        for part, new in zip(there, (meta.block_table, meta.context_len, meta.query_start), strict=True):
+            part.copy_(new)
+        graph.replay()
+        assert torch.equal(out, step())
+        assert torch.equal(out, paged_attention_triton(q, cache, meta, 0.3, None))
 
 
 @pytest.mark.gpu

@@ -98,6 +98,7 @@ for config in (triton_prefill._PREFILL, triton_prefill._PREFILL_HOPPER, triton_p
     build(prefill, cache, tile | {"scales_ptr": None}, *options)
     if CAPABILITY >= 89:
         build(prefill, cache | fp8, tile, *options)
+build(triton_prefill._tiles_kernel, cache, {"QUERIES": 32, "SEQS": 512, "BLOCK": 8}, 4)
 from lora_kernels import triton_invariant_attention, triton_invariant_matmul
 own = triton_invariant_attention._CONFIG
 tile = {"QUERIES": own.rows // 4, "KEYS": own.keys}

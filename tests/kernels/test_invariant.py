@@ -20,7 +20,7 @@ from lora_kernels.segments import PAGE_RANK, AdapterPages, LoRASegments
 from lora_kernels.sgmv import sgmv_expand, sgmv_shrink
 from tests.kernels.error_rule import assert_as_exact
 from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
-from tests.kernels.test_attention import CASES, Case, _inputs, _meta, _on, _truth
+from tests.kernels.test_attention import CASES, Case, _inputs, _meta, _on, _truth, padded
 
 
 @pytest.mark.parametrize(("num_tokens", "out_features", "in_features"), [(1, 40, 88), (70, 200, 64), (0, 8, 16)])
@@ -155,6 +155,20 @@ def test_a_recorded_step_s_padding_gives_zeros_and_changes_nothing(device: str) 
     out = _attend(case, torch.cat((q, q)), cache, fixed)
     assert torch.equal(out[:2], _attend(case, q, cache, meta))
     assert torch.equal(out[2:], torch.zeros_like(out[2:]))
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+def test_a_ragged_recorded_step_gives_the_bits_of_a_fresh_one(padding: int, device: str) -> None:
+    case = Case([(1, 5), (1, 600), (40, 70), (3, 3)], block_size=16)
+    q, cache, tables = _inputs(case, torch.float32)
+    q, cache = q.to(device), _on(device, cache)
+    meta = _meta(case, tables, device)
+    fixed, rows = padded(meta, len(q) + padding)
+    wider = torch.full((len(q) + padding, *q.shape[1:]), float("nan"), device=device)
+    wider[rows] = q
+    out = _attend(case, wider, cache, fixed)
+    assert torch.equal(out[rows], _attend(case, q, cache, meta))
+    assert not out[2 : 2 + padding].any()
 
 
 def _adapters(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:

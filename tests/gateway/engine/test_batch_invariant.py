@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import TokenLogprob
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.step_tokens import StepTokens
 from tests.gateway.engine.conftest import TinyWorld
 from tests.gateway.engine.test_llm_engine import PROMPT, request, run
 
@@ -90,9 +90,9 @@ def test_off_a_step_is_run_whole(world: TinyWorld, build_engine: MakeEngine, mon
     engine = build_engine()
     batch, sizes = engine.runner._batch, []
 
-    def watched(output: SchedulerOutput, *rest: Any) -> Any:
-        made = batch(output, *rest)
-        sizes.append((output.num_tokens, len(made.input_ids), made.invariant))
+    def watched(tokens: StepTokens, *rest: Any) -> Any:
+        made = batch(tokens, *rest)
+        sizes.append((len(tokens), len(made.input_ids), made.invariant))
         return made
 
     monkeypatch.setattr(engine.runner, "_batch", watched)

@@ -384,6 +384,99 @@ def test_siblings_share_the_prompt_and_copy_its_last_block(
     on_cpu.close()
 
 
+def refuse_kernels_one_by_one(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> LLMEngine:
+    """Let every step replay a graph or fail."""
+
+    def forward(*_: Any) -> torch.Tensor:
+        raise AssertionError("a step ran without a graph")
+
+    monkeypatch.setattr(engine.runner, "_forward", forward)
+    return engine
+
+
+def come_and_go(engine: LLMEngine, refs: list[AdapterRef]) -> dict[tuple[str, int], list[int]]:
+    """Greedy tokens of requests that come while others decode, some with prefixes that these have left, or siblings."""
+    tokens: dict[tuple[str, int], list[int]] = {}
+    shared = list(range(30, 110))
+
+    def step() -> None:
+        output = engine.step()
+        for delta in output.deltas:
+            tokens.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
+        if output.num_tokens == 0:
+            time.sleep(engine.poll_interval)
+
+    for i in range(16):
+        prompt = [*shared[: 20 * (i % 5)], *range(40 + i, 41 + 2 * i + 60 * (i % 4))]
+        params = SamplingParams(temperature=0, max_tokens=20 + i, ignore_eos=True, n=3 if i % 6 == 2 else 1)
+        ref = refs[i % 3] if i % 4 else None
+        engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=ref), prompt)
+        for _ in range(2 * (i % 4)):
+            step()
+    while engine.has_work:
+        step()
+    engine.check_integrity()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overlap_steps": False},
+        {"overlap_steps": True},
+        {"adapter_dtype": "int8"},
+        pytest.param({"tensor_parallel_size": 2, "quantization": "none"}, marks=two_gpus),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("max_num_batched_tokens", [512, 77])
+def test_prompts_beside_decode_rows_give_the_same_tokens_from_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], max_num_batched_tokens: int
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    settings = settings | {"device": "cuda", "dtype": "float32", "max_num_batched_tokens": max_num_batched_tokens}
+    eager = engine_with(blobs, "embedded", enforce_eager=True, **settings)
+    refs = [write_adapter(blobs, tmp_path, eager.model.spec, rank, i) for i, rank in enumerate((8, 16, 4))]
+    wanted = come_and_go(eager, refs)
+    eager.close()
+    graphs = refuse_kernels_one_by_one(engine_with(blobs, "embedded", **settings), monkeypatch)
+    assert come_and_go(graphs, refs) == wanted
+    assert come_and_go(graphs, refs) == wanted  # what it computed is in the prefix cache
+    graphs.close()
+
+
+@pytest.mark.parametrize("num_adapters", [0, 2, NUM_ADAPTERS])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_prompts_of_an_8b_shaped_base_are_as_exact_from_graphs_as_without(
+    adapted: Adapted, monkeypatch: pytest.MonkeyPatch, kv_cache_dtype: str, num_adapters: int
+) -> None:
+    base, blobs, refs = adapted
+    settings = {"device": "cuda", "kv_cache_dtype": kv_cache_dtype, "max_num_batched_tokens": 200}
+    graphs = refuse_kernels_one_by_one(engine_with(blobs, base, dtype="bfloat16", **settings), monkeypatch)
+    ours = generate(graphs, refs[:num_adapters], 32)
+    plain, truth = (
+        generate(engine_with(blobs, base, dtype=dtype, enforce_eager=True, **settings), refs[:num_adapters], 32)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert_as_near(ours, plain, truth)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_invariant": True}, {"kv_cache_dtype": "fp8"}, {"max_num_batched_tokens": 50}], ids=str
+)
+def test_the_host_never_waits_where_prompts_join_decode_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+    engine = engine_with(blobs, "embedded", device="cuda", **settings)
+    refs = [write_adapter(blobs, tmp_path, engine.model.spec, 8, i) for i in range(3)]
+    come_and_go(engine, refs)  # the adapters are there, and kernels of the sampler compiled
+    refuse_kernels_one_by_one(engine, monkeypatch)
+    with no_waiting():
+        come_and_go(engine, refs)
+    engine.close()
+
+
 def test_an_8b_shaped_base_gives_the_reference_path_s_tokens(adapted: Adapted, monkeypatch: pytest.MonkeyPatch) -> None:
     base, blobs, refs = adapted
     fp32, bf16 = (generate(engine_with(blobs, base, device="cuda", dtype=d), refs, 32) for d in ("float32", "bfloat16"))

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
@@ -17,11 +16,12 @@ from transformers import AutoModelForCausalLM
 from adapters_store.blobs import BlobStore
 from gateway.config import EngineConfig
 from gateway.embedded.quantization import quantize_base
-from gateway.engine.decode_inputs import DecodeInputs
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.step_inputs import StepInputs
+from gateway.engine.step_tokens import StepTokens
 from gateway.layers.forward_batch import ForwardBatch
 from tests.tiny import ALL_LINEARS, load_oracle, make_base, store_adapter
 
@@ -280,23 +280,22 @@ def test_a_recorded_step_reads_the_rows_of_vectors_that_are_made_anew_for_each(
 ) -> None:
     engine = make_engine(num_vector_slots=2)
     runner, size, seen = engine.runner, 24, []
-    inputs = DecodeInputs(
+    inputs = StepInputs(
         runner.cache, runner.slots, runner.rotary, torch.device("cpu"),
         size=size, max_blocks=64, max_pages=16, max_pending=size,
     )  # fmt: skip
     make_batch = runner._batch
 
-    def compared(output: SchedulerOutput, *rest: Any) -> ForwardBatch:
-        wanted = make_batch(output, *rest)
-        slots = np.array([chunk.sequence.slot for chunk in output.scheduled], np.int32)
-        if output.is_decode and (slots >= 0).any():
-            assert inputs.route(slots, size) == (wanted.segments.most_pages if wanted.segments else 0)
-            has_vectors = inputs.send_vectors(slots)
-            rows = inputs.batch(size, 0, has_vectors).vector_rows
+    def compared(tokens: StepTokens, *rest: Any) -> ForwardBatch:
+        wanted = make_batch(tokens, *rest)
+        if tokens.is_decode and (tokens.adapter_slots >= 0).any():
+            assert inputs.route(tokens, size) == (wanted.segments.most_pages if wanted.segments else 0)
+            has_vectors = inputs.send_vectors(tokens, size)
+            rows = inputs.batch(size, 0, has_vectors=has_vectors).vector_rows
             seen.append((has_vectors, wanted.segments is not None))
             assert (rows is None) == (wanted.vector_rows is None)
             if rows is not None and wanted.vector_rows is not None:
-                assert rows.tolist() == [*wanted.vector_rows.tolist(), *[-1] * (size - len(slots))]
+                assert rows.tolist() == [*wanted.vector_rows.tolist(), *[-1] * (size - len(tokens))]
         return wanted
 
     monkeypatch.setattr(runner, "_batch", compared)

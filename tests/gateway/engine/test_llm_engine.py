@@ -245,7 +245,7 @@ def test_rows_of_one_adapter_lie_together(
     execute, steps = engine.runner.execute, []
 
     def watched(output: SchedulerOutput, *rest: Any) -> torch.Tensor:
-        if output.is_decode:
+        if len(output.scheduled) == output.num_tokens:
             steps.append([chunk.sequence.slot for chunk in output.scheduled])
         return execute(output, *rest)
 

@@ -57,7 +57,7 @@ class OtherRank:
 
     def _compare(self, got: SchedulerOutput, wanted: SchedulerOutput) -> None:
         assert (got.saves, got.loads, got.copies) == (wanted.saves, wanted.loads, wanted.copies)
-        assert (got.number, got.num_tokens, got.is_decode) == (wanted.number, wanted.num_tokens, wanted.is_decode)
+        assert (got.number, got.num_tokens) == (wanted.number, wanted.num_tokens)
         mirrored = [chunk.sequence for chunk in got.scheduled]
         originals = [chunk.sequence for chunk in wanted.scheduled]
         assert [mirrored.index(s) for s in got.sampled] == [originals.index(s) for s in wanted.sampled]
@@ -72,7 +72,7 @@ class OtherRank:
         assert (mine.token_ids, mine.block_table, mine.slot) == (theirs.token_ids, theirs.block_table, theirs.slot)
         if theirs.slot >= 0:
             assert self.slots.pages_of(mine.slot).rank == self.engine.runner.slots.pages_of(theirs.slot).rank
-        # Decode inputs tell by the list whether what they have sent of it still holds.
+        # Step inputs tell by the list whether what they have sent of it still holds.
         mine_before, theirs_before = self.tables.get(theirs, ([], []))
         assert (mine.block_table is mine_before) == (theirs.block_table is theirs_before)
         self.tables[theirs] = mine.block_table, theirs.block_table
