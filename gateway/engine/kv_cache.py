@@ -43,7 +43,8 @@ class KVCache:
         """
         for layer in self.layers:
             for tensor in layer.tensors:
-                tensor.index_copy_(0, targets, tensor.index_select(0, sources))
+                blocks = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor  # CUDA copies no fp8 by an index
+                blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
 
 def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device) -> torch.dtype:
