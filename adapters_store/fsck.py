@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -16,7 +16,7 @@ from sqlalchemy import Column, Row, Table, Text, and_, cast, delete, func, selec
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import AdapterLoadFailed
-from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterManifest
+from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterManifest, AdapterSpec
 from adapters_store.references import delete_unreferenced, is_referenced
 from adapters_store.tables import adapter_versions, adapters, aliases, metadata, training_files
 from adapters_store.upload import abandoned_stagings, remove_staging
@@ -211,14 +211,13 @@ class _Stored:
     num_bytes: int
     header: bytes
 
-    def spec(self) -> Mapping[str, Any] | None:
-        """The adapter's spec that the header carries, as JSON; None without one."""
+    def spec(self) -> AdapterSpec | None:
+        """The adapter's spec that the header carries; None without one."""
         try:
             entries = json.loads(self.header[8 : _header_bytes(self.header)])
-            spec: Mapping[str, Any] = json.loads(entries["__metadata__"][ADAPTER_METADATA_KEY])
-        except (ValueError, KeyError, TypeError):
+            return AdapterSpec.model_validate_json(entries["__metadata__"][ADAPTER_METADATA_KEY])
+        except (ValueError, KeyError, TypeError):  # pydantic's error is a ValueError
             return None
-        return spec
 
 
 def _check_row(row: Row[Any], stored: _Stored) -> Iterator[Finding]:
@@ -228,12 +227,12 @@ def _check_row(row: Row[Any], stored: _Stored) -> Iterator[Finding]:
     except ValidationError:
         yield Finding("manifest", _ref(row), "its manifest cannot be read", _FROM_BACKUP)
         return
-    spec, told = stored.spec(), json.loads(row.manifest)
+    told = AdapterSpec.model_validate(manifest.model_dump(include=set(AdapterSpec.model_fields)))
     differs = {
         "digest": manifest.digest != row.digest,
         "rank": manifest.rank != row.rank,
         "size": manifest.size_bytes != stored.num_bytes,
-        "spec": spec is None or any(told.get(name) != value for name, value in spec.items()),
+        "spec": stored.spec() != told,
     }
     for name in (name for name, wrong in differs.items() if wrong):
         yield Finding("manifest", _ref(row), f"its manifest has another {name} than its row or its bytes", _FROM_BACKUP)

@@ -141,7 +141,7 @@ def publish(registry: AdapterRegistry, engine: LLMEngine, folder: Path, names: l
 def resolve(registry: AdapterRegistry, count: int) -> list[AdapterRef | None]:
     """What the front door does for each request: the name's version, from the database."""
     versions = [registry.resolve("t", f"t/a{i % count}") for i in range(NUM_REQUESTS)]
-    return [AdapterRef(version.ref, version.digest, version.rank) for version in versions]
+    return [AdapterRef.of(version.ref, version.manifest) for version in versions]
 
 
 def main() -> None:

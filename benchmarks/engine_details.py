@@ -256,7 +256,7 @@ def resolve_and_run(bench: Bench, registry: AdapterRegistry) -> float:
     """Resolve each request's adapter, as a front door does, and serve them. Returns seconds."""
     begin = time.perf_counter()
     versions = [registry.resolve("t", f"t/a{i % bench.live}") for i in range(bench.rows)]
-    refs = [AdapterRef(version.ref, version.digest, version.rank) for version in versions]
+    refs = [AdapterRef.of(version.ref, version.manifest) for version in versions]
     return time.perf_counter() - begin + run(bench.engine, refs, bench.rows, OUTPUT)
 
 

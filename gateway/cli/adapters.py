@@ -53,7 +53,7 @@ def list_adapters(
         return
     rows = [row for adapter in adapters for row in _rows(adapter)]
     empty = "No adapters yet: patchbay adapter upload FOLDER NAME"
-    print_table(("VERSION", "ALIASES", "TAGS", "RANK", "PARAMETERS", "STATUS", "CREATED"), rows, empty)
+    print_table(("VERSION", "ALIASES", "TAGS", "RANK", "STATUS", "CREATED"), rows, empty)
 
 
 @app.command()
@@ -182,9 +182,9 @@ def _rows(adapter: dict[str, Any]) -> list[tuple[object, ...]]:
             if canary["version"] == version["version"]
         ]
         aliases = " ".join([*(f"@{name}" for name in names), *shares])
-        parameters, status = f"{version['num_parameters']:,}", version["status"]
         tags = " ".join(f"{key}={value}" for key, value in version["tags"].items())
-        rows.append((version["ref"], aliases, tags, version["rank"], parameters, status, when(version["created_at"])))
+        created = when(version["created_at"])
+        rows.append((version["ref"], aliases, tags, version["rank"], version["status"], created))
     return rows
 
 

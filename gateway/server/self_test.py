@@ -50,7 +50,7 @@ class SelfTest:
     async def run(self, version: AdapterVersion, golden: Sequence[GoldenPrompt] = ()) -> VersionReport:
         """Test a version. Raises `EngineUnavailable` when no replica could test it in time."""
         started = time.monotonic()
-        adapter = AdapterRef(version.ref, version.digest, version.rank)
+        adapter = AdapterRef.of(version.ref, version.manifest)
         try:
             async with asyncio.timeout(self._timeout_s):
                 report = await self._examine_when_possible(adapter, golden)

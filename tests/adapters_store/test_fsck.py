@@ -77,7 +77,7 @@ def set_manifest(connection: Connection, staged: StagedAdapter, **changes: Any) 
         ({"size_bytes": 1}, "size"),
         ({"digest": "0" * 64}, "digest"),
         ({"base_fingerprint": "0" * 64}, "spec"),
-        ({"deltas": []}, "cannot be read"),
+        ({"deltas": 3}, "cannot be read"),
     ],
 )
 def test_a_manifest_that_differs_from_its_bytes_is_named(
