@@ -12,6 +12,8 @@ VERA_A: Final = "base_model.vera_A"
 VERA_B: Final = "base_model.vera_B"
 VERA_LAMBDA_B: Final = "vera_lambda_b"
 VERA_LAMBDA_D: Final = "vera_lambda_d"
+LOHA_A: Final = ("hada_w1_b", "hada_w2_b")
+LOHA_B: Final = ("hada_w1_a", "hada_w2_a")
 _ATTENTION: Final = frozenset(LINEARS[:4])
 
 

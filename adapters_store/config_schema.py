@@ -10,6 +10,7 @@ from adapters_store.beft_config import BEFTConfig
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
+from adapters_store.loha_config import LoHaConfig
 from adapters_store.lora_config import LoRAConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
@@ -20,6 +21,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
     config.kind: config
     for config in (
         LoRAConfig,
+        LoHaConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,

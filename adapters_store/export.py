@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tarfile
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
@@ -76,7 +77,13 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
     if spec.kind == "LN_TUNING":
         return common | {"target_modules": norms}
-    of_kind = {"LORA": _lora_fields, "VERA": _vera_fields, "IA3": _ia3_fields, "BEFT": _beft_fields}[spec.kind]
+    of_kind = {
+        "LORA": _lora_fields,
+        "LOHA": _loha_fields,
+        "VERA": _vera_fields,
+        "IA3": _ia3_fields,
+        "BEFT": _beft_fields,
+    }[spec.kind]
     return common | {"modules_to_save": norms or None} | of_kind(spec, num_layers)
 
 
@@ -93,6 +100,21 @@ def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "lora_bias": "bias" in roles,
         "r": rank,
         "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        **_targets(set(ranks), num_layers),
+    }
+
+
+def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Its rank is the root of the delta's."""
+    ranks = {(layer, delta.linear): math.isqrt(delta.rank) for delta in spec.deltas for layer in delta.layers}
+    scales = {(layer, delta.linear): delta.scale for delta in spec.deltas for layer in delta.layers}
+    rank, rank_pattern = _default_and_pattern(ranks)
+    alpha, alpha_pattern = _default_and_pattern({module: _alpha(scales[module], ranks[module]) for module in ranks})
+    return {
+        "r": rank,
+        "alpha": alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         **_targets(set(ranks), num_layers),

@@ -19,7 +19,7 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
 
-Kind = Literal["LORA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
+Kind = Literal["LORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
 """peft's names of the kinds that are served."""
 
 VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]

@@ -12,7 +12,16 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from adapters_store.base_spec import VERA_A, VERA_B, VERA_LAMBDA_B, VERA_LAMBDA_D, lora_tensor_name, tensor_name
+from adapters_store.base_spec import (
+    LOHA_A,
+    LOHA_B,
+    VERA_A,
+    VERA_B,
+    VERA_LAMBDA_B,
+    VERA_LAMBDA_D,
+    lora_tensor_name,
+    tensor_name,
+)
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
@@ -53,7 +62,7 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            read_pairs = _read_vera if spec.kind == "VERA" else _read_lora
+            read_pairs = {"VERA": _read_vera, "LOHA": _read_loha}.get(spec.kind, _read_lora)
             vectors = {
                 (layer, site.module, site.role): _read_vector(file, layer, site)
                 for site in spec.vectors
@@ -81,6 +90,18 @@ def _read_vera(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
             for name in (VERA_LAMBDA_B, VERA_LAMBDA_D)
         )
         yield (layer, delta.linear), (of_d * a[:, : delta.in_features], of_b * b[: len(of_b)])
+
+
+def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: (P Q) * (R S) is the sum over i and j of the columns P_i * R_j times the rows Q_i * S_j."""
+    for layer, delta in _by_layer(deltas):
+        rows, columns = (
+            [file.get_tensor(tensor_name(layer, delta.linear, name)).float() for name in names]
+            for names in (LOHA_A, LOHA_B)
+        )
+        a = (rows[0].unsqueeze(1) * rows[1].unsqueeze(0)).flatten(0, 1)
+        b = (columns[0].unsqueeze(2) * columns[1].unsqueeze(1)).flatten(1, 2)
+        yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
 
 def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:

@@ -13,6 +13,7 @@ from peft import (
     BeftConfig,
     IA3Config,
     LNTuningConfig,
+    LoHaConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -43,6 +44,9 @@ OPTIONS: list[dict[str, Any]] = [
 KINDS: dict[str, PeftConfig] = {
     "DoRA": LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "lora_bias": LoraConfig(r=3, lora_alpha=5, lora_bias=True, target_modules=["v_proj"], modules_to_save=["norm"]),
+    "LoHa": LoHaConfig(
+        r=3, alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, init_weights=False
+    ),
     "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "BEFT": BeftConfig(target_modules=["v_proj", "layers.1.mlp.up_proj"]),

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +57,7 @@ KINDS: dict[str, PeftConfig] = {
     "ia3 of all outputs": IA3Config(target_modules=r".*_proj", feedforward_modules=[], **TASK),
     "beft": BeftConfig(target_modules=LINEARS, **TASK),
     "ln_tuning": LNTuningConfig(target_modules=NORMS, **TASK),
+    "loha": LoHaConfig(r=5, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK

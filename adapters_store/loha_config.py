@@ -1,0 +1,58 @@
+"""LoHa (FedPara, arXiv 2108.06098) as peft up to 0.21 writes it: the elementwise product of two low-rank matrices."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, ClassVar, Final
+
+from pydantic import Field, StrictInt
+
+from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
+from adapters_store.adapter_contents import AdapterContents, TensorRule
+from adapters_store.base_spec import LINEARS, LOHA_A, LOHA_B, BaseSpec, tensor_name
+from adapters_store.module_matching import choose, pattern_lookup
+
+_Alpha = Annotated[float, Field(strict=True, ge=-1e6, le=1e6, allow_inf_nan=False)]
+_SQRT_LARGEST: Final = 1.9e19  # products of two numbers below the largest over this stay finite
+
+
+class LoHaConfig(TargetedConfig):
+    """y += alpha / r ((W1a W1b) * (W2a W2b)) x: as plain LoRA of rank r^2, exactly, by the rows' products."""
+
+    kind = "LOHA"
+    inert: ClassVar = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
+
+    r: Rank = 8
+    alpha: _Alpha = 8.0
+    exclude_modules: ManyPatterns | Pattern | None = None
+    layers_to_transform: tuple[StrictInt, ...] | StrictInt | None = None
+    layers_pattern: ManyPatterns | Pattern | None = None
+    rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=4096, default_factory=dict)]
+    alpha_pattern: Annotated[dict[Pattern, _Alpha], Field(max_length=4096, default_factory=dict)]
+
+    def contents(self, base: BaseSpec) -> AdapterContents:
+        check_layers(self.target_modules, self.layers_to_transform, self.layers_pattern)
+        contents, paths = AdapterContents(), base.paths(LINEARS)
+        rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
+        alpha_of = pattern_lookup(self.alpha_pattern, "alpha_pattern", self.alpha)
+        for path in choose(
+            paths,
+            self.target_modules,
+            exclude=self.exclude_modules,
+            layers=self.layers_to_transform,
+            layers_pattern=self.layers_pattern,
+        ):
+            (layer, linear), rank = paths[path], rank_of(path)
+            out_features, in_features = base.linears[linear]
+            scale = alpha_of(path) / rank
+            contents.add_delta(layer, linear, rank * rank, scale)
+            for name in LOHA_A:
+                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((rank, in_features), _SQRT_LARGEST)
+            for name in LOHA_B:
+                most = _SQRT_LARGEST * math.sqrt(max(1.0, abs(scale)))
+                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((out_features, rank), most)
+        contents.add_saved_norms(base, self.modules_to_save)
+        return contents
+
+    def rank_field(self, rank: int) -> str:
+        return "r" if rank == self.r**2 else "rank_pattern"
