@@ -230,7 +230,14 @@ class UploadFile(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("ref", "tenant", "name", "version", "digest", "rank", "target_modules", "num_parameters", "size_bytes", "base_fingerprint", "created_at", "status", "report")
+    __slots__ = ("ref", "tenant", "name", "version", "digest", "rank", "target_modules", "num_parameters", "size_bytes", "base_fingerprint", "created_at", "status", "report", "kind", "num_virtual_tokens", "tags")
+    class TagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     REF_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +251,9 @@ class AdapterVersion(_message.Message):
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     REPORT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NUM_VIRTUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     ref: str
     tenant: str
     name: str
@@ -257,7 +267,10 @@ class AdapterVersion(_message.Message):
     created_at: int
     status: str
     report: _struct_pb2.Struct
-    def __init__(self, ref: _Optional[str] = ..., tenant: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., created_at: _Optional[int] = ..., status: _Optional[str] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    kind: str
+    num_virtual_tokens: int
+    tags: _containers.ScalarMap[str, str]
+    def __init__(self, ref: _Optional[str] = ..., tenant: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., created_at: _Optional[int] = ..., status: _Optional[str] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., kind: _Optional[str] = ..., num_virtual_tokens: _Optional[int] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Canary(_message.Message):
     __slots__ = ("version", "percent")
@@ -268,7 +281,7 @@ class Canary(_message.Message):
     def __init__(self, version: _Optional[int] = ..., percent: _Optional[int] = ...) -> None: ...
 
 class Adapter(_message.Message):
-    __slots__ = ("tenant", "name", "created_at", "aliases", "versions", "canaries")
+    __slots__ = ("tenant", "name", "created_at", "aliases", "versions", "canaries", "tags")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -283,19 +296,28 @@ class Adapter(_message.Message):
         key: str
         value: Canary
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Canary, _Mapping]] = ...) -> None: ...
+    class TagsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     TENANT_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     CREATED_AT_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     CANARIES_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     tenant: str
     name: str
     created_at: int
     aliases: _containers.ScalarMap[str, int]
     versions: _containers.RepeatedCompositeFieldContainer[AdapterVersion]
     canaries: _containers.MessageMap[str, Canary]
-    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., created_at: _Optional[int] = ..., aliases: _Optional[_Mapping[str, int]] = ..., versions: _Optional[_Iterable[_Union[AdapterVersion, _Mapping]]] = ..., canaries: _Optional[_Mapping[str, Canary]] = ...) -> None: ...
+    tags: _containers.ScalarMap[str, str]
+    def __init__(self, tenant: _Optional[str] = ..., name: _Optional[str] = ..., created_at: _Optional[int] = ..., aliases: _Optional[_Mapping[str, int]] = ..., versions: _Optional[_Iterable[_Union[AdapterVersion, _Mapping]]] = ..., canaries: _Optional[_Mapping[str, Canary]] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ListAdaptersRequest(_message.Message):
     __slots__ = ()
@@ -332,6 +354,42 @@ class RollbackRequest(_message.Message):
     name: str
     alias: str
     def __init__(self, name: _Optional[str] = ..., alias: _Optional[str] = ...) -> None: ...
+
+class SetTagRequest(_message.Message):
+    __slots__ = ("name", "version", "key", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    key: str
+    value: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class DeleteTagRequest(_message.Message):
+    __slots__ = ("name", "version", "key")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    key: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., key: _Optional[str] = ...) -> None: ...
+
+class DownloadAdapterRequest(_message.Message):
+    __slots__ = ("name", "version")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class DownloadAdapterChunk(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class DeleteAdapterRequest(_message.Message):
     __slots__ = ("name", "version")

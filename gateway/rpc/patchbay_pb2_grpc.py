@@ -268,6 +268,21 @@ class AdaptersStub:
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.SetTag = channel.unary_unary(
+                '/patchbay.v1.Adapters/SetTag',
+                request_serializer=gateway_dot_rpc_dot_patchbay__pb2.SetTagRequest.SerializeToString,
+                response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.DeleteTag = channel.unary_unary(
+                '/patchbay.v1.Adapters/DeleteTag',
+                request_serializer=gateway_dot_rpc_dot_patchbay__pb2.DeleteTagRequest.SerializeToString,
+                response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.Download = channel.unary_stream(
+                '/patchbay.v1.Adapters/Download',
+                request_serializer=gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterRequest.SerializeToString,
+                response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterChunk.FromString,
+                _registered_method=True)
         self.Delete = channel.unary_unary(
                 '/patchbay.v1.Adapters/Delete',
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.DeleteAdapterRequest.SerializeToString,
@@ -303,7 +318,8 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """Points an alias at a version, and part of its requests at a canary where one is given. Running requests finish on the version they began with.
+        """Points an alias at a version, and part of its requests at a canary where one is given. Running requests finish on
+        the version they began with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -311,6 +327,27 @@ class AdaptersServicer:
 
     def Rollback(self, request, context):
         """Drops the alias's canary; without one, points the alias back at the version that it named before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTag(self, request, context):
+        """Tags an adapter, or one of its versions, in place of what it had under this key.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTag(self, request, context):
+        """Takes a tag away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Download(self, request, context):
+        """A version as a peft folder: the bytes of a tar, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -350,6 +387,21 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.FromString,
                     response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
+            ),
+            'SetTag': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTag,
+                    request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.SetTagRequest.FromString,
+                    response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
+            ),
+            'DeleteTag': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTag,
+                    request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.DeleteTagRequest.FromString,
+                    response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
+            ),
+            'Download': grpc.unary_stream_rpc_method_handler(
+                    servicer.Download,
+                    request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterRequest.FromString,
+                    response_serializer=gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterChunk.SerializeToString,
             ),
             'Delete': grpc.unary_unary_rpc_method_handler(
                     servicer.Delete,
@@ -493,6 +545,87 @@ class Adapters:
             '/patchbay.v1.Adapters/Rollback',
             gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.SerializeToString,
             gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.Adapters/SetTag',
+            gateway_dot_rpc_dot_patchbay__pb2.SetTagRequest.SerializeToString,
+            gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.Adapters/DeleteTag',
+            gateway_dot_rpc_dot_patchbay__pb2.DeleteTagRequest.SerializeToString,
+            gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Download(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/patchbay.v1.Adapters/Download',
+            gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterRequest.SerializeToString,
+            gateway_dot_rpc_dot_patchbay__pb2.DownloadAdapterChunk.FromString,
             options,
             channel_credentials,
             insecure,

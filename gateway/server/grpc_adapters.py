@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from starlette.concurrency import iterate_in_threadpool
 
 from adapters_store.names import DEFAULT_ALIAS
 from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
+from adapters_store.tags import Tags
 from gateway.errors import InvalidRequest
 from gateway.rpc import patchbay_pb2 as pb
 from gateway.rpc import patchbay_pb2_grpc as pb_grpc
@@ -53,6 +56,26 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
         alias = request.alias or DEFAULT_ALIAS
         return _adapter(await self._adapters.rollback(call.principal, tenant, name, alias))
 
+    async def SetTag(self, request: pb.SetTagRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """Tag an adapter or a version."""
+        tenant, name = split_name(call.principal, request.name)
+        key, value = request.key, request.value
+        return _adapter(await self._adapters.set_tag(call.principal, tenant, name, _number(request), key, value))
+
+    async def DeleteTag(self, request: pb.DeleteTagRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """Take a tag away."""
+        tenant, name = split_name(call.principal, request.name)
+        return _adapter(await self._adapters.delete_tag(call.principal, tenant, name, _number(request), request.key))
+
+    async def Download(  # noqa: N802
+        self, request: pb.DownloadAdapterRequest, call: Call
+    ) -> AsyncGenerator[pb.DownloadAdapterChunk, None]:
+        """A version as a tar of a peft folder."""
+        tenant, name = split_name(call.principal, request.name)
+        tar = await self._adapters.export(call.principal, tenant, name, request.version)
+        async for data in iterate_in_threadpool(tar.chunks()):
+            yield pb.DownloadAdapterChunk(data=data)
+
     async def Delete(self, request: pb.DeleteAdapterRequest, call: Call) -> pb.DeleteAdapterResponse:  # noqa: N802
         """Delete a version."""
         tenant, name = split_name(call.principal, request.name)
@@ -85,6 +108,10 @@ async def _receive(requests: AsyncIterator[pb.UploadRequest], upload: Upload) ->
     return start
 
 
+def _number(request: pb.SetTagRequest | pb.DeleteTagRequest) -> int | None:
+    return request.version if request.HasField("version") else None
+
+
 def _adapter(info: AdapterInfo) -> pb.Adapter:
     return pb.Adapter(
         tenant=info.tenant,
@@ -92,11 +119,12 @@ def _adapter(info: AdapterInfo) -> pb.Adapter:
         created_at=info.created_at,
         aliases=dict(info.aliases),
         canaries={alias: pb.Canary(**dataclasses.asdict(canary)) for alias, canary in info.canaries.items()},
-        versions=[_version(version) for version in info.versions],
+        tags=info.tags,
+        versions=[_version(version, info.version_tags.get(version.version)) for version in info.versions],
     )
 
 
-def _version(version: AdapterVersion) -> pb.AdapterVersion:
+def _version(version: AdapterVersion, tags: Tags | None = None) -> pb.AdapterVersion:
     manifest = version.manifest
     encoded = pb.AdapterVersion(
         ref=version.ref,
@@ -111,6 +139,9 @@ def _version(version: AdapterVersion) -> pb.AdapterVersion:
         base_fingerprint=manifest.base_fingerprint,
         created_at=version.created_at,
         status=version.status,
+        kind=manifest.kind,
+        num_virtual_tokens=manifest.num_virtual_tokens,
+        tags=tags,
     )
     if version.report is not None:
         encoded.report.update(version.report.as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -143,6 +145,24 @@ def test_upload_publishes_and_the_adapter_answers(
     assert len(adapters.Get(pb.GetAdapterRequest(name="helper"), metadata=key).versions) == 1
 
 
+def test_tags_are_set_and_taken_away_and_a_version_downloads_as_it_does_over_http(
+    tenant: TenantClient, adapters: Any, adapter: Path
+) -> None:
+    key = bearer(tenant.key)
+    uploaded = adapters.Upload(_upload("helper", adapter), metadata=key)
+    assert (uploaded.kind, uploaded.num_virtual_tokens) == ("LORA", 0)
+    adapters.SetTag(pb.SetTagRequest(name="helper", key="team", value="north"), metadata=key)
+    tagged = adapters.SetTag(pb.SetTagRequest(name="helper", version=1, key="score", value="0.9"), metadata=key)
+    assert (dict(tagged.tags), dict(tagged.versions[0].tags)) == ({"team": "north"}, {"score": "0.9"})
+    left = adapters.DeleteTag(pb.DeleteTagRequest(name="helper", version=1, key="score"), metadata=key)
+    assert (dict(left.tags), dict(left.versions[0].tags)) == ({"team": "north"}, {})
+    chunks = adapters.Download(pb.DownloadAdapterRequest(name="helper", version=1), metadata=key)
+    data = b"".join(chunk.data for chunk in chunks)
+    assert data == tenant.http.get(f"/v1/adapters/{tenant.id}/helper/versions/1/download").content
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        assert "helper-1/adapter_model.safetensors" in archive.getnames()
+
+
 @pytest.mark.parametrize(
     ("parts", "code"),
     [
@@ -252,6 +272,12 @@ def test_another_tenants_adapter_is_an_absent_one(
             (adapters.SetAlias, pb.SetAliasRequest(name=ref, version=1)),
             (adapters.Rollback, pb.RollbackRequest(name=ref)),
             (adapters.Delete, pb.DeleteAdapterRequest(name=ref, version=1)),
+            (adapters.SetTag, pb.SetTagRequest(name=ref, key="a", value="b")),
+            (adapters.DeleteTag, pb.DeleteTagRequest(name=ref, key="a")),
+            (
+                lambda *args, **rest: list(adapters.Download(*args, **rest)),
+                pb.DownloadAdapterRequest(name=ref, version=1),
+            ),
         ):
             code, text = ask(method, request)
             assert code is grpc.StatusCode.NOT_FOUND
