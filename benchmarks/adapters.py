@@ -174,7 +174,7 @@ def measure_magnitudes(engine: LLMEngine, ref: AdapterRef, case: str) -> None:
             torch.cuda.synchronize()
         whole.append(time.perf_counter() - begin)
     engine.residency.release(ref.digest)
-    record("adapters", case, "first_resolve_ms", whole[0] * 1e3, "ms", note="with the norms of the base")
+    record("adapters", case, "first_resolve_ms", whole[0] * 1e3, "ms", note="the first since the start")
     note = f"median of {ROUNDS}, of which the host {statistics.median(host[1:]) * 1e3:.2f} ms"
     record("adapters", case, "resolve_ms", statistics.median(whole[1:]) * 1e3, "ms", note=note)
 

