@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,14 +16,19 @@ from adapters_store.manifest import LoRADelta, VectorRole, VectorSite, VirtualTo
 from adapters_store.module_matching import refuse
 
 _MODULES: Final = (*LINEARS, *NORMS)
+SQRT_LARGEST: Final = 1.8e19  # the product of two such is finite in fp32 and bf16
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A tensor's shape, and what its values are multiplied by at most before they are served."""
+    """A tensor's shape, and what keeps its values finite.
+
+    factor: what they are multiplied by in their own dtype. most: the largest magnitude, where fp32 products are made.
+    """
 
     shape: tuple[int, ...]
     factor: float = 1.0
+    most: float = math.inf
 
 
 @dataclass

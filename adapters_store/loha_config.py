@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, ClassVar
 
 from pydantic import Field, StrictInt
 
 from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
-from adapters_store.adapter_contents import AdapterContents, TensorRule
+from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, LOHA_A, LOHA_B, BaseSpec, tensor_name
 from adapters_store.module_matching import choose, pattern_lookup
 
 _Alpha = Annotated[float, Field(strict=True, ge=-1e6, le=1e6, allow_inf_nan=False)]
-_SQRT_LARGEST: Final = 1.9e19  # products of two numbers below the largest over this stay finite
 
 
 class LoHaConfig(TargetedConfig):
@@ -47,10 +46,10 @@ class LoHaConfig(TargetedConfig):
             scale = alpha_of(path) / rank
             contents.add_delta(layer, linear, rank * rank, scale)
             for name in LOHA_A:
-                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((rank, in_features), _SQRT_LARGEST)
+                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((rank, in_features), most=SQRT_LARGEST)
             for name in LOHA_B:
-                most = _SQRT_LARGEST * math.sqrt(max(1.0, abs(scale)))
-                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((out_features, rank), most)
+                most = SQRT_LARGEST / math.sqrt(max(1.0, abs(scale)))
+                contents.tensors[tensor_name(layer, linear, name)] = TensorRule((out_features, rank), most=most)
         contents.add_saved_norms(base, self.modules_to_save)
         return contents
 

@@ -151,7 +151,7 @@ def _check_library_agrees(path: Path, tensors: Mapping[str, TensorInfo]) -> None
 
 def _limits(tensors: Mapping[str, TensorInfo], rules: Mapping[str, TensorRule]) -> dict[str, float]:
     """The largest magnitude that each tensor's values may have."""
-    return {name: _LARGEST[tensors[name].dtype] / max(1.0, rule.factor) for name, rule in rules.items()}
+    return {name: min(_LARGEST[tensors[name].dtype] / max(1.0, rule.factor), rule.most) for name, rule in rules.items()}
 
 
 def _checked_bytes(

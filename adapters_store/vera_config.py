@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Final, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +13,9 @@ from numpy.random import RandomState
 from pydantic import Field, StrictBool, StrictInt
 
 from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
-from adapters_store.adapter_contents import AdapterContents, TensorRule
+from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, VERA_A, VERA_B, VERA_LAMBDA_B, VERA_LAMBDA_D, BaseSpec, tensor_name
 from adapters_store.module_matching import choose
-
-_SQRT_LARGEST: Final = 1.9e19  # products of two numbers below the largest over this stay finite
 
 
 class VeRAConfig(TargetedConfig):
@@ -47,11 +45,11 @@ class VeRAConfig(TargetedConfig):
         for layer, linear in targets.values():
             contents.add_delta(layer, linear, self.r, 1.0, base.linears[linear][1])
             lambda_b, lambda_d = (tensor_name(layer, linear, name) for name in (VERA_LAMBDA_B, VERA_LAMBDA_D))
-            contents.tensors[lambda_b] = TensorRule((base.linears[linear][0],), _SQRT_LARGEST)
-            contents.tensors[lambda_d] = TensorRule((self.r,), _SQRT_LARGEST)
+            contents.tensors[lambda_b] = TensorRule((base.linears[linear][0],), most=SQRT_LARGEST)
+            contents.tensors[lambda_d] = TensorRule((self.r,), most=SQRT_LARGEST)
         shapes = self._projections(base, {linear for _, linear in targets.values()})
         if self.save_projection:
-            contents.tensors |= {name: TensorRule(shape, _SQRT_LARGEST) for name, shape in shapes.items()}
+            contents.tensors |= {name: TensorRule(shape, most=SQRT_LARGEST) for name, shape in shapes.items()}
         else:
             contents.make = partial(draw_projections, shapes, self.projection_prng_key)
         contents.add_own_biases(base, self.bias, targets)

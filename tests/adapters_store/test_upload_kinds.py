@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import BeftConfig, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
@@ -22,6 +22,7 @@ from .conftest import edit_config, save_kind, stage
 WEIGHTS = "adapter_model.safetensors"
 IA3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 LN = LNTuningConfig(target_modules=["input_layernorm", "norm"])
+LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
 
@@ -77,6 +78,18 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
     assert staged.manifest.num_parameters == sum(tensor.numel() for tensor in original.values())
     keys = {(layer, s.module, s.role) for s in vectors for layer in s.layers}
     assert load_weights(staged.path).vectors.keys() == keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [VERA, LOHA, IA3, LN], ids=["VeRA", "LoHa", "IA3", "LN"])
+def test_a_folder_saved_in_16_bits_is_accepted(
+    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
+) -> None:
+    folder = save_kind(tmp_path / "adapter", config)
+    saved = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
+    edit_weights(folder, **saved)
+    stored = load_file(stage(staging, folder, base).path)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
 
 
 def test_vera_without_its_matrices_is_kept_with_them(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
@@ -151,6 +164,8 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
          "layers.0.self_attn.q_proj.lora_magnitude_vector", None, "missing"),
         (VERA, "layers.0.self_attn.q_proj.vera_lambda_d", torch.ones(7), "[6]"),
         (VERA, "layers.0.self_attn.q_proj.vera_lambda_b", torch.full((32,), 1e20), "overflows"),
+        (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
+        (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],
 )  # fmt: skip
 def test_a_tensor_at_fault_is_refused_by_name(
