@@ -17,12 +17,13 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.manifest import Kind
-from adapters_store.module_matching import Layers, Patterns, refuse
+from adapters_store.module_matching import refuse
 from adapters_store.strict_json import shown
 
 Pattern = Annotated[StrictStr, Field(min_length=1, max_length=1024)]
 ManyPatterns = Annotated[tuple[Pattern, ...], Field(max_length=4096)]
 Rank = Annotated[StrictInt, Field(ge=1, le=1 << 16)]
+Alpha = Annotated[float, Field(strict=True, ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 # How it was made, or where its base lay: never opened, never imported.
 _INERT: Final = frozenset({"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"})
@@ -68,12 +69,20 @@ class TargetedConfig(AdapterConfig):
     modules_to_save: ManyPatterns = ()
 
 
-def check_layers(targets: Patterns, layers: Layers | None, layers_pattern: Patterns | None) -> None:
-    """peft's own rules for the two fields that choose layers. Raises `AdapterInvalid`."""
-    if isinstance(targets, str) and layers is not None:
-        raise refuse("layers_to_transform", "cannot be combined with target_modules given as one text")
-    if layers_pattern and layers is None:
-        raise refuse("layers_pattern", "needs layers_to_transform beside it")
+class LayeredConfig(TargetedConfig):
+    """Of kinds that change linears, of which two fields may choose the layers."""
+
+    layers_to_transform: tuple[StrictInt, ...] | StrictInt | None = None
+    layers_pattern: ManyPatterns | Pattern | None = None
+
+    @classmethod
+    def parse(cls, raw: dict[str, Any]) -> Self:
+        config = super().parse(raw)
+        if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+            raise refuse("layers_to_transform", "cannot be combined with target_modules given as one text")
+        if config.layers_pattern and config.layers_to_transform is None:
+            raise refuse("layers_pattern", "needs layers_to_transform beside it")
+        return config
 
 
 def _refusal(error: ValidationError, kind: str) -> AdapterInvalid:

@@ -88,33 +88,30 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
 
 
 def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
-    """Every scale as alpha / r; the commonest rank and alpha are the defaults, the others patterns."""
     ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
-    alphas = {(layer, delta.linear): _alpha(delta.scale, delta.rank) for delta in spec.deltas for layer in delta.layers}
-    rank, rank_pattern = _default_and_pattern(ranks)
-    alpha, alpha_pattern = _default_and_pattern(alphas)
     roles = {site.role for site in spec.vectors}
     return {
         "bias": _own_biases(spec, "lora_only"),
         "use_dora": "magnitude" in roles,
         "lora_bias": "bias" in roles,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        **_targets(set(ranks), num_layers),
+        **_ranked(spec, ranks, "lora_alpha", num_layers),
     }
 
 
 def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """Its rank is the root of the delta's."""
     ranks = {(layer, delta.linear): math.isqrt(delta.rank) for delta in spec.deltas for layer in delta.layers}
+    return _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers: int) -> dict[str, Any]:
+    """Every scale as alpha / r; the commonest rank and alpha are the defaults, the others patterns."""
     scales = {(layer, delta.linear): delta.scale for delta in spec.deltas for layer in delta.layers}
     rank, rank_pattern = _default_and_pattern(ranks)
     alpha, alpha_pattern = _default_and_pattern({module: _alpha(scales[module], ranks[module]) for module in ranks})
     return {
         "r": rank,
-        "alpha": alpha,
+        alpha_field: alpha,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         **_targets(set(ranks), num_layers),

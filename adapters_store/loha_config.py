@@ -5,32 +5,27 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar
 
-from pydantic import Field, StrictInt
+from pydantic import Field
 
-from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
+from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, LOHA_A, LOHA_B, BaseSpec, tensor_name
 from adapters_store.module_matching import choose, pattern_lookup
 
-_Alpha = Annotated[float, Field(strict=True, ge=-1e6, le=1e6, allow_inf_nan=False)]
 
-
-class LoHaConfig(TargetedConfig):
+class LoHaConfig(LayeredConfig):
     """y += alpha / r ((W1a W1b) * (W2a W2b)) x: as plain LoRA of rank r^2, exactly, by the rows' products."""
 
     kind = "LOHA"
     inert: ClassVar = frozenset({"rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"})
 
     r: Rank = 8
-    alpha: _Alpha = 8.0
+    alpha: Alpha = 8.0
     exclude_modules: ManyPatterns | Pattern | None = None
-    layers_to_transform: tuple[StrictInt, ...] | StrictInt | None = None
-    layers_pattern: ManyPatterns | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=4096, default_factory=dict)]
-    alpha_pattern: Annotated[dict[Pattern, _Alpha], Field(max_length=4096, default_factory=dict)]
+    alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=4096, default_factory=dict)]
 
     def contents(self, base: BaseSpec) -> AdapterContents:
-        check_layers(self.target_modules, self.layers_to_transform, self.layers_pattern)
         contents, paths = AdapterContents(), base.paths(LINEARS)
         rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
         alpha_of = pattern_lookup(self.alpha_pattern, "alpha_pattern", self.alpha)

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import Field, StrictBool
 
-from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
+from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name
 from adapters_store.module_matching import choose, pattern_lookup, refuse
 from adapters_store.strict_json import shown
-
-_Alpha = Annotated[float, Field(strict=True, ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 _PLAIN_INITS: Final = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -28,7 +26,7 @@ class LoRATarget:
     scale: float
 
 
-class LoRAConfig(TargetedConfig):
+class LoRAConfig(LayeredConfig):
     """Matrices on linears; a magnitude each with `use_dora`, biases with `lora_bias` and `bias`."""
 
     kind = "LORA"
@@ -52,22 +50,19 @@ class LoRAConfig(TargetedConfig):
     }
 
     r: Rank = 8
-    lora_alpha: _Alpha = 8.0
+    lora_alpha: Alpha = 8.0
     use_rslora: StrictBool = False
     use_dora: StrictBool = False
     lora_bias: StrictBool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: ManyPatterns | Pattern | None = None
-    layers_to_transform: tuple[StrictInt, ...] | StrictInt | None = None
-    layers_pattern: ManyPatterns | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=4096, default_factory=dict)]
-    alpha_pattern: Annotated[dict[Pattern, _Alpha], Field(max_length=4096, default_factory=dict)]
+    alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=4096, default_factory=dict)]
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Self:
         _check_init(raw.pop("init_lora_weights", None))
         config = super().parse(raw)
-        check_layers(config.target_modules, config.layers_to_transform, config.layers_pattern)
         if config.use_dora and config.lora_bias:
             raise refuse("lora_bias", "peft has no biases on lora_B beside use_dora")
         return config

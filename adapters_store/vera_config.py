@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from numpy.random import RandomState
 from pydantic import Field, StrictBool, StrictInt
 
-from adapters_store.adapter_config import ManyPatterns, Pattern, Rank, TargetedConfig, check_layers
+from adapters_store.adapter_config import LayeredConfig, Rank
 from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, VERA_A, VERA_B, VERA_LAMBDA_B, VERA_LAMBDA_D, BaseSpec, tensor_name
 from adapters_store.module_matching import choose
 
 
-class VeRAConfig(TargetedConfig):
+class VeRAConfig(LayeredConfig):
     """y += lambda_b * B (lambda_d * A x), with the parts of A and B that a linear's widths need."""
 
     kind = "VERA"
@@ -28,14 +28,6 @@ class VeRAConfig(TargetedConfig):
     projection_prng_key: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] = 0
     save_projection: StrictBool = True
     bias: Literal["none", "all", "vera_only"] = "none"
-    layers_to_transform: tuple[StrictInt, ...] | StrictInt | None = None
-    layers_pattern: ManyPatterns | Pattern | None = None
-
-    @classmethod
-    def parse(cls, raw: dict[str, Any]) -> Self:
-        config = super().parse(raw)
-        check_layers(config.target_modules, config.layers_to_transform, config.layers_pattern)
-        return config
 
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
