@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, insert, or_, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, and_, delete, select, update
 
+from adapters_store.aliases import (
+    CANARY_COLUMNS,
+    Canary,
+    aliases_naming,
+    has_canary,
+    history_of,
+    is_named,
+    point_alias,
+    set_alias,
+    side_of,
+    unwind_alias,
+)
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import (
@@ -21,55 +30,25 @@ from adapters_store.errors import (
     SelfTestFailed,
     StoreError,
     TenantNotFound,
-    VersionNotReady,
 )
-from adapters_store.manifest import AdapterManifest
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
 from adapters_store.references import delete_unreferenced, lock_blob
 from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, version_tags
 from adapters_store.tags import Tags, tags_of_adapters, tags_of_versions
 from adapters_store.upload import StagedAdapter
-
-_MAX_VERSION = 2**31 - 1
-
-VersionStatus = Literal["staged", "ready", "quarantined", "retired"]
-"""staged: stored, its self-test under way. ready: may be named by aliases and called. quarantined: kept for its owner
-to look at, and not called. retired: deleted by its owner; its bytes go once no request runs with it."""
-
-_LISTED: Final = ("staged", "ready", "quarantined")
-
-
-@dataclass(frozen=True)
-class AdapterVersion:
-    """One version, immutable but for its status and report.
-
-    digest: names its blob. rank: its largest. created_at: unix seconds. report: of its self-test, or why it was
-    quarantined later; None where it was published without a test.
-    """
-
-    tenant: str
-    name: str
-    version: int
-    digest: str
-    rank: int
-    manifest: AdapterManifest
-    created_at: int
-    status: VersionStatus = "ready"
-    report: VersionReport | None = None
-
-    @property
-    def ref(self) -> str:
-        """The reference that always means this version, such as `acme/support:3`."""
-        return f"{self.tenant}/{self.name}:{self.version}"
-
-
-@dataclass(frozen=True)
-class Canary:
-    """A second version behind an alias: it takes `percent` (1 to 100) of who asks for the alias."""
-
-    version: int
-    percent: int
+from adapters_store.versions import (
+    LISTED,
+    AdapterVersion,
+    find_version,
+    insert_version,
+    lock_adapter,
+    move_version,
+    next_version,
+    ready_version,
+    version_of,
+    versions_query,
+)
 
 
 @dataclass(frozen=True)
@@ -136,9 +115,9 @@ class AdapterRegistry:
             lock_blob(self._database, connection, manifest.digest)
             if not self._blobs.exists(manifest.digest):  # a delete of its last version came between
                 self._blobs.put(manifest.digest, staged.path)
-            adapter_id, version = _next_version(connection, tenant, name, now)
+            adapter_id, version = next_version(connection, tenant, name, now)
             created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now, "staged")
-            _insert_version(connection, adapter_id, created)
+            insert_version(connection, adapter_id, created)
         return created
 
     def _release(
@@ -150,10 +129,10 @@ class AdapterRegistry:
     ) -> AdapterVersion:
         released = replace(staged, status="ready", report=report)
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, staged.tenant, staged.name)
-            if not _move(connection, adapter_id, staged.version, ("staged",), "ready", report):
+            adapter_id = lock_adapter(connection, staged.tenant, staged.name)
+            if not move_version(connection, adapter_id, staged.version, ("staged",), "ready", report):
                 raise AdapterNotFound(staged.ref)
-            _point_alias(connection, adapter_id, alias, staged.version, int(time.time()))
+            point_alias(connection, adapter_id, alias, staged.version, int(time.time()))
             if also is not None:
                 also(connection, released)
         return released
@@ -161,8 +140,8 @@ class AdapterRegistry:
     def _withdraw(self, staged: AdapterVersion) -> None:
         """Forget a version that was never ready."""
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, staged.tenant, staged.name)
-            is_gone = _move(connection, adapter_id, staged.version, ("staged",), "retired")
+            adapter_id = lock_adapter(connection, staged.tenant, staged.name)
+            is_gone = move_version(connection, adapter_id, staged.version, ("staged",), "retired")
         if is_gone:
             self.purge(staged)
 
@@ -173,20 +152,20 @@ class AdapterRegistry:
         `AdapterNotFound`, or `VersionNotReady` for one that is staged or quarantined.
         """
         parsed = AdapterRef.parse(ref)
-        query = _versions_query().where(
+        query = versions_query().where(
             adapters.c.tenant == tenant, adapters.c.tenant == parsed.tenant, adapters.c.name == parsed.name
         )
         if parsed.version is not None:
             query = query.where(adapter_versions.c.version == parsed.version)
         else:
-            named = and_(aliases.c.adapter_id == adapters.c.id, _is_named(adapter_versions.c.version))
+            named = and_(aliases.c.adapter_id == adapters.c.id, is_named(adapter_versions.c.version))
             query = query.join(aliases, named).where(aliases.c.alias == parsed.alias)
-            query = query.add_columns(aliases.c.version.label("named"), *_CANARY)
+            query = query.add_columns(aliases.c.version.label("named"), *CANARY_COLUMNS)
         with self._database.read() as connection:
             rows = connection.execute(query).all()
         if not rows:
             raise AdapterNotFound(ref)
-        return _ready(rows[0] if parsed.version is not None else _side(rows, parsed, caller))
+        return ready_version(rows[0] if parsed.version is not None else side_of(rows, parsed, caller))
 
     def list(self, tenant: str) -> tuple[AdapterInfo, ...]:
         """All adapters of a tenant that have a version, by name."""
@@ -208,11 +187,11 @@ class AdapterRegistry:
         """
         check_name("alias", alias)
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, tenant, name)
-            found = _ready(_find_version(connection, tenant, name, version))
+            adapter_id = lock_adapter(connection, tenant, name)
+            found = ready_version(find_version(connection, tenant, name, version))
             if canary is not None:
-                _ready(_find_version(connection, tenant, name, canary.version))
-            _point_alias(connection, adapter_id, alias, version, int(time.time()), canary)
+                ready_version(find_version(connection, tenant, name, canary.version))
+            point_alias(connection, adapter_id, alias, version, int(time.time()), canary)
         return found
 
     def rollback(self, tenant: str, name: str, alias: str = DEFAULT_ALIAS) -> AdapterVersion:
@@ -222,19 +201,19 @@ class AdapterRegistry:
         Raises `AdapterNotFound` or `NoPreviousVersion`.
         """
         with self._database.write() as connection:
-            adapter_id, now = _lock_adapter(connection, tenant, name), int(time.time())
-            history = _history(connection, adapter_id, alias)
+            adapter_id, now = lock_adapter(connection, tenant, name), int(time.time())
+            history = history_of(connection, adapter_id, alias)
             if not history:
                 raise AdapterNotFound(f"{tenant}/{name}@{alias}")
-            if _has_canary(connection, adapter_id, alias):
-                _set_alias(connection, adapter_id, alias, history[0].version, now)
-                return _version_of(_find_version(connection, tenant, name, history[0].version))
+            if has_canary(connection, adapter_id, alias):
+                set_alias(connection, adapter_id, alias, history[0].version, now)
+                return version_of(find_version(connection, tenant, name, history[0].version))
             others = (row for row in history if row.version != history[0].version)
             before = next((row for row in others if row.status == "ready"), None)
             if before is None:
                 raise NoPreviousVersion(f"{tenant}/{name}@{alias}")
-            _unwind_alias(connection, adapter_id, alias, before, now)
-            return _version_of(_find_version(connection, tenant, name, before.version))
+            unwind_alias(connection, adapter_id, alias, before, now)
+            return version_of(find_version(connection, tenant, name, before.version))
 
     def quarantine(self, ref: str, report: VersionReport) -> bool:
         """Take the version `tenant/name:3` out of service, for its owner to look at; whether it was in service.
@@ -245,15 +224,15 @@ class AdapterRegistry:
         named = AdapterRef.parse(ref)
         assert named.version is not None, "only versions are quarantined"
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, named.tenant, named.name)
+            adapter_id = lock_adapter(connection, named.tenant, named.name)
             is_canary = and_(aliases.c.adapter_id == adapter_id, aliases.c.canary_version == named.version)
             connection.execute(update(aliases).where(is_canary).values(canary_version=None, canary_percent=None))
-            return _move(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
+            return move_version(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
 
     def delete_alias(self, tenant: str, name: str, alias: str) -> None:
         """Take an alias away; the version that it named stays. Raises `AdapterNotFound`."""
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, tenant, name)
+            adapter_id = lock_adapter(connection, tenant, name)
             is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
             if connection.execute(delete(aliases).where(is_alias)).rowcount == 0:
                 raise AdapterNotFound(f"{tenant}/{name}@{alias}")
@@ -264,12 +243,12 @@ class AdapterRegistry:
         Raises `AdapterNotFound`, or `AliasInUse` while an alias names it.
         """
         with self._database.write() as connection:
-            adapter_id = _lock_adapter(connection, tenant, name)
-            _find_version(connection, tenant, name, version)
-            named_by = _aliases_of(connection, adapter_id, version)
+            adapter_id = lock_adapter(connection, tenant, name)
+            find_version(connection, tenant, name, version)
+            named_by = aliases_naming(connection, adapter_id, version)
             if named_by:
                 raise AliasInUse(f"{tenant}/{name}:{version}", named_by)
-            _move(connection, adapter_id, version, _LISTED, "retired")
+            move_version(connection, adapter_id, version, LISTED, "retired")
             for table in (alias_history, version_tags):
                 is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
                 connection.execute(delete(table).where(is_version))
@@ -277,8 +256,8 @@ class AdapterRegistry:
     def retired(self) -> tuple[AdapterVersion, ...]:
         """The versions of all tenants that wait for `purge`."""
         with self._database.read() as connection:
-            rows = connection.execute(_versions_query(("retired",)))
-            return tuple(_version_of(row) for row in rows)
+            rows = connection.execute(versions_query(("retired",)))
+            return tuple(version_of(row) for row in rows)
 
     def purge(self, version: AdapterVersion) -> None:
         """Remove a retired version, and its bytes unless another version shares them."""
@@ -311,14 +290,14 @@ class AdapterRegistry:
         is_wanted = adapters.c.tenant == tenant
         if name is not None:
             is_wanted = and_(is_wanted, adapters.c.name == name)
-        version_query = _versions_query().where(is_wanted).order_by(adapters.c.name, adapter_versions.c.version)
-        alias_query = select(adapters.c.name, aliases.c.alias, aliases.c.version, *_CANARY).join(
+        version_query = versions_query().where(is_wanted).order_by(adapters.c.name, adapter_versions.c.version)
+        alias_query = select(adapters.c.name, aliases.c.alias, aliases.c.version, *CANARY_COLUMNS).join(
             aliases, aliases.c.adapter_id == adapters.c.id
         )
         adapter_query = select(adapters.c.name, adapters.c.created_at).where(is_wanted).order_by(adapters.c.name)
         with self._database.read() as connection:
             created = {row.name: row.created_at for row in connection.execute(adapter_query)}
-            versions = [_version_of(row) for row in connection.execute(version_query)]
+            versions = [version_of(row) for row in connection.execute(version_query)]
             tags, tags_by_version = tags_of_adapters(connection, is_wanted), tags_of_versions(connection, is_wanted)
             named = list(connection.execute(alias_query.where(is_wanted).order_by(aliases.c.alias)))
         by_name: dict[str, list[AdapterVersion]] = {}
@@ -343,187 +322,3 @@ class AdapterRegistry:
             )
             for adapter, found in by_name.items()
         )
-
-
-_CANARY: Final = (aliases.c.canary_version, aliases.c.canary_percent)
-
-
-def _versions_query(statuses: Collection[str] = _LISTED) -> Select[Any]:
-    query = select(
-        adapters.c.tenant,
-        adapters.c.name,
-        adapter_versions.c.version,
-        adapter_versions.c.digest,
-        adapter_versions.c.rank,
-        adapter_versions.c.manifest,
-        adapter_versions.c.created_at,
-        adapter_versions.c.status,
-        adapter_versions.c.report,
-    ).join_from(adapters, adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
-    return query.where(adapter_versions.c.status.in_(statuses))
-
-
-def _version_of(row: Row[Any]) -> AdapterVersion:
-    manifest = AdapterManifest.model_validate(row.manifest)
-    report = VersionReport(**row.report) if row.report is not None else None
-    return AdapterVersion(
-        row.tenant, row.name, row.version, row.digest, row.rank, manifest, row.created_at, row.status, report
-    )
-
-
-def _ready(row: Row[Any]) -> AdapterVersion:
-    version = _version_of(row)
-    if version.status != "ready":
-        raise VersionNotReady(version.ref, version.status, version.report)
-    return version
-
-
-def _is_named(version: ColumnElement[int] | int) -> ColumnElement[bool]:
-    """Whether an alias names the version, itself or as its canary."""
-    return or_(aliases.c.version == version, aliases.c.canary_version == version)
-
-
-def _side(rows: Sequence[Row[Any]], alias: AdapterRef, caller: str | None) -> Row[Any]:
-    """Of the versions behind an alias the one for this caller: always the same as long as the canary is.
-
-    A larger share takes in others and keeps those that it has.
-    """
-    wanted, canary, percent = rows[0].named, rows[0].canary_version, rows[0].canary_percent
-    if caller is not None and canary is not None:
-        text = f"{alias.tenant}/{alias.name}@{alias.alias}:{canary}/{caller}"
-        if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100 < percent:
-            wanted = canary
-    return next(row for row in rows if row.version == wanted)
-
-
-def _next_version(connection: Connection, tenant: str, name: str, now: int) -> tuple[int, int]:
-    """The adapter's id and a version number never used before; holds the adapter's row until the commit."""
-    taken = _increment_version(connection, tenant, name)
-    if taken is not None:
-        return taken
-    values = {"tenant": tenant, "name": name, "last_version": 1, "created_at": now}
-    try:
-        with connection.begin_nested():
-            row = connection.execute(insert(adapters).values(values).returning(adapters.c.id)).one()
-            return row.id, 1
-    except IntegrityError:  # another process added the adapter first, or the tenant went away
-        taken = _increment_version(connection, tenant, name)
-    if taken is None:
-        raise TenantNotFound(tenant)
-    return taken
-
-
-def _increment_version(connection: Connection, tenant: str, name: str) -> tuple[int, int] | None:
-    statement = (
-        update(adapters)
-        .where(adapters.c.tenant == tenant, adapters.c.name == name)
-        .values(last_version=adapters.c.last_version + 1)
-        .returning(adapters.c.id, adapters.c.last_version)
-    )
-    row = connection.execute(statement).one_or_none()
-    return None if row is None else (row.id, row.last_version)
-
-
-def _insert_version(connection: Connection, adapter_id: int, version: AdapterVersion) -> None:
-    values = {
-        "adapter_id": adapter_id,
-        "version": version.version,
-        "digest": version.digest,
-        "rank": version.rank,
-        "manifest": version.manifest.model_dump(mode="json"),
-        "created_at": version.created_at,
-        "status": version.status,
-    }
-    connection.execute(insert(adapter_versions).values(values))
-
-
-def _move(
-    connection: Connection,
-    adapter_id: int,
-    version: int,
-    before: Collection[str],
-    status: VersionStatus,
-    report: VersionReport | None = None,
-) -> bool:
-    """Give a version another status, and a report where there is one; whether its status was one of `before`."""
-    is_version = and_(adapter_versions.c.adapter_id == adapter_id, adapter_versions.c.version == version)
-    values: dict[str, Any] = {"status": status}
-    if report is not None:
-        values["report"] = report.as_json
-    statement = update(adapter_versions).where(is_version, adapter_versions.c.status.in_(before)).values(values)
-    return connection.execute(statement).rowcount == 1
-
-
-def _lock_adapter(connection: Connection, tenant: str, name: str) -> int:
-    query = select(adapters.c.id).where(adapters.c.tenant == tenant, adapters.c.name == name)
-    adapter_id: int | None = connection.execute(query.with_for_update()).scalar_one_or_none()
-    if adapter_id is None:
-        raise AdapterNotFound(f"{tenant}/{name}")
-    return adapter_id
-
-
-def _find_version(connection: Connection, tenant: str, name: str, version: int) -> Row[Any]:
-    ref = f"{tenant}/{name}:{version}"
-    if not 0 < version <= _MAX_VERSION:
-        raise AdapterNotFound(ref)
-    query = _versions_query().where(
-        adapters.c.tenant == tenant, adapters.c.name == name, adapter_versions.c.version == version
-    )
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        raise AdapterNotFound(ref)
-    return row
-
-
-def _point_alias(
-    connection: Connection, adapter_id: int, alias: str, version: int, now: int, canary: Canary | None = None
-) -> None:
-    """Set an alias and remember it in the history."""
-    _set_alias(connection, adapter_id, alias, version, now, canary)
-    values = {"adapter_id": adapter_id, "alias": alias, "version": version, "created_at": now}
-    connection.execute(insert(alias_history).values(values))
-
-
-def _set_alias(
-    connection: Connection, adapter_id: int, alias: str, version: int, now: int, canary: Canary | None = None
-) -> None:
-    is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-    values: dict[str, Any] = {
-        "version": version,
-        "canary_version": canary.version if canary is not None else None,
-        "canary_percent": canary.percent if canary is not None else None,
-        "updated_at": now,
-    }
-    if connection.execute(update(aliases).where(is_alias).values(values)).rowcount == 0:
-        connection.execute(insert(aliases).values(adapter_id=adapter_id, alias=alias, **values))
-
-
-def _history(connection: Connection, adapter_id: int, alias: str) -> list[Row[Any]]:
-    """What the alias named, newest first, with the versions' statuses."""
-    is_alias = and_(alias_history.c.adapter_id == adapter_id, alias_history.c.alias == alias)
-    is_named = and_(
-        adapter_versions.c.adapter_id == alias_history.c.adapter_id,
-        adapter_versions.c.version == alias_history.c.version,
-    )
-    query = select(alias_history.c.id, alias_history.c.version, adapter_versions.c.status)
-    query = query.join_from(alias_history, adapter_versions, is_named).where(is_alias)
-    return list(connection.execute(query.order_by(alias_history.c.id.desc())))
-
-
-def _unwind_alias(connection: Connection, adapter_id: int, alias: str, to: Row[Any], now: int) -> None:
-    """Take the history back to the row `to`, so that the next rollback goes further."""
-    is_newer = and_(
-        alias_history.c.adapter_id == adapter_id, alias_history.c.alias == alias, alias_history.c.id > to.id
-    )
-    connection.execute(delete(alias_history).where(is_newer))
-    _set_alias(connection, adapter_id, alias, to.version, now)
-
-
-def _has_canary(connection: Connection, adapter_id: int, alias: str) -> bool:
-    is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-    return connection.execute(select(aliases.c.canary_version).where(is_alias)).scalar_one_or_none() is not None
-
-
-def _aliases_of(connection: Connection, adapter_id: int, version: int) -> list[str]:
-    is_named = and_(aliases.c.adapter_id == adapter_id, _is_named(version))
-    return list(connection.scalars(select(aliases.c.alias).where(is_named).order_by(aliases.c.alias)))

@@ -23,8 +23,10 @@ from gateway.server.import_folder import ImportFolder
 
 if TYPE_CHECKING:
     from adapters_store.accounts import Principal
+    from adapters_store.aliases import Canary
     from adapters_store.golden import GoldenPrompt
-    from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
+    from adapters_store.registry import AdapterInfo
+    from adapters_store.versions import AdapterVersion
     from gateway.server.context import ServerContext
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from ray.util import get_node_ip_address
 from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
 from adapters_store.upload import clean_staging
+from adapters_store.versions import AdapterVersion
 from gateway.config import GatewayConfig
 from gateway.errors import EngineUnavailable
 from gateway.metrics import FrontDoorMetrics, new_registry

@@ -7,9 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from starlette.concurrency import iterate_in_threadpool
 
+from adapters_store.aliases import Canary
 from adapters_store.names import DEFAULT_ALIAS
-from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
+from adapters_store.registry import AdapterInfo
 from adapters_store.tags import Tags
+from adapters_store.versions import AdapterVersion
 from gateway.errors import InvalidRequest
 from gateway.rpc import patchbay_pb2 as pb
 from gateway.rpc import patchbay_pb2_grpc as pb_grpc

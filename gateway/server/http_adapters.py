@@ -10,8 +10,10 @@ from typing import Any, Final
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from adapters_store.aliases import Canary
 from adapters_store.names import DEFAULT_ALIAS
-from adapters_store.registry import AdapterInfo, AdapterVersion, Canary
+from adapters_store.registry import AdapterInfo
+from adapters_store.versions import AdapterVersion
 from gateway.errors import InvalidRequest
 from gateway.server.adapters import AdapterService, UploadFile
 from gateway.server.context import ServerContext

@@ -13,7 +13,8 @@ from gateway.server.adapters import reachable_adapters
 
 if TYPE_CHECKING:
     from adapters_store.accounts import Principal
-    from adapters_store.registry import AdapterInfo, AdapterVersion
+    from adapters_store.registry import AdapterInfo
+    from adapters_store.versions import AdapterVersion
     from gateway.server.context import ServerContext
     from gateway.server.router import EngineInfo
 

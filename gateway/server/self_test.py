@@ -19,7 +19,7 @@ from gateway.errors import AdapterNotFinite, EngineUnavailable, GatewayError, Ov
 
 if TYPE_CHECKING:
     from adapters_store.golden import GoldenPrompt
-    from adapters_store.registry import AdapterVersion
+    from adapters_store.versions import AdapterVersion
     from gateway.metrics import FrontDoorMetrics
     from gateway.server.router import Router
 

@@ -15,9 +15,10 @@ from sqlalchemy import select
 
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
 from adapters_store.tables import fine_tuning_jobs
+from adapters_store.versions import AdapterVersion
 from gateway.config import GatewayConfig
 from gateway.errors import EngineUnavailable
 from gateway.server.logs import configure_logging

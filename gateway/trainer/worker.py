@@ -19,9 +19,10 @@ from sqlalchemy import Connection
 from adapters_store.accounts import Accounts
 from adapters_store.database import Database
 from adapters_store.errors import StoreUnavailable
-from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
 from adapters_store.upload import Staging
+from adapters_store.versions import AdapterVersion
 from gateway.config import GatewayConfig
 from gateway.errors import EngineUnavailable, InvalidRequest, ModelNotFound, public_message, wire_error
 from gateway.trainer.dataset import MIN_EXAMPLES, TokenizedExample, TrainingFileInvalid, load_chat_dataset

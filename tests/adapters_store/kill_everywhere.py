@@ -17,13 +17,15 @@ from types import FrameType
 from typing import Any
 
 from adapters_store import blobs, database, references, registry
+from adapters_store.aliases import Canary
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import SelfTestFailed
 from adapters_store.manifest import AdapterManifest
-from adapters_store.registry import AdapterRegistry, AdapterVersion, Canary
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
 from adapters_store.upload import StagedAdapter
+from adapters_store.versions import AdapterVersion
 
 KILLED = 9
 PASSED = VersionReport(passed=True, tested_at=0)

@@ -11,6 +11,7 @@ from alembic.config import Config
 from sqlalchemy import Connection
 
 from adapters_store.accounts import Accounts
+from adapters_store.aliases import Canary
 from adapters_store.base_spec import BaseSpec
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
@@ -24,9 +25,10 @@ from adapters_store.errors import (
     VersionNotReady,
 )
 from adapters_store.golden import GoldenPrompt
-from adapters_store.registry import AdapterRegistry, AdapterVersion, Canary
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
 from adapters_store.upload import StagedAdapter, Staging
+from adapters_store.versions import AdapterVersion
 
 from .conftest import stage
 

@@ -12,8 +12,9 @@ import pytest
 from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.registry import AdapterRegistry, AdapterVersion
+from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
+from adapters_store.versions import AdapterVersion
 from adapters_store.weights import load_weights
 from gateway.config import EngineConfig, GatewayConfig, StoreConfig, TrainerConfig
 from gateway.errors import EngineUnavailable
