@@ -8,8 +8,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, insert, select, update
 
 from adapters_store.database import Database
-from adapters_store.errors import AdapterNotFound, InvalidTag
-from adapters_store.tables import adapter_tags, adapter_versions, adapters, version_tags
+from adapters_store.errors import InvalidTag
+from adapters_store.tables import adapter_tags, adapters, version_tags
+from adapters_store.versions import find_version, lock_adapter
 
 MAX_KEY: Final = 250
 MAX_VALUE: Final = 5000
@@ -72,15 +73,10 @@ def _joined(table: Table, *columns: Any) -> Any:
 
 def _find_owner(connection: Connection, tenant: str, name: str, version: int | None) -> tuple[Table, dict[str, int]]:
     """The table, and the values that stand for the adapter or version, whose row is locked: it does not go away."""
-    query = select(adapters.c.id).where(adapters.c.tenant == tenant, adapters.c.name == name)
-    adapter_id = connection.execute(query.with_for_update()).scalar_one_or_none()
-    if adapter_id is None:
-        raise AdapterNotFound(f"{tenant}/{name}")
+    adapter_id = lock_adapter(connection, tenant, name)
     if version is None:
         return adapter_tags, {"adapter_id": adapter_id}
-    is_it = and_(adapter_versions.c.adapter_id == adapter_id, adapter_versions.c.version == version)
-    if not 0 < version < 2**31 or connection.execute(select(adapter_versions.c.id).where(is_it)).one_or_none() is None:
-        raise AdapterNotFound(f"{tenant}/{name}:{version}")
+    find_version(connection, tenant, name, version)
     return version_tags, {"adapter_id": adapter_id, "version": version}
 
 

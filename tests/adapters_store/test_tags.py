@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from sqlalchemy import select
 
@@ -48,6 +50,13 @@ def test_a_deleted_versions_tags_go_with_it(tags: AdapterTags, registry: Adapter
     registry.delete("acme", "support", 1)
     with database.read() as connection:
         assert connection.execute(select(version_tags)).all() == []
+
+
+def test_a_deleted_version_cannot_be_tagged_before_its_purge(tags: AdapterTags, registry: AdapterRegistry) -> None:
+    registry.delete("acme", "support", 1)
+    for change in (partial(tags.set, value="1"), tags.delete):
+        with pytest.raises(AdapterNotFound):
+            change("acme", "support", "a", version=1)
 
 
 @pytest.mark.parametrize(("tenant", "name", "version"), [("globex", "support", None), ("acme", "other", None),
