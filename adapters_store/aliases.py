@@ -87,6 +87,15 @@ def unwind_alias(connection: Connection, adapter_id: int, alias: str, to: Row[An
     set_alias(connection, adapter_id, alias, to.version, now)
 
 
+def remove_alias(connection: Connection, adapter_id: int, alias: str) -> bool:
+    """Forget an alias and what it named before; whether there was one."""
+    removed = [
+        connection.execute(delete(table).where(table.c.adapter_id == adapter_id, table.c.alias == alias)).rowcount
+        for table in (alias_history, aliases)
+    ]
+    return removed[-1] == 1
+
+
 def has_canary(connection: Connection, adapter_id: int, alias: str) -> bool:
     """Whether part of the alias's requests go to a canary."""
     is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)

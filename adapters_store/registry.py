@@ -17,6 +17,7 @@ from adapters_store.aliases import (
     history_of,
     is_named,
     point_alias,
+    remove_alias,
     set_alias,
     side_of,
     unwind_alias,
@@ -230,11 +231,9 @@ class AdapterRegistry:
             return move_version(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
 
     def delete_alias(self, tenant: str, name: str, alias: str) -> None:
-        """Take an alias away; the version that it named stays. Raises `AdapterNotFound`."""
+        """Take an alias and its history away; the version that it named stays. Raises `AdapterNotFound`."""
         with self._database.write() as connection:
-            adapter_id = lock_adapter(connection, tenant, name)
-            is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
-            if connection.execute(delete(aliases).where(is_alias)).rowcount == 0:
+            if not remove_alias(connection, lock_adapter(connection, tenant, name), alias):
                 raise AdapterNotFound(f"{tenant}/{name}@{alias}")
 
     def delete(self, tenant: str, name: str, version: int) -> None:

@@ -247,6 +247,19 @@ def test_the_error_of_an_aliased_version_names_every_alias(registry: AdapterRegi
         registry.delete("acme", "support", 1)
 
 
+def test_a_deleted_alias_cannot_be_rolled_back_to_what_it_named(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    for _ in range(2):
+        registry.publish("acme", "support", staged)
+    registry.delete_alias("acme", "support", "default")
+    with pytest.raises(AdapterNotFound):
+        registry.rollback("acme", "support")
+    registry.set_alias("acme", "support", "default", 2)
+    with pytest.raises(NoPreviousVersion):
+        registry.rollback("acme", "support")
+
+
 def test_a_deleted_alias_names_nothing_and_its_version_stays(registry: AdapterRegistry, staged: StagedAdapter) -> None:
     registry.publish("acme", "support", staged)
     registry.delete_alias("acme", "support", "default")
