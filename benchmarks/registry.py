@@ -37,6 +37,7 @@ from adapters_store.manifest import AdapterManifest, AdapterSpec, LoRADelta
 from adapters_store.registry import AdapterRegistry
 from adapters_store.safetensors_header import TensorInfo
 from adapters_store.tables import adapter_versions, adapters, aliases
+from benchmarks.gateway import tenant_key
 from benchmarks.record import record
 from gateway.config import EngineConfig, GatewayConfig, LimitsConfig, ServerConfig, StoreConfig, TrainerConfig
 
@@ -203,7 +204,7 @@ def measure_upload(folder: Path, gigabytes: float) -> None:
     )
     running = app.start(config)
     try:
-        key = make_key(running.http_url, running.admin_key_path.read_text().strip())
+        key = tenant_key(running.http_url, running.admin_key_path.read_text().strip())
         process = find_front_door()
         send(running.http_url, key, linears, base.num_layers, 8)  # whatever is loaded once
         before = reset_peak(process)
@@ -252,15 +253,6 @@ def form(tensors: dict[str, TensorInfo], rank: int) -> Iterator[bytes]:
 def part(file: str) -> bytes:
     """The head of a file's part."""
     return f'--edge\r\ncontent-disposition: form-data; name="files"; filename="{file}"\r\n\r\n'.encode()
-
-
-def make_key(url: str, admin_key: str) -> str:
-    """A key of a new tenant."""
-    headers = {"authorization": f"Bearer {admin_key}"}
-    httpx.post(f"{url}/v1/tenants", json={"id": "bench"}, headers=headers).raise_for_status()
-    made = httpx.post(f"{url}/v1/keys", json={"tenant": "bench", "role": "tenant"}, headers=headers)
-    key: str = made.raise_for_status().json()["key"]
-    return key
 
 
 def find_front_door() -> Path:
