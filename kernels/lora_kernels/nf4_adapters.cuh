@@ -8,8 +8,8 @@
 // bit pattern that no sum has. Then it writes its tokens' columns of h and counts up; who reads h waits for the count.
 // That takes all thread blocks running at once: there are no more than multiprocessors.
 //
-// Where there are many pages, or pages in 8 bits, h is for a kernel behind (sgmv_expand) instead: each part is a plane of
-// it, and nobody waits.
+// Where there are many pages, or pages in 8 bits, h is for a kernel behind (sgmv_expand) instead: each part is a plane
+// of it, and nobody waits.
 #pragma once
 
 constexpr int FIELDS = 8, NUM_ROWS = 1, NUM_PAGES = 4;   // of the routing table
@@ -26,10 +26,11 @@ constexpr int SHRINKERS = 3;  // warps of a thread block
 
 // Maps of h [num_tokens, slices * slice_columns] in boxes of TOKENS by 16, swizzled by 32 bytes, and of the pages of B
 // [num_pages * 16, out] in boxes of 16 by 64, swizzled by 128 bytes. x: its rows are stride_x apart. a: [num_pages,
-// slices, 16, in], 16 or 8 bits a number; scales: of the latter, fp32 [num_pages, slices, 16]. h: rows hold zeros for the pages of others' adapters, whose numbers are finite. order, table,
-// page_ids: Routing's, of chunks of up to 16 tokens. sums: float4 [pieces, 2, 32], ABSENT before and after. progress:
-// the rows and slices of h that are there, and the blocks that will not ask any more; zeros before and after. second,
-// third: where these slices of W begin, multiples of 64. parts: 0 where h is there already.
+// slices, 16, in], 16 or 8 bits a number; scales: of the latter, fp32 [num_pages, slices, 16]. h: rows hold zeros for
+// the pages of others' adapters, whose numbers are finite. order, table, page_ids: Routing's, of chunks of up to 16
+// tokens. sums: float4 [pieces, 2, 32], ABSENT before and after. progress: the rows and slices of h that are there, and
+// the blocks that will not ask any more; zeros before and after. second, third: where these slices of W begin,
+// multiples of 64. parts: 0 where h is there already.
 // planes: fp32 [parts, num_tokens, slices, ranks], as sgmv_shrink's, or null; plane_stride: numbers of a plane.
 struct Adapters {
     TensorMap h_map, pages_map;
