@@ -51,7 +51,7 @@ class EngineConfig:
         and values.
     max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
         None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
-    enforce_eager: record no CUDA graphs: a faster start, slower decoding.
+    enforce_eager: record no CUDA graphs: a faster start; decode steps and short prompts are slower.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
     max_speculative_tokens: the most tokens that a request may ask to be guessed ahead in a step; 0 refuses it.
