@@ -334,7 +334,8 @@ def test_a_version_that_turns_to_nan_while_it_serves_is_quarantined(poisoned: Po
         assert _post(poisoned, key, "/v1/adapters", data={"name": "x"}, files=files).json()["status"] == "ready"
 
     def complete(model: str, prompt: str) -> httpx.Response:
-        return _post(poisoned, key, "/v1/completions", json={"model": model, "prompt": prompt, "max_tokens": 4})
+        body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0}  # a sampled "#" would poison too
+        return _post(poisoned, key, "/v1/completions", json=body)
 
     assert complete("acme/x", "the quick").json()["model"] == "acme/x:2"
     first = complete("acme/x", "the # quick")
