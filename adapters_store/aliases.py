@@ -102,6 +102,12 @@ def has_canary(connection: Connection, adapter_id: int, alias: str) -> bool:
     return connection.execute(select(aliases.c.canary_version).where(is_alias)).scalar_one_or_none() is not None
 
 
+def drop_canary(connection: Connection, adapter_id: int, version: int) -> None:
+    """Take the version away from every alias of which it is the canary."""
+    is_canary = and_(aliases.c.adapter_id == adapter_id, aliases.c.canary_version == version)
+    connection.execute(update(aliases).where(is_canary).values(canary_version=None, canary_percent=None))
+
+
 def aliases_naming(connection: Connection, adapter_id: int, version: int) -> list[str]:
     """The aliases that name a version, itself or as their canary."""
     query = select(aliases.c.alias).where(aliases.c.adapter_id == adapter_id, is_named(version))

@@ -67,6 +67,15 @@ class SelfTestFailed(StoreError):
         self.report = report
 
 
+class RetestConflict(StoreError):
+    """A version cannot be tested again now, or what came of the test no longer holds."""
+
+    def __init__(self, ref: str, reason: str) -> None:
+        super().__init__(f"{ref} {reason}.")
+        self.ref = ref
+        self.reason = reason
+
+
 class VersionNotReady(StoreError):
     """A version cannot be served: its self-test has not ended, or it is quarantined."""
 

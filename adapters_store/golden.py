@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import GOLDEN_FILE
 from adapters_store.strict_json import shown
+
+MAX_GOLDEN: Final = 16
 
 
 class GoldenPrompt(BaseModel):
@@ -20,7 +22,7 @@ class GoldenPrompt(BaseModel):
     completion: Annotated[str, Field(min_length=1, max_length=2048)]
 
 
-_PROMPTS: TypeAdapter[list[GoldenPrompt]] = TypeAdapter(Annotated[list[GoldenPrompt], Field(max_length=16)])
+_PROMPTS: TypeAdapter[list[GoldenPrompt]] = TypeAdapter(Annotated[list[GoldenPrompt], Field(max_length=MAX_GOLDEN)])
 
 
 def parse_golden(data: bytes) -> tuple[GoldenPrompt, ...]:

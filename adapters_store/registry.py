@@ -13,6 +13,7 @@ from adapters_store.aliases import (
     CANARY_COLUMNS,
     Canary,
     aliases_naming,
+    drop_canary,
     has_canary,
     history_of,
     is_named,
@@ -28,6 +29,7 @@ from adapters_store.errors import (
     AdapterNotFound,
     AliasInUse,
     NoPreviousVersion,
+    RetestConflict,
     SelfTestFailed,
     StoreError,
     TenantNotFound,
@@ -41,6 +43,7 @@ from adapters_store.upload import StagedAdapter
 from adapters_store.versions import (
     LISTED,
     AdapterVersion,
+    VersionStatus,
     find_version,
     insert_version,
     lock_adapter,
@@ -226,9 +229,39 @@ class AdapterRegistry:
         assert named.version is not None, "only versions are quarantined"
         with self._database.write() as connection:
             adapter_id = lock_adapter(connection, named.tenant, named.name)
-            is_canary = and_(aliases.c.adapter_id == adapter_id, aliases.c.canary_version == named.version)
-            connection.execute(update(aliases).where(is_canary).values(canary_version=None, canary_percent=None))
+            drop_canary(connection, adapter_id, named.version)
             return move_version(connection, adapter_id, named.version, ("staged", "ready"), "quarantined", report)
+
+    def testable(self, tenant: str, name: str, version: int) -> AdapterVersion:
+        """A version that may be tested again, as it is before: for `record_test`.
+
+        Raises `AdapterNotFound`, or `RetestConflict` for one that is staged.
+        """
+        ref = f"{tenant}/{name}:{version}"
+        found = next((known for known in self.get(tenant, name).versions if known.version == version), None)
+        if found is None:
+            raise AdapterNotFound(ref)
+        if found.status == "staged":
+            raise RetestConflict(ref, "is being tested by its upload; wait for what comes of that")
+        return found
+
+    def record_test(self, tested: AdapterVersion, report: VersionReport) -> AdapterVersion:
+        """Record what came of testing a version again: it is ready or quarantined from then on, and no alias moves.
+
+        tested: as `testable` gave it before. One that failed is out of service as by `quarantine`. Raises
+        `AdapterNotFound` where it was deleted meanwhile; and `RetestConflict` where it passed and was quarantined
+        meanwhile, by what this test knows nothing of.
+        """
+        with self._database.write() as connection:
+            adapter_id = lock_adapter(connection, tested.tenant, tested.name)
+            now = version_of(find_version(connection, tested.tenant, tested.name, tested.version))
+            if report.passed and now.status == "quarantined" and now != tested:
+                raise RetestConflict(tested.ref, "was quarantined anew while this test ran; test it again")
+            if not report.passed:
+                drop_canary(connection, adapter_id, tested.version)
+            status: VersionStatus = "ready" if report.passed else "quarantined"
+            move_version(connection, adapter_id, tested.version, ("ready", "quarantined"), status, report)
+        return replace(now, status=status, report=report)
 
     def delete_alias(self, tenant: str, name: str, alias: str) -> None:
         """Take an alias and its history away; the version that it named stays. Raises `AdapterNotFound`."""

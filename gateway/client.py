@@ -165,6 +165,10 @@ class GatewayClient:
         """Drop an alias's canary; without one, point it back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
 
+    def test_version(self, name: str, version: int, golden: Sequence[Mapping[str, str]] = ()) -> Json:
+        """Run a version's self-test again, with golden prompts where some are given. The version after it."""
+        return self._json("POST", f"/v1/adapters/{name}/versions/{version}/test", json={"golden": list(golden)})
+
     def download_adapter(self, name: str, version: int, folder: str | Path) -> None:
         """Write a version of "tenant/name" as the peft folder `folder`, which must not exist yet."""
         target = Path(folder)

@@ -237,11 +237,9 @@ class FrontDoorMetrics:
         self._quarantined.inc()
 
     def self_test(self, result: str, seconds: float) -> None:
-        """Count a self-test. result: "passed", "failed" (the version is quarantined) or "unavailable"."""
+        """Count a self-test. result: "passed", "failed" or "unavailable"."""
         self._self_tests.labels(**self._door, result=result).inc()
         self._self_test_seconds.observe(seconds)
-        if result == "failed":
-            self.quarantined()
 
     def set_state(self, *, running_requests: int, connected_replicas: int, ready: bool) -> None:
         """Say how the front door is, before a scrape."""

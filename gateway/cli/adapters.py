@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gateway.cli.failures import CommandFailed, ExitCode
 from gateway.cli.options import DEFAULT_URL, ApiKey, AsJson, Timeout, Url, connect, full_name, split_ref, split_version
 from gateway.cli.output import print_json, print_table, say, transfer_bar, when
+from gateway.client import InvalidInput
 
-app = typer.Typer(no_args_is_help=True, help="Upload, download, list, alias, tag, roll back and delete adapters.")
+app = typer.Typer(no_args_is_help=True, help="Upload, test, download, list, alias, tag, roll back and delete adapters.")
 Name = Annotated[str, typer.Argument(help="The adapter: tenant/name.")]
 Tagged = Annotated[str, typer.Argument(help="The adapter or the version: tenant/name or tenant/name:3.")]
 
@@ -95,6 +98,35 @@ def rollback(
     _print_alias(adapter, name, alias, as_json)
 
 
+@app.command("test")
+def run_self_test(
+    version: Annotated[str, typer.Argument(help="The version to test: tenant/name:3.")],
+    golden: Annotated[
+        Path | None, typer.Option(help='A JSON file of golden prompts, [{"prompt": ..., "completion": ...}].')
+    ] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 300.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a version's self-test again: one that is quarantined serves again if it passes, one that fails does not.
+
+    Golden prompts of the upload are not kept: give them again. No alias is moved. Exits with 7 where it failed.
+    """
+    name, number = split_version(version)
+    prompts = _golden(golden) if golden is not None else []
+    with connect(url, api_key, timeout) as client:
+        tested = client.test_version(name, number, prompts)
+    passed = tested["report"]["passed"]
+    if as_json:
+        print_json(tested)
+    elif passed:
+        say(f"{version} passed and is ready.")
+    if not passed:
+        reason = f"{version} did not pass its self-test and is quarantined: {tested['report']['reason']}"
+        raise CommandFailed(reason, ExitCode.UNSUCCESSFUL)
+
+
 @app.command()
 def download(
     version: Annotated[str, typer.Argument(help="The version: tenant/name:3.")],
@@ -170,6 +202,17 @@ def delete(
         print_json(answer)
     else:
         say(f"Deleted {version}.")
+
+
+def _golden(path: Path) -> list[dict[str, str]]:
+    """The prompts of the file; what is in them the gateway checks. Raises `InvalidInput`."""
+    try:
+        prompts = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(prompts, list):
+        raise InvalidInput(f'{path} must hold a list of {{"prompt": ..., "completion": ...}}.')
+    return prompts
 
 
 def _rows(adapter: dict[str, Any]) -> list[tuple[object, ...]]:

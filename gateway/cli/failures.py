@@ -23,7 +23,7 @@ class ExitCode(enum.IntEnum):
     AUTHENTICATION = 4  # no key, a wrong key, or one that may not do this
     NOT_FOUND = 5  # no such object, or another tenant's
     UNAVAILABLE = 6  # nothing answers, too slow, or overloaded: try again later
-    UNSUCCESSFUL = 7  # it ran, and did not succeed: a watched job failed, a check of the demo did not hold
+    UNSUCCESSFUL = 7  # it ran, and did not succeed: a watched job, a check of the demo, a self-test
     INTERRUPTED = 130  # Ctrl-C
 
 

@@ -355,6 +355,24 @@ class RollbackRequest(_message.Message):
     alias: str
     def __init__(self, name: _Optional[str] = ..., alias: _Optional[str] = ...) -> None: ...
 
+class GoldenPrompt(_message.Message):
+    __slots__ = ("prompt", "completion")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    completion: str
+    def __init__(self, prompt: _Optional[str] = ..., completion: _Optional[str] = ...) -> None: ...
+
+class TestAdapterRequest(_message.Message):
+    __slots__ = ("name", "version", "golden")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    GOLDEN_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: int
+    golden: _containers.RepeatedCompositeFieldContainer[GoldenPrompt]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., golden: _Optional[_Iterable[_Union[GoldenPrompt, _Mapping]]] = ...) -> None: ...
+
 class SetTagRequest(_message.Message):
     __slots__ = ("name", "version", "key", "value")
     NAME_FIELD_NUMBER: _ClassVar[int]

@@ -268,6 +268,11 @@ class AdaptersStub:
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.SerializeToString,
                 response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.Test = channel.unary_unary(
+                '/patchbay.v1.Adapters/Test',
+                request_serializer=gateway_dot_rpc_dot_patchbay__pb2.TestAdapterRequest.SerializeToString,
+                response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.AdapterVersion.FromString,
+                _registered_method=True)
         self.SetTag = channel.unary_unary(
                 '/patchbay.v1.Adapters/SetTag',
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.SetTagRequest.SerializeToString,
@@ -332,6 +337,15 @@ class AdaptersServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Test(self, request, context):
+        """Runs a version's self-test again. The version is then "ready" or "quarantined" by what came of it, which its report
+        says; no alias moves, but that of which it was the canary loses it where it failed. Where no replica could test it
+        nothing is changed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetTag(self, request, context):
         """Tags an adapter, or one of its versions, in place of what it had under this key.
         """
@@ -387,6 +401,11 @@ def add_AdaptersServicer_to_server(servicer, server):
                     servicer.Rollback,
                     request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.FromString,
                     response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
+            ),
+            'Test': grpc.unary_unary_rpc_method_handler(
+                    servicer.Test,
+                    request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.TestAdapterRequest.FromString,
+                    response_serializer=gateway_dot_rpc_dot_patchbay__pb2.AdapterVersion.SerializeToString,
             ),
             'SetTag': grpc.unary_unary_rpc_method_handler(
                     servicer.SetTag,
@@ -545,6 +564,33 @@ class Adapters:
             '/patchbay.v1.Adapters/Rollback',
             gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.SerializeToString,
             gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Test(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.Adapters/Test',
+            gateway_dot_rpc_dot_patchbay__pb2.TestAdapterRequest.SerializeToString,
+            gateway_dot_rpc_dot_patchbay__pb2.AdapterVersion.FromString,
             options,
             channel_credentials,
             insecure,

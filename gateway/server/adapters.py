@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 _CONCURRENT_CHECKS: Final = 2
+_CONCURRENT_TESTS: Final = 2  # those of uploads wait for none of them
 _GRACE_S: Final = 10.0
 
 
@@ -48,6 +49,7 @@ class AdapterService:
         self._registry = context.registry
         self._tags = AdapterTags(context.database)
         self._checks = asyncio.Semaphore(_CONCURRENT_CHECKS)
+        self._tests = asyncio.Semaphore(_CONCURRENT_TESTS)
 
     async def list(self, principal: Principal) -> Sequence[AdapterInfo]:
         """The adapters that the caller may call, by tenant and name."""
@@ -79,6 +81,20 @@ class AdapterService:
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.rollback, tenant, name, alias)
         return await self.get(principal, tenant, name)
+
+    async def test(
+        self, principal: Principal, tenant: str, name: str, version: int, golden: Sequence[GoldenPrompt]
+    ) -> AdapterVersion:
+        """Run a version's self-test again, and make it ready or quarantined by what comes of it.
+
+        Raises `AdapterNotFound` or `RetestConflict`. What keeps the test from running changes nothing: then it raises
+        `EngineUnavailable`, `AdapterLoadFailed` or, for golden prompts that the model cannot take, `GatewayError`.
+        """
+        _check_reach(principal, tenant, name)
+        async with self._tests:
+            tested = await asyncio.to_thread(self._registry.testable, tenant, name, version)
+            report = await self._context.self_test.run(tested, golden)
+            return await asyncio.to_thread(self._registry.record_test, tested, report)
 
     async def set_tag(
         self, principal: Principal, tenant: str, name: str, version: int | None, key: str, value: str

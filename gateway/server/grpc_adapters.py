@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 
 from starlette.concurrency import iterate_in_threadpool
 
 from adapters_store.aliases import Canary
+from adapters_store.golden import GoldenPrompt
 from adapters_store.names import DEFAULT_ALIAS
 from adapters_store.registry import AdapterInfo
 from adapters_store.tags import Tags
@@ -18,6 +19,7 @@ from gateway.rpc import patchbay_pb2_grpc as pb_grpc
 from gateway.server.adapters import AdapterService, Upload, UploadFile, split_name
 from gateway.server.context import ServerContext
 from gateway.server.grpc_calls import Call
+from gateway.server.openai_schema import SelfTestRequest, valid
 
 
 class AdaptersServicer(pb_grpc.AdaptersServicer):
@@ -57,6 +59,12 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
         tenant, name = split_name(call.principal, request.name)
         alias = request.alias or DEFAULT_ALIAS
         return _adapter(await self._adapters.rollback(call.principal, tenant, name, alias))
+
+    async def Test(self, request: pb.TestAdapterRequest, call: Call) -> pb.AdapterVersion:  # noqa: N802
+        """Run a version's self-test again."""
+        tenant, name = split_name(call.principal, request.name)
+        golden = _golden(request)
+        return _version(await self._adapters.test(call.principal, tenant, name, request.version, golden))
 
     async def SetTag(self, request: pb.SetTagRequest, call: Call) -> pb.Adapter:  # noqa: N802
         """Tag an adapter or a version."""
@@ -108,6 +116,12 @@ async def _receive(requests: AsyncIterator[pb.UploadRequest], upload: Upload) ->
         raise InvalidRequest("the upload holds no file", param="file")
     await file.finish()
     return start
+
+
+def _golden(request: pb.TestAdapterRequest) -> Sequence[GoldenPrompt]:
+    """Checked by the same rules as the HTTP body."""
+    golden = [{"prompt": one.prompt, "completion": one.completion} for one in request.golden]
+    return valid(SelfTestRequest, {"golden": golden}).golden
 
 
 def _number(request: pb.SetTagRequest | pb.DeleteTagRequest) -> int | None:

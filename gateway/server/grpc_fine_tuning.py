@@ -7,15 +7,13 @@ from contextlib import aclosing
 from typing import Any, Final
 
 from google.protobuf.json_format import ParseDict
-from pydantic import ValidationError
 
-from gateway.errors import InvalidRequest
 from gateway.rpc import patchbay_pb2 as pb
 from gateway.rpc import patchbay_pb2_grpc as pb_grpc
 from gateway.server.context import ServerContext
 from gateway.server.fine_tuning import FineTuningService
 from gateway.server.grpc_calls import Call
-from gateway.server.openai_schema import FineTuningJobRequest, invalid_request
+from gateway.server.openai_schema import FineTuningJobRequest, valid
 from gateway.trainer.hyperparameters import Hyperparameters, PeftOptions
 from gateway.trainer.job import FineTuningEvent, FineTuningJob, FineTuningRequest
 
@@ -71,15 +69,7 @@ def _request(request: pb.CreateFineTuningJobRequest) -> FineTuningRequest:
     if request.peft.alias:
         body["peft"]["alias"] = request.peft.alias
     body["metadata"] = dict(request.metadata)
-    try:
-        return FineTuningJobRequest.model_validate(body).to_request()
-    except ValidationError as error:
-        raise _invalid(error) from None
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    first = error.errors(include_url=False, include_input=False)[0]
-    return invalid_request(first["type"], first["loc"], first["msg"])
+    return valid(FineTuningJobRequest, body).to_request()
 
 
 def _given(message: pb.Hyperparameters | pb.LoraParams, names: Any) -> dict[str, Any]:

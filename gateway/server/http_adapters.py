@@ -19,9 +19,17 @@ from gateway.server.adapters import AdapterService, UploadFile
 from gateway.server.context import ServerContext
 from gateway.server.http_routes import Caller, PolicyRoute
 from gateway.server.multipart import read_form
-from gateway.server.openai_schema import AliasRequest, KeyRequest, RollbackRequest, TagRequest, TenantRequest
+from gateway.server.openai_schema import (
+    AliasRequest,
+    KeyRequest,
+    RollbackRequest,
+    SelfTestRequest,
+    TagRequest,
+    TenantRequest,
+)
 
 _UPLOAD_FIELDS: Final = ("name", "alias", "base_fingerprint")
+_NO_GOLDEN: Final = SelfTestRequest()
 
 
 def adapter_routes(context: ServerContext) -> APIRouter:
@@ -60,6 +68,12 @@ def adapter_routes(context: ServerContext) -> APIRouter:
     @router.post("/v1/adapters/{tenant}/{name}/rollback")
     async def rollback(tenant: str, name: str, body: RollbackRequest, caller: Caller) -> Response:
         return JSONResponse(_adapter_body(await service.rollback(caller, tenant, name, body.alias)))
+
+    @router.post("/v1/adapters/{tenant}/{name}/versions/{version}/test")
+    async def test_version(
+        tenant: str, name: str, version: int, caller: Caller, body: SelfTestRequest = _NO_GOLDEN
+    ) -> Response:
+        return JSONResponse(_version_body(await service.test(caller, tenant, name, version, body.golden)))
 
     @router.get("/v1/adapters/{tenant}/{name}/versions/{version}/download")
     async def download_version(tenant: str, name: str, version: int, caller: Caller) -> Response:

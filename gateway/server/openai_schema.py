@@ -7,17 +7,19 @@ supported, and unknown fields, are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from adapters_store.golden import MAX_GOLDEN, GoldenPrompt
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import InvalidRequest
 from gateway.trainer.hyperparameters import Hyperparameters, PeftOptions
 from gateway.trainer.job import FineTuningRequest
 
 Prompt = str | Sequence[int]
+Body = TypeVar("Body", bound=BaseModel)
 
 _NOTHING: Final[tuple[Any, ...]] = (None, False, "", [], {})
 
@@ -322,6 +324,12 @@ class RollbackRequest(_Closed):
     alias: Annotated[str, Field(min_length=1, max_length=64)] = "default"
 
 
+class SelfTestRequest(_Closed):
+    """POST /v1/adapters/{tenant}/{name}/versions/{version}/test. golden: as in an upload's golden.json."""
+
+    golden: Annotated[list[GoldenPrompt], Field(max_length=MAX_GOLDEN)] = []
+
+
 def invalid_request(kind: str, path: Sequence[str | int], message: str) -> InvalidRequest:
     """One of pydantic's complaints (its type, its path inside the body, its text) as the error that callers see."""
     param = _dotted(path)
@@ -333,6 +341,15 @@ def invalid_request(kind: str, path: Sequence[str | int], message: str) -> Inval
         return InvalidRequest(f"Missing required parameter: {param!r}.", param=param)
     message = message[:1].lower() + message[1:]
     return InvalidRequest(f"{param} {message}" if message.startswith("is ") else f"{param}: {message}", param=param)
+
+
+def valid(model: type[Body], fields: Mapping[str, Any]) -> Body:
+    """The fields of a gRPC request, checked by the rules of the HTTP body. Raises `InvalidRequest`."""
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise invalid_request(first["type"], first["loc"], first["msg"]) from None
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -1,4 +1,4 @@
-"""The self-test of a new version: a few short requests to a replica, before any alias may name it."""
+"""The self-test of a version, new or tested again: a few short requests to a replica."""
 
 from __future__ import annotations
 
@@ -48,29 +48,35 @@ class SelfTest:
         self._timeout_s = timeout_s
 
     async def run(self, version: AdapterVersion, golden: Sequence[GoldenPrompt] = ()) -> VersionReport:
-        """Test a version. Raises `EngineUnavailable` when no replica could test it in time."""
+        """Test a version. Raises `EngineUnavailable` when no replica could test it in time.
+
+        A staged version fails where it cannot run. One that was tested before raises what keeps it from running, which
+        is no verdict on it.
+        """
         started = time.monotonic()
-        adapter = AdapterRef.of(version.ref, version.manifest)
         try:
             async with asyncio.timeout(self._timeout_s):
-                report = await self._examine_when_possible(adapter, golden)
+                report = await self._examine_when_possible(version, golden)
         except TimeoutError:
             self._metrics.self_test("unavailable", time.monotonic() - started)
             raise EngineUnavailable(
-                f"No replica could test {version.ref} within {self._timeout_s:g} s; it was not published. Try later."
+                f"No replica could test {version.ref} within {self._timeout_s:g} s; nothing was changed. Try later."
             ) from None
         seconds = time.monotonic() - started
         self._metrics.self_test("passed" if report.passed else "failed", seconds)
+        if not report.passed and version.status != "quarantined":
+            self._metrics.quarantined()
         return replace(report, seconds=round(seconds, 3))
 
-    async def _examine_when_possible(self, adapter: AdapterRef, golden: Sequence[GoldenPrompt]) -> VersionReport:
+    async def _examine_when_possible(self, version: AdapterVersion, golden: Sequence[GoldenPrompt]) -> VersionReport:
         while True:
             try:
-                return await self._examine(adapter, golden)
+                return await self._examine(version, golden)
             except (EngineUnavailable, Overloaded, StoreUnavailable):
                 await asyncio.sleep(_RETRY_S)
 
-    async def _examine(self, adapter: AdapterRef, golden: Sequence[GoldenPrompt]) -> VersionReport:
+    async def _examine(self, version: AdapterVersion, golden: Sequence[GoldenPrompt]) -> VersionReport:
+        adapter = AdapterRef.of(version.ref, version.manifest)
         base = await self._logprobs(None)  # what fails here is no fault of the adapter
         try:
             change = _largest_change(base, await self._logprobs(adapter))
@@ -86,6 +92,8 @@ class SelfTest:
         except AdapterNotFinite:
             return _report(_NOT_FINITE, finite=False)
         except (GatewayError, StoreError) as error:
+            if version.status != "staged":
+                raise
             return _report(f"it could not run: {error}")
         return _report(None, finite=True, largest_change=change, num_golden=len(golden))
 

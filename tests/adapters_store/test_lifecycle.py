@@ -20,6 +20,7 @@ from adapters_store.errors import (
     AdapterNotFound,
     AliasInUse,
     NoPreviousVersion,
+    RetestConflict,
     SelfTestFailed,
     StoreUnavailable,
     VersionNotReady,
@@ -201,6 +202,103 @@ def test_a_quarantined_canary_is_dropped_at_once(split: AdapterRegistry) -> None
     assert set(sides(split).values()) == {2}
     with pytest.raises(VersionNotReady):
         split.set_alias("acme", "support", "default", 2, Canary(3, 10))
+
+
+AGAIN = VersionReport(passed=True, tested_at=2, finite=True, largest_change=0.7, num_golden=1)
+WORSE = VersionReport(passed=False, tested_at=2, reason="golden prompt 1", finite=True)
+
+
+def test_a_quarantined_version_that_passes_again_is_ready_and_no_alias_moves(
+    registry: AdapterRegistry, staged: StagedAdapter, other: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    with pytest.raises(SelfTestFailed):
+        registry.publish("acme", "support", other, test=lambda _: BAD)
+    tested = registry.testable("acme", "support", 2)
+    assert (tested.status, tested.report) == ("quarantined", BAD)
+    recorded = registry.record_test(tested, AGAIN)
+    assert (recorded.status, recorded.report) == ("ready", AGAIN)
+    assert registry.resolve("acme", "acme/support:2") == recorded
+    assert registry.get("acme", "support").aliases == {"default": 1}
+
+
+def test_an_alias_that_names_a_quarantined_version_serves_it_once_it_passes(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    registry.quarantine("acme/support:1", BAD)
+    registry.record_test(registry.testable("acme", "support", 1), AGAIN)
+    assert registry.resolve("acme", "acme/support").version == 1
+
+
+def test_a_ready_version_that_fails_again_is_quarantined_and_dropped_as_a_canary(split: AdapterRegistry) -> None:
+    for version in (2, 3):
+        assert split.record_test(split.testable("acme", "support", version), WORSE).status == "quarantined"
+    info = split.get("acme", "support")
+    assert (info.aliases, info.canaries) == ({"default": 2}, {}), "the alias is left to its owner"
+    assert [(v.status, v.report) for v in info.versions[1:]] == [("quarantined", WORSE)] * 2
+    with pytest.raises(VersionNotReady, match="golden prompt 1"):
+        split.resolve("acme", "acme/support")
+
+
+def test_a_test_replaces_the_report_where_the_status_stays(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    registry.publish("acme", "support", staged)
+    assert registry.record_test(registry.testable("acme", "support", 1), AGAIN).status == "ready"
+    assert registry.resolve("acme", "acme/support").report == AGAIN
+    registry.quarantine("acme/support:1", BAD)
+    assert registry.record_test(registry.testable("acme", "support", 1), WORSE).status == "quarantined"
+    assert registry.get("acme", "support").versions[0].report == WORSE
+
+
+def test_passing_does_not_lift_a_quarantine_that_came_while_the_test_ran(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    while_ready = registry.testable("acme", "support", 1)
+    registry.quarantine("acme/support:1", BAD)
+    with pytest.raises(RetestConflict, match="quarantined anew"):
+        registry.record_test(while_ready, AGAIN)
+    while_bad = registry.testable("acme", "support", 1)
+    registry.record_test(registry.testable("acme", "support", 1), WORSE)
+    with pytest.raises(RetestConflict, match="quarantined anew"):
+        registry.record_test(while_bad, AGAIN)
+    assert registry.get("acme", "support").versions[0].report == WORSE
+
+
+def test_of_two_tests_at_once_both_that_pass_count_and_so_does_one_that_fails(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    registry.publish("acme", "support", staged)
+    registry.quarantine("acme/support:1", BAD)
+    first, second, third = (registry.testable("acme", "support", 1) for _ in range(3))
+    assert registry.record_test(first, PASSED).status == "ready"
+    assert registry.record_test(second, AGAIN).report == AGAIN
+    assert registry.record_test(third, WORSE).status == "quarantined"
+
+
+def test_what_was_deleted_while_it_was_tested_stays_deleted(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    for _ in range(2):
+        registry.publish("acme", "support", staged)
+    tested = registry.testable("acme", "support", 1)
+    registry.delete("acme", "support", 1)
+    for report in (AGAIN, WORSE):
+        with pytest.raises(AdapterNotFound, match="acme/support:1"):
+            registry.record_test(tested, report)
+    assert [version.report for version in registry.retired()] == [None]
+
+
+def test_only_what_is_listed_and_not_staged_is_tested_again(registry: AdapterRegistry, staged: StagedAdapter) -> None:
+    for _ in range(2):
+        registry.publish("acme", "support", staged)
+    registry.delete("acme", "support", 1)
+    for version in (0, 1, 9, 1 << 40):
+        with pytest.raises(AdapterNotFound, match=f"acme/support:{version}"):
+            registry.testable("acme", "support", version)
+    with pytest.raises(AdapterNotFound, match="'acme/absent'"):
+        registry.testable("acme", "absent", 1)
+    left = registry._stage("acme", "support", staged)
+    with pytest.raises(RetestConflict, match="being tested by its upload"):
+        registry.testable("acme", "support", left.version)
 
 
 def test_publishing_to_an_alias_drops_its_canary(split: AdapterRegistry, staged: StagedAdapter) -> None:

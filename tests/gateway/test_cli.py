@@ -121,6 +121,7 @@ def test_the_commands_are_those_of_the_release() -> None:
         "adapter list",
         "adapter alias",
         "adapter rollback",
+        "adapter test",
         "adapter download",
         "adapter tag",
         "adapter untag",
@@ -268,6 +269,27 @@ def test_aliases_move_and_roll_back(wire: Wire, capsys: pytest.CaptureFixture[st
         "acme/tone@default is now acme/tone:2.",
         "Deleted acme/tone:1.",
     ]
+
+
+def test_a_version_is_tested_again_with_golden_prompts(
+    wire: Wire, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    golden = tmp_path / "golden.json"
+    prompts = [{"prompt": "2 + 2 =", "completion": " 4"}]
+    golden.write_text(json.dumps(prompts))
+    route = "POST /v1/adapters/acme/tone/versions/2/test"
+    wire.on(route, VERSION | {"report": {"passed": True, "reason": None}})
+    assert run("adapter", "test", "acme/tone:2", "--golden", str(golden)) == 0
+    assert json.loads(wire.asked[0][2]) == {"golden": prompts}
+    assert capsys.readouterr().out == "acme/tone:2 passed and is ready.\n"
+    wire.on(route, VERSION | {"status": "quarantined", "report": {"passed": False, "reason": "it changes nothing"}})
+    assert run("adapter", "test", "acme/tone:2") == ExitCode.UNSUCCESSFUL
+    assert json.loads(wire.asked[1][2]) == {"golden": []}
+    assert "is quarantined: it changes nothing" in capsys.readouterr().err
+    for text in ("{", "{}"):
+        golden.write_text(text)
+        assert run("adapter", "test", "acme/tone:2", "--golden", str(golden)) == ExitCode.REFUSED
+    assert len(wire.asked) == 2
 
 
 def test_a_canary_is_set_and_shown(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,7 @@ def test_a_revoked_key_is_refused_at_once(doors: Doors, tenant: TenantClient, ad
         ("PUT", "/v1/adapters/{model}/aliases/default", {"version": 1}),
         ("POST", "/v1/adapters/{model}/rollback", {}),
         ("DELETE", "/v1/adapters/{model}/versions/1", None),
+        ("POST", "/v1/adapters/{model}/versions/1/test", {}),
         ("PUT", "/v1/adapters/{model}/tags/a", {"value": "b"}),
         ("GET", "/v1/adapters/{model}/versions/1/download", None),
         ("DELETE", "/v1/adapters/{model}/versions/1/tags/a", None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import time
@@ -154,6 +155,147 @@ def test_over_grpc_a_failed_self_test_tells_its_version_and_report(
     assert (info.reason, info.metadata["version"]) == ("self_test_failed", f"{tenant.id}/helper:1")
     assert json.loads(info.metadata["report"])["passed"] is False
     assert (seen.status, seen.report["passed"]) == ("quarantined", False)
+
+
+def retest(tenant: TenantClient, number: int, **body: Any) -> httpx.Response:
+    return tenant.http.post(f"/v1/adapters/{tenant.id}/helper/versions/{number}/test", json=body)
+
+
+@pytest.fixture
+def doubtful(tenant: TenantClient, adapter: Path, tmp_path: Path) -> TenantClient:
+    """A tenant whose helper is version 1; version 2 is quarantined by its golden prompt."""
+    tenant.upload("helper", adapter)
+    folder = edited_adapter(adapter, tmp_path / "doubtful", lambda _, tensor: 0.85 * tensor)
+    (folder / "golden.json").write_text(json.dumps([{"prompt": "the quick", "completion": "~~~"}]))
+    assert tenant.upload("helper", folder).json()["error"]["code"] == "self_test_failed"
+    return tenant
+
+
+def test_a_quarantined_version_that_passes_again_is_ready(doubtful: TenantClient) -> None:
+    answer = doubtful.http.post(f"/v1/adapters/{doubtful.id}/helper/versions/2/test")  # without a body
+    assert answer.status_code == 200, answer.text
+    version = answer.json()
+    assert (version["status"], version["report"]["passed"], version["report"]["reason"]) == ("ready", True, None)
+    assert versions(doubtful)[1] == version | {"tags": {}}
+    assert ask(doubtful, "helper:2")[0] == f"{doubtful.id}/helper:2"
+    assert ask(doubtful, "helper")[0] == f"{doubtful.id}/helper:1", "no alias has moved"
+
+
+def test_golden_prompts_of_the_call_decide(doubtful: TenantClient) -> None:
+    said = doubtful.openai.completions.create(
+        model=f"{doubtful.id}/helper:1", prompt="the quick", temperature=0, max_tokens=8
+    )
+    bad = retest(doubtful, 2, golden=[{"prompt": "the quick", "completion": "###"}])
+    assert (bad.status_code, bad.json()["status"], bad.json()["report"]["passed"]) == (200, "quarantined", False)
+    assert "'###' was to come" in bad.json()["report"]["reason"]
+    good = retest(doubtful, 1, golden=[{"prompt": "the quick", "completion": said.choices[0].text}])
+    assert (good.json()["status"], good.json()["report"]["num_golden"]) == ("ready", 1)
+
+
+def test_a_ready_version_that_fails_again_is_quarantined(
+    doors: Doors, tenant: TenantClient, adapter: Path, other_adapter: Path
+) -> None:
+    for folder in (adapter, other_adapter):
+        tenant.upload("helper", folder)
+    canary = {"version": 1, "canary": {"version": 2, "percent": 50}}
+    tenant.http.put(f"/v1/adapters/{tenant.id}/helper/aliases/default", json=canary).raise_for_status()
+    request = pb.TestAdapterRequest(name="helper", golden=[pb.GoldenPrompt(prompt="the quick", completion="~~~")])
+    with channel(doors) as wire:
+        for request.version in (2, 1):
+            failed = pb_grpc.AdaptersStub(wire).Test(request, metadata=bearer(tenant.key))
+            assert (failed.status, failed.report["passed"]) == ("quarantined", False)
+    info = tenant.http.get(f"/v1/adapters/{tenant.id}/helper").json()
+    assert (info["aliases"], info["canaries"]) == ({"default": 1}, {})
+    with pytest.raises(openai.UnprocessableEntityError, match="golden prompt 1"):
+        ask(tenant, "helper")
+    assert retest(tenant, 1).json()["status"] == "ready"
+    assert ask(tenant, "helper")[0] == f"{tenant.id}/helper:1"
+
+
+def test_nothing_changes_where_the_test_cannot_run(
+    doors: Doors, doubtful: TenantClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def down(request: GenerateRequest) -> AsyncGenerator[list[TokenDelta], None]:
+        raise EngineUnavailable("No engine replica is ready.")
+        yield []
+
+    before = versions(doubtful)
+    with monkeypatch.context() as without:
+        without.setattr(doors.router, "generate", down)
+        without.setattr(doors.context.self_test, "_timeout_s", 0.2)
+        for number in (1, 2):
+            response = retest(doubtful, number)
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+    endless = [{"prompt": "a b " * 2048, "completion": "x" * 2048}]
+    for number in (1, 2):
+        response = retest(doubtful, number, golden=endless)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert versions(doubtful) == before
+
+
+def test_live_traffic_goes_on_while_a_version_is_tested_and_a_deletion_ends_it(
+    doors: Doors, tenant: TenantClient, adapter: Path, other_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (adapter, other_adapter):
+        tenant.upload("helper", folder)
+    before, seen = versions(tenant), list[tuple[str, str]]()
+    generate, path = doors.router.generate, f"/v1/adapters/{tenant.id}/helper/versions/1"
+
+    def meanwhile() -> None:
+        seen.append(ask(tenant, "helper:1"))
+        assert versions(tenant) == before
+        tenant.http.delete(path).raise_for_status()
+
+    async def interrupted(request: GenerateRequest) -> AsyncGenerator[list[TokenDelta], None]:
+        if request.tenant == "@self-test" and request.adapter is not None and not seen:
+            await asyncio.to_thread(meanwhile)
+        async for deltas in generate(request):
+            yield deltas
+
+    monkeypatch.setattr(doors.router, "generate", interrupted)
+    gone = tenant.http.post(f"{path}/test", json={})
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "model_not_found")
+    assert seen[0][0] == f"{tenant.id}/helper:1"
+    assert [version["version"] for version in versions(tenant)] == [2]
+
+
+def test_a_version_is_not_tested_again_while_its_upload_tests_it(
+    doors: Doors, tenant: TenantClient, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, asked = doors.router.generate, list[httpx.Response]()
+
+    async def interrupted(request: GenerateRequest) -> AsyncGenerator[list[TokenDelta], None]:
+        if not asked:
+            asked.append(await asyncio.to_thread(retest, tenant, 1))
+        async for deltas in generate(request):
+            yield deltas
+
+    monkeypatch.setattr(doors.router, "generate", interrupted)
+    assert tenant.upload("helper", adapter).json()["status"] == "ready"
+    assert (asked[0].status_code, asked[0].json()["error"]["code"]) == (409, "retest_conflict")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"golden": [{"prompt": "a"}]}, "golden[0].completion"),
+        ({"golden": [{"prompt": "a", "completion": ""}]}, "golden[0].completion"),
+        ({"golden": [{"prompt": "a", "completion": "b"}] * 17}, "golden"),
+        ({"gold": []}, "gold"),
+    ],
+)
+def test_bad_golden_prompts_of_a_call_are_refused_by_field(
+    doors: Doors, tenant: TenantClient, body: Any, param: str
+) -> None:
+    response = retest(tenant, 1, **body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
+def test_over_grpc_bad_golden_prompts_are_refused_as_over_http(doors: Doors, tenant: TenantClient) -> None:
+    request = pb.TestAdapterRequest(name="helper", version=1, golden=[pb.GoldenPrompt(prompt="a")])
+    with channel(doors) as wire, pytest.raises(grpc.RpcError, match=r"golden\[0\].completion") as caught:
+        pb_grpc.AdaptersStub(wire).Test(request, metadata=bearer(tenant.key))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -350,5 +492,10 @@ def test_a_version_that_turns_to_nan_while_it_serves_is_quarantined(poisoned: Po
         'patchbay_adapters_quarantined_total{front_door="door-1"} 1.0'
         in httpx.get(f"{poisoned.doors.url}/metrics").text
     )
+    golden = [{"prompt": "the # quick", "completion": "a"}]
+    again = _post(poisoned, key, "/v1/adapters/acme/x/versions/2/test", json={"golden": golden}).json()
+    assert (again["status"], again["report"]["finite"]) == ("quarantined", False)
     assert _post(poisoned, key, "/v1/adapters/acme/x/rollback", json={}).json()["aliases"] == {"default": 1}
     assert complete("acme/x", "the # quick").json()["model"] == "acme/x:1"
+    assert _post(poisoned, key, "/v1/adapters/acme/x/versions/2/test", json={}).json()["status"] == "ready"
+    assert complete("acme/x", "the quick").json()["model"] == "acme/x:1"
