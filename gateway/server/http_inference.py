@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from gateway.engine.request import TokenDelta
-from gateway.errors import wire_error
+from gateway.errors import EngineUnavailable, wire_error
 from gateway.server import openai_replies
 from gateway.server.context import ServerContext
 from gateway.server.http_routes import Caller, PolicyRoute, error_body, unless_gone
@@ -89,7 +89,7 @@ async def _events(
                 yield chunks.encode(more)
             yield chunks.end()
         except Exception as error:
-            if wire_error(error).http >= 500:
+            if wire_error(error).http >= 500 and not isinstance(error, EngineUnavailable):
                 logger.error("request %s failed in its stream", request_id, exc_info=error)
             yield openai_replies.event(error_body(error)) + openai_replies.DONE
 

@@ -372,7 +372,9 @@ def test_a_failure_before_the_first_token_is_a_status_also_for_streams(doors: Do
     assert response.json()["error"]["param"] == "prompt"
 
 
-def test_a_replica_lost_in_a_stream_is_an_error_event(doors: Doors, tenant: TenantClient) -> None:
+def test_a_replica_lost_in_a_stream_is_an_error_event_and_no_defect_to_log(
+    doors: Doors, tenant: TenantClient, caplog: pytest.LogCaptureFixture
+) -> None:
     lost = EngineUnavailable("The replica of this request was lost. Retry.")
     stream = tenant.openai.chat.completions.create(
         model=doors.model, messages=MESSAGES, max_tokens=8000, stream=True, extra_body={"ignore_eos": True}
@@ -382,6 +384,7 @@ def test_a_replica_lost_in_a_stream_is_an_error_event(doors: Doors, tenant: Tena
     with pytest.raises(openai.APIError, match="was lost") as failure:
         list(stream)
     assert failure.value.code == "engine_unavailable"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_a_door_that_is_not_ready_says_so_and_when_to_retry(doors: Doors, tenant: TenantClient) -> None:
