@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ import numpy.typing as npt
 from adapters_store.base_spec import LINEARS, NORMS, BaseSpec, tensor_name
 from adapters_store.manifest import LoRADelta, VectorRole, VectorSite, VirtualTokens
 from adapters_store.module_matching import refuse
+
+if TYPE_CHECKING:
+    from adapters_store.tensor_train import TensorTrain
 
 _MODULES: Final = (*LINEARS, *NORMS)
 SQRT_LARGEST: Final = 1.8e19  # the product of two such is finite in fp32 and bf16
@@ -35,12 +38,15 @@ class TensorRule:
 class AdapterContents:
     """Filled by a kind's config: `tensors` by name, and the deltas, vectors and virtual tokens that they make.
 
-    make: makes those tensors that a file leaves out, fp32 by name, once the ranks are known to be allowed.
+    make: makes those tensors that a file leaves out, fp32 by name, once the ranks are known to be allowed. trains: the
+    matrices that are factors in the file, of `tensor_rank`; in how many, the file itself says.
     """
 
     tensors: dict[str, TensorRule] = field(default_factory=dict)
     make: Callable[[], Mapping[str, npt.NDArray[np.float32]]] = dict
     virtual_tokens: VirtualTokens | None = None
+    trains: list[TensorTrain] = field(default_factory=list)
+    tensor_rank: int | None = None
     _deltas: list[tuple[str, int, float, int | None, int]] = field(default_factory=list)
     _vectors: list[tuple[str, VectorRole, str, float, int]] = field(default_factory=list)
 

@@ -59,3 +59,8 @@ def tensor_name(layer: int, module: str, tensor: str) -> str:
 def lora_tensor_name(layer: int, linear: str, side: str) -> str:
     """The name `peft` gives the LoRA matrix `side` ("A": [rank, in], "B": [out, rank]) of one linear."""
     return tensor_name(layer, linear, f"lora_{side}.weight")
+
+
+def lora_factors_name(layer: int, linear: str, side: str) -> str:
+    """The name that `loretta` gives the factors of the LoRA matrix `side` of one linear, but for their numbers."""
+    return tensor_name(layer, linear, f"lora_{side}.layer.tensor.factors")

@@ -12,6 +12,7 @@ from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
 from adapters_store.loha_config import LoHaConfig
 from adapters_store.lora_config import LoRAConfig
+from adapters_store.loretta_config import LorettaRepConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from adapters_store.strict_json import parse_object, shown
@@ -22,6 +23,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
     for config in (
         LoRAConfig,
         LoHaConfig,
+        LorettaRepConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,
@@ -37,6 +39,8 @@ def parse_config(data: bytes) -> AdapterConfig:
     """Parse the bytes of an `adapter_config.json`. Raises `AdapterInvalid` naming the field at fault."""
     raw = parse_object(data, CONFIG_FILE)
     kind = str(raw.pop("peft_type", None))
+    if kind == "LORA" and "tensor_rank" in raw:
+        kind = LorettaRepConfig.kind  # loretta gives its own kind peft's name
     if kind not in KINDS:
         raise refuse("peft_type", f"adapters of the kind {shown(kind)} are not served; these are: {', '.join(KINDS)}")
     task_type = raw.pop("task_type", None)

@@ -80,6 +80,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     of_kind = {
         "LORA": _lora_fields,
         "LOHA": _loha_fields,
+        "LORETTA_REP": _loretta_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
@@ -102,6 +103,20 @@ def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """Its rank is the root of the delta's."""
     ranks = {(layer, delta.linear): math.isqrt(delta.rank) for delta in spec.deltas for layer in delta.layers}
     return _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _loretta_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """As loretta writes it, which says LORA too; it has one rank and alpha, and names no layers."""
+    paths = [module_path(layer, delta.linear) for delta in spec.deltas for layer in delta.layers]
+    return {
+        "peft_type": "LORA",
+        "r": spec.rank,
+        "lora_alpha": _alpha(spec.deltas[0].scale, spec.rank),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "tensor_rank": spec.tensor_rank,
+        "target_modules": sorted(paths),
+    }
 
 
 def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers: int) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def is_kept(folder: str, name: str) -> bool:
         return False
     if name.lower().endswith(_PICKLES):
         reason = (
-            f"pickled files are never opened; save the adapter with safe_serialization=True and upload {WEIGHTS_FILE}"
+            f"pickled files are never opened; save the adapter with safe_serialization=True (or its tensors by "
+            f"safetensors.torch.save_file) and upload {WEIGHTS_FILE}"
         )
         raise AdapterInvalid(reason, file=shown(name))
     raise AdapterInvalid(f"is not part of an adapter; upload {CONFIG_FILE} and {WEIGHTS_FILE}", file=shown(name))

@@ -19,8 +19,10 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
 
-Kind = Literal["LORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
-"""peft's names of the kinds that are served."""
+Kind = Literal[
+    "LORA", "LOHA", "LORETTA_REP", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+]
+"""peft's names of the kinds that are served, and ours of those that it does not have."""
 
 VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]
 """What a vector does to its module: scales its outputs or its inputs, is added to its outputs, takes the place of its
@@ -71,7 +73,10 @@ class VirtualTokens(BaseModel):
 
 
 class AdapterSpec(BaseModel):
-    """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it."""
+    """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it.
+
+    tensor_rank: of LoRETTA's matrices, which are tensor trains.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,6 +86,7 @@ class AdapterSpec(BaseModel):
     deltas: tuple[LoRADelta, ...] = ()
     vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
+    tensor_rank: int | None = None
 
     @property
     def rank(self) -> int:

@@ -48,9 +48,12 @@ def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         deltas=contents.deltas,
         vectors=contents.vectors,
         virtual_tokens=contents.virtual_tokens,
+        tensor_rank=contents.tensor_rank,
     )
     _check_rank(config, spec.rank, int(request["max_rank"]))
     _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
+    for train in contents.trains:
+        contents.tensors |= train.rules(header.tensors)
     _check_tensors(header.tensors, contents.tensors)
     _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
     made = contents.make()
@@ -124,7 +127,7 @@ _UNSERVED_TENSORS: Final = {
     "lora_embedding_": "adapted embeddings are not served in this release",
     ".base_layer.": "copies of base weights are not served in this release",
     "trainable_tokens": "trained token embeddings are not served in this release",
-    ".tensor.factors.": "tensor-train factors (LoRETTA) are not served in this release",
+    ".tensor.factors.": f"is a factor of a tensor train (LoRETTA) that {CONFIG_FILE} and the base do not call for",
     "_norm.weight": "trained norms over single heads are not served in this release",
     ".bias": f"is a bias that {CONFIG_FILE} and the base do not call for",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from adapters_store.base_spec import (
     VERA_B,
     VERA_LAMBDA_B,
     VERA_LAMBDA_D,
+    lora_factors_name,
     lora_tensor_name,
     tensor_name,
 )
@@ -32,6 +34,7 @@ from adapters_store.manifest import (
     VectorSite,
     VirtualTokens,
 )
+from adapters_store.tensor_train import factor_names
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -62,7 +65,9 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            read_pairs = {"VERA": _read_vera, "LOHA": _read_loha}.get(spec.kind, _read_lora)
+            read_pairs = {"VERA": _read_vera, "LOHA": _read_loha, "LORETTA_REP": _read_loretta}.get(
+                spec.kind, _read_lora
+            )
             vectors = {
                 (layer, site.module, site.role): _read_vector(file, layer, site)
                 for site in spec.vectors
@@ -102,6 +107,21 @@ def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         a = (rows[0].unsqueeze(1) * rows[1].unsqueeze(0)).flatten(0, 1)
         b = (columns[0].unsqueeze(2) * columns[1].unsqueeze(1)).flatten(1, 2)
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
+
+
+def _read_loretta(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: a tensor train makes the transpose of A, and of B."""
+    for layer, delta in _by_layer(deltas):
+        a, b = (_read_train(file, lora_factors_name(layer, delta.linear, side)) for side in "AB")
+        a, b = a.view(-1, delta.rank).T.contiguous(), b.view(delta.rank, -1).T
+        yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
+
+
+def _read_train(file: Any, factors: str) -> torch.Tensor:
+    """The matrix that a tensor train makes, fp32, flat."""
+    parts = [file.get_tensor(name).float() for name in factor_names(factors, frozenset(file.keys()))]
+    whole: torch.Tensor = functools.reduce(lambda left, right: torch.tensordot(left, right, dims=1), parts)
+    return whole.flatten()
 
 
 def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:
