@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters_store.base_spec import LINEARS, NORMS, BaseSpec, tensor_name
-from adapters_store.manifest import LoRADelta, VectorRole, VectorSite, VirtualTokens
+from adapters_store.manifest import Bottleneck, LoRADelta, VectorRole, VectorSite, VirtualTokens
 from adapters_store.module_matching import refuse
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class AdapterContents:
     virtual_tokens: VirtualTokens | None = None
     trains: list[TensorTrain] = field(default_factory=list)
     tensor_rank: int | None = None
+    bottleneck: Bottleneck | None = None
     _deltas: list[tuple[str, int, float, int | None, int]] = field(default_factory=list)
     _vectors: list[tuple[str, VectorRole, str, float, int]] = field(default_factory=list)
 

@@ -14,6 +14,7 @@ VERA_LAMBDA_B: Final = "vera_lambda_b"
 VERA_LAMBDA_D: Final = "vera_lambda_d"
 LOHA_A: Final = ("hada_w1_b", "hada_w2_b")
 LOHA_B: Final = ("hada_w1_a", "hada_w2_a")
+BOTTLENECK_TENSORS: Final = ("adapter_down.0.weight", "adapter_down.0.bias", "adapter_up.weight", "adapter_up.bias")
 _ATTENTION: Final = frozenset(LINEARS[:4])
 
 
@@ -64,3 +65,8 @@ def lora_tensor_name(layer: int, linear: str, side: str) -> str:
 def lora_factors_name(layer: int, linear: str, side: str) -> str:
     """The name that `loretta` gives the factors of the LoRA matrix `side` of one linear, but for their numbers."""
     return tensor_name(layer, linear, f"lora_{side}.layer.tensor.factors")
+
+
+def bottleneck_tensor_name(layer: int, site: str, name: str, tensor: str) -> str:
+    """The name that the package `adapters` gives a tensor of the adapter `name` at a block's output."""
+    return f"model.layers.{layer}.{site}_adapters.adapters.{name}.{tensor}"

@@ -7,6 +7,7 @@ from typing import Final
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.beft_config import BEFTConfig
+from adapters_store.bottleneck_config import BottleneckConfig
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
@@ -23,7 +24,6 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
     for config in (
         LoRAConfig,
         LoHaConfig,
-        LorettaRepConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,
@@ -38,12 +38,13 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
 def parse_config(data: bytes) -> AdapterConfig:
     """Parse the bytes of an `adapter_config.json`. Raises `AdapterInvalid` naming the field at fault."""
     raw = parse_object(data, CONFIG_FILE)
+    if "config" in raw and "peft_type" not in raw:
+        return BottleneckConfig.parse(raw)  # of the package `adapters`, whose files name no kind
     kind = str(raw.pop("peft_type", None))
-    if kind == "LORA" and "tensor_rank" in raw:
-        kind = LorettaRepConfig.kind  # loretta gives its own kind peft's name
     if kind not in KINDS:
         raise refuse("peft_type", f"adapters of the kind {shown(kind)} are not served; these are: {', '.join(KINDS)}")
     task_type = raw.pop("task_type", None)
     if task_type not in (None, "CAUSAL_LM"):
         raise refuse("task_type", f"the base is a causal language model (CAUSAL_LM), not {shown(str(task_type))}")
-    return KINDS[kind].parse(raw)
+    is_loretta = kind == "LORA" and "tensor_rank" in raw  # which gives its own kind peft's name
+    return (LorettaRepConfig if is_loretta else KINDS[kind]).parse(raw)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar
 
 from adapters_store.base_spec import LINEARS, module_path
-from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
-from adapters_store.manifest import AdapterManifest, AdapterSpec
+from adapters_store.file_names import ADAPTERHUB_WEIGHTS_FILE, CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
+from adapters_store.manifest import AdapterManifest, AdapterSpec, Bottleneck
 
 _CHUNK: Final = 1 << 20
+_ADAPTERHUB_VERSION: Final = "adapters.1.3.0"
+_ADAPTERHUB_ACTIVATIONS: Final = {"none": "linear"}
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)
 
 V = TypeVar("V", bound=Hashable)
@@ -32,6 +34,7 @@ class PeftTar:
 
     folder: str
     small: Mapping[str, bytes]
+    weights_file: str
     weights: BinaryIO
     weights_bytes: int
 
@@ -42,7 +45,8 @@ class PeftTar:
             CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
             PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
         }
-        return cls(folder, small, weights, manifest.size_bytes)
+        weights_file = WEIGHTS_FILE if manifest.bottleneck is None else ADAPTERHUB_WEIGHTS_FILE
+        return cls(folder, small, weights_file, weights, manifest.size_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -55,7 +59,7 @@ class PeftTar:
         with self.weights:
             for name, data in self.small.items():
                 yield self._head(name, len(data)) + data + _padding(len(data))
-            yield self._head(WEIGHTS_FILE, self.weights_bytes)
+            yield self._head(self.weights_file, self.weights_bytes)
             while chunk := self.weights.read(_CHUNK):
                 yield chunk
             yield _padding(self.weights_bytes) + _END
@@ -67,11 +71,13 @@ class PeftTar:
 
 
 def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
-    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors.
+    """The `adapter_config.json` with which `peft` (or the package `adapters`) computes `spec` from the stored tensors.
 
     num_layers: of the base.
     """
     common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
+    if spec.bottleneck is not None:
+        return _adapterhub_config(spec.bottleneck, num_layers)
     if spec.virtual_tokens is not None:
         return common | {"num_virtual_tokens": spec.num_virtual_tokens}
     norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
@@ -116,6 +122,38 @@ def _loretta_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "bias": "none",
         "tensor_rank": spec.tensor_rank,
         "target_modules": sorted(paths),
+    }
+
+
+def _adapterhub_config(bottleneck: Bottleneck, num_layers: int) -> dict[str, Any]:
+    """Its sizes are the base's width over the reduction factor, rounded down."""
+    hidden = bottleneck.hidden_size
+    factors = {
+        str(layer): hidden // each.size if hidden % each.size == 0 else hidden / (each.size + 0.5)
+        for each in bottleneck.sizes
+        for layer in each.layers
+    }
+    is_one = len(bottleneck.sizes) == 1
+    config = {
+        "mh_adapter": "attention" in bottleneck.sites,
+        "output_adapter": "output" in bottleneck.sites,
+        "reduction_factor": next(iter(factors.values())) if is_one else factors,
+        "non_linearity": _ADAPTERHUB_ACTIVATIONS.get(bottleneck.activation, bottleneck.activation),
+        "original_ln_before": bottleneck.reads == "sum",
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "is_parallel": bottleneck.reads == "stream",
+        "scaling": bottleneck.scale,
+        "leave_out": [layer for layer in range(num_layers) if str(layer) not in factors],
+    }
+    return {
+        "config": config,
+        "hidden_size": hidden,
+        "model_class": "LlamaForCausalLM",
+        "model_name": None,
+        "model_type": "llama",
+        "name": bottleneck.name,
+        "version": _ADAPTERHUB_VERSION,
     }
 
 

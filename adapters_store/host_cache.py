@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from adapters_store.blobs import BlobStore
+from adapters_store.bottleneck_layout import BottleneckLayout, BottleneckShape
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
 from adapters_store.lora_layout import LoRALayout, num_pages_for
@@ -34,8 +35,8 @@ class HostCache:
     the rest, is handed out in memory of its own, and not kept; so are virtual tokens, which are small. Loads of one
     digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to call from any thread.
 
-    read: what a background thread reads for a digest, to be laid out. vectors: how vectors are laid out; None where
-    adapters that have any cannot be served.
+    read: what a background thread reads for a digest, to be laid out. vectors, bottlenecks: how these are laid out;
+    None where adapters that have any cannot be served.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class HostCache:
         num_threads: int = 2,
         read: AdapterReader = read_adapter,
         vectors: VectorLayout | None = None,
+        bottlenecks: BottleneckLayout | None = None,
     ) -> None:
         self._blobs = blobs
         self._read = read
@@ -57,7 +59,14 @@ class HostCache:
         self._page_bytes = layout.page_bytes(dtype)
         self._pinned = pinned
         self._vectors = vectors
-        self._memory = HostPages(max_bytes, self._page_bytes, vectors.size if vectors is not None else 0, pinned=pinned)
+        self._bottlenecks = bottlenecks
+        self._memory = HostPages(
+            max_bytes,
+            self._page_bytes,
+            vectors.size if vectors is not None else 0,
+            bottlenecks.page_bytes if bottlenecks is not None else 0,
+            pinned=pinned,
+        )
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, PageImage] = OrderedDict()
@@ -124,22 +133,26 @@ class HostCache:
             virtual = weights.virtual_tokens
             own = virtual.pin_memory() if self._pinned else virtual.clone()  # what was read may be the file itself
             return PageImage(0, (), virtual_tokens=own), False
-        image = self._take(weights)
+        bottleneck = self._checked_bottleneck(weights)
+        image = self._take(weights, bottleneck)
         is_kept = image is not None
-        image = image or self._own_memory(weights)
-        fill_pages(image.pages, weights, self._layout, self._dtype)
+        image = image or self._own_memory(weights, bottleneck)
+        if weights.bottleneck is not None and self._bottlenecks is not None:
+            self._bottlenecks.fill(image.pages, weights.bottleneck)
+        else:
+            fill_pages(image.pages, weights, self._layout, self._dtype)
         if image.vectors is not None and self._vectors is not None:
             self._vectors.fill(image.vectors, weights)
         return image, is_kept
 
-    def _take(self, weights: AdapterWeights) -> PageImage | None:
+    def _take(self, weights: AdapterWeights, bottleneck: BottleneckShape | None) -> PageImage | None:
         """Room in the cache's memory, from which others leave for it."""
-        has_vectors, num_pages = self._has_vectors(weights), num_pages_for(weights.rank)
-        if not self._memory.may_hold(num_pages, has_vectors):
+        has_vectors, num_frames = self._has_vectors(weights), self._memory.num_frames_for(weights.rank, bottleneck)
+        if not self._memory.may_hold(num_frames, has_vectors):
             return None
         with self._lock:
-            while (image := self._memory.take(weights.rank, has_vectors, weights.raw)) is None:
-                if not self._drop_one(num_pages):
+            while (image := self._memory.take(weights.rank, has_vectors, weights.raw, bottleneck)) is None:
+                if not self._drop_one(num_frames):
                     return None
             return image
 
@@ -152,10 +165,21 @@ class HostCache:
         del self._kept[digest]
         return True
 
-    def _own_memory(self, weights: AdapterWeights) -> PageImage:
-        pages = torch.empty(num_pages_for(weights.rank), self._page_bytes, dtype=torch.uint8)
+    def _own_memory(self, weights: AdapterWeights, bottleneck: BottleneckShape | None) -> PageImage:
+        num_pages, page_bytes = num_pages_for(weights.rank), self._page_bytes
+        if bottleneck is not None and self._bottlenecks is not None:
+            num_pages, page_bytes = bottleneck.num_pages, self._bottlenecks.page_bytes
+        pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
         vectors = torch.empty_like(self._vectors.neutral) if self._vectors and self._has_vectors(weights) else None
-        return PageImage(weights.rank, tuple(pages), vectors, weights.raw)
+        return PageImage(weights.rank, tuple(pages), vectors, weights.raw, bottleneck=bottleneck)
+
+    def _checked_bottleneck(self, weights: AdapterWeights) -> BottleneckShape | None:
+        if weights.bottleneck is None:
+            return None
+        if self._bottlenecks is None:
+            raise ValueError("it has bottlenecks, for which this engine keeps no room (engine.num_bottleneck_pages)")
+        self._bottlenecks.check(weights.bottleneck)
+        return BottleneckShape.of(weights.bottleneck)
 
     def _has_vectors(self, weights: AdapterWeights) -> bool:
         if weights.vectors and self._vectors is None:

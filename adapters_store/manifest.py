@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -20,7 +20,17 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 
 
 Kind = Literal[
-    "LORA", "LOHA", "LORETTA_REP", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+    "LORA",
+    "LOHA",
+    "LORETTA_REP",
+    "VERA",
+    "IA3",
+    "BEFT",
+    "LN_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "BOTTLENECK",
 ]
 """peft's names of the kinds that are served, and ours of those that it does not have."""
 
@@ -72,6 +82,49 @@ class VirtualTokens(BaseModel):
     num_layers: int | None = None
 
 
+BottleneckSite = Literal["attention", "output"]
+"""A block of a layer that a bottleneck adapter follows; "output" is the feed-forward block, in AdapterHub's words."""
+
+BOTTLENECK_SITES: Final[tuple[BottleneckSite, ...]] = ("attention", "output")
+
+BottleneckReads = Literal["block", "stream", "sum"]
+"""What a bottleneck adapter reads: what its block gives, the residual stream before that is added to it, or after."""
+
+BottleneckActivation = Literal["none", "relu", "gelu", "silu", "tanh"]
+"""What stands between its two linears (gelu: the exact one)."""
+
+
+class BottleneckSize(BaseModel):
+    """The width between the two linears, in each of `layers`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=1)
+    layers: tuple[int, ...]
+
+
+class Bottleneck(BaseModel):
+    """Bottleneck adapters at `sites`: the residual stream gets scale * up(activation(down(x))), with biases, beside.
+
+    name: AdapterHub's, which is part of its tensors' names. hidden_size: the base's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    hidden_size: int
+    sites: tuple[BottleneckSite, ...]
+    sizes: tuple[BottleneckSize, ...]
+    reads: BottleneckReads
+    activation: BottleneckActivation
+    scale: float = Field(allow_inf_nan=False)
+
+    @property
+    def size(self) -> int:
+        """The largest in any layer."""
+        return max(each.size for each in self.sizes)
+
+
 class AdapterSpec(BaseModel):
     """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it.
 
@@ -87,6 +140,7 @@ class AdapterSpec(BaseModel):
     vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
     tensor_rank: int | None = None
+    bottleneck: Bottleneck | None = None
 
     @property
     def rank(self) -> int:

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from adapters_store.bottleneck_layout import BottleneckShape
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools, num_pages_for
 from adapters_store.manifest import VectorRole
 from adapters_store.vector_layout import check_vectors
@@ -21,7 +22,8 @@ _LARGEST_FP16: Final = 65504.0
 class PageImage:
     """An adapter of `rank`, a page of 16 ranks after the other: each uint8 [page_bytes], as `LoRALayout.split` says.
 
-    vectors: its row, fp32 [size] as `VectorLayout` says, where it has any. raw: as in `VectorSlots.raw`.
+    bottleneck: its shape, where it is of bottlenecks: `pages` are then theirs, as `BottleneckLayout.split` says, and
+    rank is 0. vectors: its row, fp32 [size] as `VectorLayout` says, where it has any. raw: as in `VectorSlots.raw`.
     virtual_tokens: as `AdapterWeights`.
     """
 
@@ -30,6 +32,17 @@ class PageImage:
     vectors: Tensor | None = None
     raw: frozenset[VectorRole] = frozenset()
     virtual_tokens: Tensor | None = None
+    bottleneck: BottleneckShape | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of ranks."""
+        return len(self.pages) if self.bottleneck is None else 0
+
+    @property
+    def num_bottleneck_pages(self) -> int:
+        """Pages of bottlenecks."""
+        return len(self.pages) if self.bottleneck is not None else 0
 
     @property
     def num_bytes(self) -> int:

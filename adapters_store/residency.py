@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
@@ -14,7 +15,7 @@ from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
-from adapters_store.slots import AdapterSlots
+from adapters_store.slots import AdapterSlots, Room
 
 
 class LoadableAdapter(Protocol):
@@ -233,6 +234,7 @@ class AdapterResidency:
         if loading.future.exception() is not None:
             raise self._fail(adapter.digest, loading)
         self._check_rank(adapter.digest, loading.future.result().rank)
+        self._check_bottleneck(adapter.digest, loading.future.result())
         self._place(adapter, loading, keep=())
         return self._resident.get(adapter.digest)
 
@@ -282,34 +284,34 @@ class AdapterResidency:
         self._load_seconds += copying.seconds + time.monotonic() - copying.started
 
     def _make_room(self, image: PageImage, keep: Collection[str]) -> bool:
-        """Evict until a slot, pages and a row for the image are free; evict nothing when that cannot be reached."""
+        """Evict until a slot and what else the image needs are free; evict nothing when that cannot be reached."""
         idle = [digest for digest, entry in self._resident.items() if entry.pins == 0 and digest not in keep]
         if not self._would_fit(image, [self._resident[digest].slot for digest in idle]):
             return False
+        needed = Room.needed(image)
         for digest in idle:
             if self._slots.has_room(image):
                 break
-            if self._lacks_a_row_alone(image) and self._slots.vector_row(self._resident[digest].slot) < 0:
-                continue
-            self._slots.free(self._resident.pop(digest).slot)
-            self._evictions += 1
+            if self._slots.held_room(self._resident[digest].slot).helps(self._slots.free_room, needed):
+                self._slots.free(self._resident.pop(digest).slot)
+                self._evictions += 1
         return True
 
     def _would_fit(self, image: PageImage, given_back: list[int]) -> bool:
         """Whether there was room if these slots were free."""
-        slots = self._slots
-        num_pages = slots.num_free_pages + sum(len(slots.pages_of(slot)) for slot in given_back)
-        num_rows = slots.num_free_rows + sum(slots.vector_row(slot) >= 0 for slot in given_back)
-        has_slot = slots.num_free_slots + len(given_back) > 0
-        return has_slot and num_pages >= len(image.pages) and (image.vectors is None or num_rows > 0)
-
-    def _lacks_a_row_alone(self, image: PageImage) -> bool:
-        return self._slots.num_free_slots > 0 and self._slots.num_free_pages >= len(image.pages)
+        held = map(self._slots.held_room, given_back)
+        return functools.reduce(Room.plus, held, self._slots.free_room).covers(Room.needed(image))
 
     def _check_rank(self, digest: str, rank: int) -> None:
         if num_pages_for(rank) > self._slots.num_pages or self._slots.num_slots == 0:
             needed, total = num_pages_for(rank), self._slots.num_pages
             raise AdapterLoadFailed(digest, f"its rank {rank} needs {needed} pages and this engine has {total}")
+
+    def _check_bottleneck(self, digest: str, image: PageImage) -> None:
+        needed, total = image.num_bottleneck_pages, self._slots.num_bottleneck_pages
+        if needed > total:
+            reason = f"its bottlenecks need {needed} pages and this engine has {total} (engine.num_bottleneck_pages)"
+            raise AdapterLoadFailed(digest, reason)
 
     def _check_virtual_tokens(self, adapter: LoadableAdapter, slot: int) -> None:
         """Who counts none of them would be served the bare base."""

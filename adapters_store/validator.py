@@ -33,13 +33,22 @@ Arrays = Mapping[str, npt.NDArray[np.float32]]
 def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Check the adapter in `folder` against the base, write `canonical.safetensors`, return its manifest as JSON.
 
-    request: "base" (a `BaseSpec` as a dict), "max_rank", "max_virtual_tokens", and "base_fingerprint" (what the
-    uploader stated, or None).
+    request: "base" (a `BaseSpec` as a dict), "weights_file" (its name), "max_rank", "max_virtual_tokens", and
+    "base_fingerprint" (what the uploader stated, or None).
     Raises `AdapterInvalid` naming the file and the field or tensor.
     """
+    try:
+        return _validate(folder, folder / request["weights_file"], request)
+    except AdapterInvalid as error:
+        if error.file == WEIGHTS_FILE:  # said of the tensors, whatever their file's name
+            raise AdapterInvalid(error.reason, file=request["weights_file"], field=error.field) from None
+        raise
+
+
+def _validate(folder: Path, weights: Path, request: dict[str, Any]) -> dict[str, Any]:
     base = BaseSpec(**request["base"])
     config = parse_config((folder / CONFIG_FILE).read_bytes())
-    header = read_header(folder / WEIGHTS_FILE)
+    header = read_header(weights)
     _check_fingerprint(folder, header, base, request["base_fingerprint"])
     contents = config.contents(base)
     spec = AdapterSpec(
@@ -49,18 +58,19 @@ def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         vectors=contents.vectors,
         virtual_tokens=contents.virtual_tokens,
         tensor_rank=contents.tensor_rank,
+        bottleneck=contents.bottleneck,
     )
-    _check_rank(config, spec.rank, int(request["max_rank"]))
+    _check_rank(config, spec.bottleneck.size if spec.bottleneck else spec.rank, int(request["max_rank"]))
     _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
     for train in contents.trains:
         contents.tensors |= train.rules(header.tensors)
     _check_tensors(header.tensors, contents.tensors)
-    _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
+    _check_library_agrees(weights, header.tensors)
     made = contents.make()
     tensors = dict(header.tensors) | {
         name: TensorInfo("F32", array.shape, 0, array.nbytes) for name, array in made.items()
     }
-    with (folder / WEIGHTS_FILE).open("rb") as file:
+    with weights.open("rb") as file:
         data = _checked_bytes(file, tensors, _limits(header.tensors, contents.tensors), made)
         digest, size = write_canonical(folder / CANONICAL_FILE, spec, tensors, data)
     manifest = AdapterManifest(
@@ -68,7 +78,7 @@ def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         digest=digest,
         num_parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         size_bytes=size,
-        files=tuple(_describe(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
+        files=(_describe(folder / CONFIG_FILE), _describe(weights)),
     )
     return manifest.model_dump(mode="json")
 

@@ -7,19 +7,21 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from adapters_store.base_spec import (
+    BOTTLENECK_TENSORS,
     LOHA_A,
     LOHA_B,
     VERA_A,
     VERA_B,
     VERA_LAMBDA_B,
     VERA_LAMBDA_D,
+    bottleneck_tensor_name,
     lora_factors_name,
     lora_tensor_name,
     tensor_name,
@@ -29,6 +31,10 @@ from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
     PROMPT_TENSOR,
     AdapterSpec,
+    Bottleneck,
+    BottleneckActivation,
+    BottleneckReads,
+    BottleneckSite,
     LoRADelta,
     VectorRole,
     VectorSite,
@@ -37,6 +43,24 @@ from adapters_store.manifest import (
 from adapters_store.tensor_train import factor_names
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class BottleneckTensors(NamedTuple):
+    """One bottleneck adapter: down [size, hidden], up [hidden, size], biases [size] and [hidden]; up with its scale."""
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BottleneckWeights:
+    """Bottleneck adapters by (layer, site), alike in what they read and in their activation."""
+
+    reads: BottleneckReads
+    activation: BottleneckActivation
+    tensors: Mapping[tuple[int, BottleneckSite], BottleneckTensors]
 
 
 @dataclass(frozen=True)
@@ -53,6 +77,7 @@ class AdapterWeights:
     tensors: Mapping[tuple[int, str], Pair]
     vectors: Mapping[tuple[int, str, VectorRole], torch.Tensor] = field(default_factory=dict)
     virtual_tokens: torch.Tensor | None = None
+    bottleneck: BottleneckWeights | None = None
 
     @property
     def raw(self) -> frozenset[VectorRole]:
@@ -74,7 +99,8 @@ def load_weights(path: Path) -> AdapterWeights:
                 for layer in site.layers
             }
             virtual = _read_virtual(file, spec.virtual_tokens) if spec.virtual_tokens is not None else None
-            return AdapterWeights(spec.rank, dict(read_pairs(file, spec.deltas)), vectors, virtual)
+            bottleneck = _read_bottleneck(file, spec.bottleneck) if spec.bottleneck is not None else None
+            return AdapterWeights(spec.rank, dict(read_pairs(file, spec.deltas)), vectors, virtual, bottleneck)
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         raise AdapterLoadFailed(path.name, f"its stored file cannot be read ({error})") from error
 
@@ -136,6 +162,19 @@ def _read_vector(file: Any, layer: int, site: VectorSite) -> torch.Tensor:
 def _read_virtual(file: Any, virtual: VirtualTokens) -> torch.Tensor:
     rows: torch.Tensor = file.get_tensor(PROMPT_TENSOR)
     return rows if virtual.num_layers is None else rows.view(len(rows), 2 * virtual.num_layers, -1)
+
+
+def _read_bottleneck(file: Any, bottleneck: Bottleneck) -> BottleneckWeights:
+    tensors = {}
+    for layer in (layer for each in bottleneck.sizes for layer in each.layers):
+        for site in bottleneck.sites:
+            down, down_bias, up, up_bias = (
+                file.get_tensor(bottleneck_tensor_name(layer, site, bottleneck.name, tensor))
+                for tensor in BOTTLENECK_TENSORS
+            )
+            up, up_bias = fold_scale(up, bottleneck.scale), fold_scale(up_bias, bottleneck.scale)
+            tensors[layer, site] = BottleneckTensors(down, down_bias, up, up_bias)
+    return BottleneckWeights(bottleneck.reads, bottleneck.activation, tensors)
 
 
 def fold_scale(b: torch.Tensor, scale: float) -> torch.Tensor:

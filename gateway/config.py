@@ -44,6 +44,8 @@ class EngineConfig:
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
         Llama-3.1-8B's shape, taken at the start; as many as adapters' slots at most. 0 refuses them. They also take a
         sixteenth of host_cache_bytes.
+    num_bottleneck_pages: room on the device for bottleneck adapters, in pages of 16 units of one block's output: 8.9 MB
+        each at Llama-3.1-8B's shape, taken at the start. 0 refuses them.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
@@ -81,6 +83,7 @@ class EngineConfig:
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
     num_vector_slots: int = 16
+    num_bottleneck_pages: int = 32
     max_virtual_tokens: int = 512
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
@@ -99,6 +102,11 @@ class EngineConfig:
     def num_vector_rows(self) -> int:
         """Adapters with vectors that are on the device at once, at most."""
         return min(self.num_vector_slots, self.num_adapter_slots)
+
+    @property
+    def num_usable_bottleneck_pages(self) -> int:
+        """0 where no adapter is served."""
+        return self.num_bottleneck_pages if self.num_adapter_slots else 0
 
 
 @dataclass(frozen=True)

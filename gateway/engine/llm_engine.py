@@ -71,6 +71,7 @@ class LLMEngine:
             pinned=decoder.device.type == "cuda",
             read=read,
             vectors=slots.vectors.layout if slots.vectors is not None else None,
+            bottlenecks=slots.bottlenecks.layout if slots.bottlenecks is not None else None,
         )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(

@@ -56,6 +56,7 @@ class MemoryPlan:
             # Adapters come in through a page of their own, and blocks through staging.
             usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
             usable -= _vector_bytes(engine, decoder)
+            usable -= engine.num_usable_bottleneck_pages * decoder.bottleneck_layout.page_bytes
         plan = cls.of(engine, page_bytes, per_block, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
@@ -80,7 +81,7 @@ class MemoryPlan:
         if free_bytes is not None and plan.adapter_bytes + plan.cache_bytes > free_bytes:
             raise ConfigInvalid(
                 f"The device has {_gib(free_bytes)} left beside the base; {plan} need more. Lower num_adapter_pages, "
-                "num_adapter_slots, num_vector_slots, max_lora_rank or kv_cache_tokens, or raise "
+                "num_adapter_slots, num_vector_slots, num_bottleneck_pages, max_lora_rank or kv_cache_tokens, or raise "
                 "gpu_memory_utilization.",
                 param="engine",
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from adapters_store.bottleneck_layout import BottleneckLayout
 from adapters_store.lora_layout import LoRALayout
 from adapters_store.vector_layout import VectorLayout
 from gateway.layers.attention import Attention
@@ -38,7 +39,9 @@ class DecoderLayer:
         """
         layer = self.attention.qkv.layer
         attended = self.attention(self.input_norm(x, delta, batch.tuned_norm(layer, "input_layernorm")), batch, cache)
-        return self.mlp(self.post_norm(x, attended, batch.tuned_norm(layer, "post_attention_layernorm")), batch)
+        attended = batch.with_bottlenecks(attended, x, layer, "attention")
+        fed = self.mlp(self.post_norm(x, attended, batch.tuned_norm(layer, "post_attention_layernorm")), batch)
+        return batch.with_bottlenecks(fed, x, layer, "output")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ class Decoder:
             "norm": self.norm.weight[None],
         }
         return VectorLayout(self.lora_layout, {name: weight.float().cpu() for name, weight in norms.items()})
+
+    @property
+    def bottleneck_layout(self) -> BottleneckLayout:
+        """How bottleneck adapters lie in memory, which are whole on every rank, as the residual stream is."""
+        return BottleneckLayout(self.config.num_layers, self.embed_tokens.shape[1], self.dtype)
 
     @property
     def num_logits(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adapters_store.bottleneck_layout import BottleneckShape
 from adapters_store.host_pages import HostPages
 
 
@@ -43,3 +44,24 @@ def test_vectors_have_frames_of_their_own() -> None:
     assert images[0].num_bytes == 80
     del images[0]
     assert memory.take(16, has_vectors=True) is not None
+
+
+def test_a_frame_holds_several_pages_of_bottlenecks() -> None:
+    memory = HostPages(max_bytes=300, page_bytes=100, bottleneck_bytes=30, pinned=False)
+    shape = BottleneckShape("sum", "relu", {"attention": 16, "output": 33})
+    assert memory.num_frames_for(0, shape) == 2
+    image = memory.take(0, bottleneck=shape)
+    assert image is not None
+    assert (image.num_pages, image.num_bottleneck_pages, image.num_bytes, memory.num_free) == (0, 4, 120, 1)
+    for value, page in enumerate(image.pages):
+        page.fill_(value)
+    assert [page.unique().tolist() for page in image.pages] == [[0], [1], [2], [3]]
+    assert memory.take(0, bottleneck=shape) is None
+    del image, page
+    assert memory.num_free == 3
+
+
+def test_pages_of_bottlenecks_larger_than_a_frame_have_no_room() -> None:
+    memory = HostPages(max_bytes=300, page_bytes=100, bottleneck_bytes=101, pinned=False)
+    shape = BottleneckShape("sum", "relu", {"output": 1})
+    assert not memory.may_hold(memory.num_frames_for(0, shape), has_vectors=False)

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import AdapterInvalid, AdapterLoadFailed
+from adapters_store.errors import AdapterLoadFailed
 from adapters_store.manifest import ADAPTER_METADATA_KEY
 from adapters_store.upload import Staging
 from adapters_store.weights import load_weights
 
-from .conftest import edit_config, stage
+from .conftest import edit_config, refused_here, stage, stage_here
 from .test_export import export
 
 WEIGHTS = "adapter_model.safetensors"
@@ -51,12 +51,6 @@ def edit_weights(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
 
 
-def refused(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> AdapterInvalid:
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, base, **options)
-    return caught.value
-
-
 def test_its_factors_become_matrices_when_it_is_loaded(staging: Staging, adapter: Path, base: BaseSpec) -> None:
     staged = stage(staging, adapter, base)
     assert (staged.manifest.kind, staged.manifest.rank, staged.manifest.tensor_rank) == ("LORETTA_REP", 4, 3)
@@ -71,17 +65,14 @@ def test_its_factors_become_matrices_when_it_is_loaded(staging: Staging, adapter
     torch.testing.assert_close(b, 1.5 * wanted_b.T)
 
 
-def test_its_export_uploaded_again_is_the_same_adapter(
-    staging: Staging, adapter: Path, base: BaseSpec, tmp_path: Path
-) -> None:
-    staged = stage(staging, adapter, base)
+def test_its_export_uploaded_again_is_the_same_adapter(adapter: Path, base: BaseSpec, tmp_path: Path) -> None:
+    staged = stage_here(adapter, base)
     exported = export(staged, tmp_path / "export")
     config = json.loads((exported / "adapter_config.json").read_text())
     assert {key: config[key] for key in ("peft_type", "r", "lora_alpha", "tensor_rank", "bias")} == {
         "peft_type": "LORA", "r": 4, "lora_alpha": 6, "tensor_rank": 3, "bias": "none"
     }  # fmt: skip
-    with Staging(tmp_path / "again") as again:
-        assert stage(again, exported, base).manifest.digest == staged.manifest.digest
+    assert stage_here(exported, base).manifest.digest == staged.manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -100,10 +91,10 @@ def test_its_export_uploaded_again_is_the_same_adapter(
     ],
 )
 def test_a_field_at_fault_is_refused_by_name(
-    staging: Staging, adapter: Path, base: BaseSpec, changes: dict[str, Any], field: str, reason: str
+    adapter: Path, base: BaseSpec, changes: dict[str, Any], field: str, reason: str
 ) -> None:
     edit_config(adapter, **changes)
-    error = refused(staging, adapter, base)
+    error = refused_here(adapter, base)
     assert (error.file, error.field) == ("adapter_config.json", field)
     assert reason in error.reason
 
@@ -122,25 +113,23 @@ def test_a_field_at_fault_is_refused_by_name(
     ],
 )  # fmt: skip
 def test_a_factor_at_fault_is_refused_by_name(
-    staging: Staging, adapter: Path, base: BaseSpec, factor: str, value: Any, field: str, reason: str
+    adapter: Path, base: BaseSpec, factor: str, value: Any, field: str, reason: str
 ) -> None:
     edit_weights(adapter, f"{V0}.{factor}", value)
-    error = refused(staging, adapter, base)
+    error = refused_here(adapter, base)
     assert (error.file, error.field) == (WEIGHTS, f"{V0}.{field}")
     assert reason in error.reason
 
 
-def test_a_config_without_its_rank_is_read_as_pefts_and_its_factors_refused(
-    staging: Staging, adapter: Path, base: BaseSpec
-) -> None:
+def test_a_config_without_its_rank_is_read_as_pefts_and_its_factors_refused(adapter: Path, base: BaseSpec) -> None:
     config = {key: value for key, value in CONFIG.items() if key not in ("tensor_rank", "merge_weights", "enable_lora")}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
-    error = refused(staging, adapter, base)
+    error = refused_here(adapter, base)
     assert "tensor train" in error.reason
 
 
-def test_a_stored_file_without_a_factor_fails_to_load(staging: Staging, adapter: Path, base: BaseSpec) -> None:
-    staged = stage(staging, adapter, base)
+def test_a_stored_file_without_a_factor_fails_to_load(adapter: Path, base: BaseSpec) -> None:
+    staged = stage_here(adapter, base)
     tensors = load_file(staged.path)
     del tensors[f"{V0}.lora_A.layer.tensor.factors.0"]
     text = staged.manifest.model_dump_json(include={"format", "kind", "base_fingerprint", "deltas", "tensor_rank"})
