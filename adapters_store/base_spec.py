@@ -62,9 +62,9 @@ def lora_tensor_name(layer: int, linear: str, side: str) -> str:
     return tensor_name(layer, linear, f"lora_{side}.weight")
 
 
-def lora_factors_name(layer: int, linear: str, side: str) -> str:
-    """The name that `loretta` gives the factors of the LoRA matrix `side` of one linear, but for their numbers."""
-    return tensor_name(layer, linear, f"lora_{side}.layer.tensor.factors")
+def factors_name(layer: int, linear: str, matrix: str) -> str:
+    """The name that `loretta` gives the factors of a matrix ("lora_A", "adapter_up"), but for their numbers."""
+    return tensor_name(layer, linear, f"{matrix}.layer.tensor.factors")
 
 
 def bottleneck_tensor_name(layer: int, site: str, name: str, tensor: str) -> str:

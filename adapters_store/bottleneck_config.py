@@ -21,7 +21,7 @@ from adapters_store.strict_json import shown
 
 Factor = Annotated[float, Field(strict=True, ge=1e-3, le=1e6, allow_inf_nan=False)]
 
-_ACTIVATIONS: Final[Mapping[str, BottleneckActivation]] = {
+ACTIVATIONS: Final[Mapping[str, BottleneckActivation]] = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -30,6 +30,8 @@ _ACTIVATIONS: Final[Mapping[str, BottleneckActivation]] = {
     "tanh": "tanh",
     "linear": "none",
 }
+"""transformers' names of the activations that are served."""
+
 # Of Qwen2 the package has no model: there it hooks modules, and adds the residual stream elsewhere.
 _FAMILIES: Final = ("llama", "mistral")
 _AROUND: Final = frozenset({"name", "hidden_size"})
@@ -113,9 +115,7 @@ class BottleneckConfig(AdapterConfig):
     def _check_values(self) -> None:
         if isinstance(self.scaling, str):
             raise refuse("scaling", "learned scalings are not served in this release; a number is")
-        if self.non_linearity.lower() not in _ACTIVATIONS:
-            known = ", ".join(_ACTIVATIONS)
-            raise refuse("non_linearity", f"{shown(self.non_linearity)} is not served; these are: {known}")
+        check_activation(self.non_linearity.lower())
         if not (self.mh_adapter or self.output_adapter):
             raise refuse("output_adapter", "and mh_adapter are both false: there is no adapter")
         # The package adds the residual stream to what a block gives behind the adapter, around it, both or neither.
@@ -147,9 +147,16 @@ class BottleneckConfig(AdapterConfig):
             sites=tuple(site for site, has in zip(BOTTLENECK_SITES, which, strict=True) if has),
             sizes=tuple(BottleneckSize(size=size, layers=layers) for size, layers in sorted(by_size.items())),
             reads=self._reads,
-            activation=_ACTIVATIONS[self.non_linearity.lower()],
+            activation=ACTIVATIONS[self.non_linearity.lower()],
             scale=self.scaling,
         )
+
+
+def check_activation(non_linearity: str) -> None:
+    """Raises `AdapterInvalid` for one that is not served."""
+    if non_linearity not in ACTIVATIONS:
+        reason = f"{shown(non_linearity)} is not served; these are: {', '.join(ACTIVATIONS)}"
+        raise refuse("non_linearity", reason)
 
 
 def _checked_around(raw: dict[str, Any]) -> dict[str, Any]:

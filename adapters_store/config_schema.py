@@ -1,4 +1,4 @@
-"""`adapter_config.json`, as peft up to 0.21 writes it: the closed schema of each kind that is served."""
+"""`adapter_config.json`, as peft up to 0.21, loretta and adapters write it: the closed schema of each kind served."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
 from adapters_store.loha_config import LoHaConfig
 from adapters_store.lora_config import LoRAConfig
-from adapters_store.loretta_config import LorettaRepConfig
+from adapters_store.loretta_config import LorettaAdpConfig, LorettaRepConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from adapters_store.strict_json import parse_object, shown
 from adapters_store.vera_config import VeRAConfig
 
-KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
+# By `peft_type`, of which one is loretta's own.
+KINDS: Final[Mapping[str, type[AdapterConfig]]] = {"BOTTLENECK": LorettaAdpConfig} | {
     config.kind: config
     for config in (
         LoRAConfig,

@@ -16,7 +16,7 @@ from adapters_store.manifest import AdapterManifest, AdapterSpec, Bottleneck
 
 _CHUNK: Final = 1 << 20
 _ADAPTERHUB_VERSION: Final = "adapters.1.3.0"
-_ADAPTERHUB_ACTIVATIONS: Final = {"none": "linear"}
+_ACTIVATIONS: Final = {"none": "linear"}
 _END: Final = bytes(2 * tarfile.BLOCKSIZE)
 
 V = TypeVar("V", bound=Hashable)
@@ -45,7 +45,7 @@ class PeftTar:
             CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
             PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
         }
-        weights_file = WEIGHTS_FILE if manifest.bottleneck is None else ADAPTERHUB_WEIGHTS_FILE
+        weights_file = ADAPTERHUB_WEIGHTS_FILE if manifest.kind == "BOTTLENECK" else WEIGHTS_FILE
         return cls(folder, small, weights_file, weights, manifest.size_bytes)
 
     @property
@@ -76,7 +76,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     num_layers: of the base.
     """
     common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
-    if spec.bottleneck is not None:
+    if spec.bottleneck is not None and spec.kind == "BOTTLENECK":
         return _adapterhub_config(spec.bottleneck, num_layers)
     if spec.virtual_tokens is not None:
         return common | {"num_virtual_tokens": spec.num_virtual_tokens}
@@ -86,7 +86,8 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     of_kind = {
         "LORA": _lora_fields,
         "LOHA": _loha_fields,
-        "LORETTA_REP": _loretta_fields,
+        "LORETTA_REP": _loretta_rep_fields,
+        "LORETTA_ADP": _loretta_adp_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
@@ -111,7 +112,7 @@ def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     return _ranked(spec, ranks, "alpha", num_layers)
 
 
-def _loretta_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+def _loretta_rep_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """As loretta writes it, which says LORA too; it has one rank and alpha, and names no layers."""
     paths = [module_path(layer, delta.linear) for delta in spec.deltas for layer in delta.layers]
     return {
@@ -122,6 +123,22 @@ def _loretta_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "bias": "none",
         "tensor_rank": spec.tensor_rank,
         "target_modules": sorted(paths),
+    }
+
+
+def _loretta_adp_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """As loretta writes it, under a kind of its own name."""
+    assert spec.bottleneck is not None
+    (own,) = spec.bottleneck.sizes
+    return {
+        "peft_type": "BOTTLENECK",
+        "bottleneck_size": own.size,
+        "non_linearity": _ACTIVATIONS.get(spec.bottleneck.activation, spec.bottleneck.activation),
+        "scaling": spec.bottleneck.scale,
+        "bias": "none",
+        "tensorized": True,
+        "tensor_rank": spec.tensor_rank,
+        "target_modules": [module_path(layer, "down_proj") for layer in own.layers],
     }
 
 
@@ -138,7 +155,7 @@ def _adapterhub_config(bottleneck: Bottleneck, num_layers: int) -> dict[str, Any
         "mh_adapter": "attention" in bottleneck.sites,
         "output_adapter": "output" in bottleneck.sites,
         "reduction_factor": next(iter(factors.values())) if is_one else factors,
-        "non_linearity": _ADAPTERHUB_ACTIVATIONS.get(bottleneck.activation, bottleneck.activation),
+        "non_linearity": _ACTIVATIONS.get(bottleneck.activation, bottleneck.activation),
         "original_ln_before": bottleneck.reads == "sum",
         "original_ln_after": True,
         "residual_before_ln": True,

@@ -31,6 +31,7 @@ Kind = Literal[
     "P_TUNING",
     "PREFIX_TUNING",
     "BOTTLENECK",
+    "LORETTA_ADP",
 ]
 """peft's names of the kinds that are served, and ours of those that it does not have."""
 
@@ -106,12 +107,12 @@ class BottleneckSize(BaseModel):
 class Bottleneck(BaseModel):
     """Bottleneck adapters at `sites`: the residual stream gets scale * up(activation(down(x))), with biases, beside.
 
-    name: AdapterHub's, which is part of its tensors' names. hidden_size: the base's.
+    name: AdapterHub's, which is part of its tensors' names; LoRETTA's have none. hidden_size: the base's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str | None = None
     hidden_size: int
     sites: tuple[BottleneckSite, ...]
     sizes: tuple[BottleneckSize, ...]

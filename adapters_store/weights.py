@@ -22,7 +22,7 @@ from adapters_store.base_spec import (
     VERA_LAMBDA_B,
     VERA_LAMBDA_D,
     bottleneck_tensor_name,
-    lora_factors_name,
+    factors_name,
     lora_tensor_name,
     tensor_name,
 )
@@ -138,7 +138,7 @@ def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
 def _read_loretta(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: a tensor train makes the transpose of A, and of B."""
     for layer, delta in _by_layer(deltas):
-        a, b = (_read_train(file, lora_factors_name(layer, delta.linear, side)) for side in "AB")
+        a, b = (_read_train(file, factors_name(layer, delta.linear, matrix)) for matrix in ("lora_A", "lora_B"))
         a, b = a.view(-1, delta.rank).T.contiguous(), b.view(delta.rank, -1).T
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
@@ -166,15 +166,25 @@ def _read_virtual(file: Any, virtual: VirtualTokens) -> torch.Tensor:
 
 def _read_bottleneck(file: Any, bottleneck: Bottleneck) -> BottleneckWeights:
     tensors = {}
-    for layer in (layer for each in bottleneck.sizes for layer in each.layers):
+    for size, layer in ((each.size, layer) for each in bottleneck.sizes for layer in each.layers):
         for site in bottleneck.sites:
-            down, down_bias, up, up_bias = (
-                file.get_tensor(bottleneck_tensor_name(layer, site, bottleneck.name, tensor))
-                for tensor in BOTTLENECK_TENSORS
-            )
+            if bottleneck.name is None:
+                down, down_bias, up, up_bias = _read_loretta_bottleneck(file, layer, size)
+            else:
+                down, down_bias, up, up_bias = (
+                    file.get_tensor(bottleneck_tensor_name(layer, site, bottleneck.name, tensor))
+                    for tensor in BOTTLENECK_TENSORS
+                )
             up, up_bias = fold_scale(up, bottleneck.scale), fold_scale(up_bias, bottleneck.scale)
             tensors[layer, site] = BottleneckTensors(down, down_bias, up, up_bias)
     return BottleneckWeights(bottleneck.reads, bottleneck.activation, tensors)
+
+
+def _read_loretta_bottleneck(file: Any, layer: int, size: int) -> Iterator[torch.Tensor]:
+    """Each matrix and its bias: a tensor train makes the transpose of a matrix."""
+    for matrix, shape in (("adapter_down", (-1, size)), ("adapter_up", (size, -1))):
+        yield _read_train(file, factors_name(layer, "down_proj", matrix)).view(shape).T
+        yield file.get_tensor(tensor_name(layer, "down_proj", f"{matrix}.layer.bias"))
 
 
 def fold_scale(b: torch.Tensor, scale: float) -> torch.Tensor:

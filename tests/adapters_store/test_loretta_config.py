@@ -1,4 +1,4 @@
-"""LoRETTA_rep's folder, made up here as the package loretta 0.1.0 writes it: what is read, and what is refused."""
+"""LoRETTA's two kinds of folders, made up here as the package `loretta` 0.1.0 writes them: read, and refused."""
 
 from __future__ import annotations
 
@@ -136,3 +136,93 @@ def test_a_stored_file_without_a_factor_fails_to_load(adapter: Path, base: BaseS
     save_file(tensors, staged.path, metadata={ADAPTER_METADATA_KEY: text})
     with pytest.raises(AdapterLoadFailed):
         load_weights(staged.path)
+
+
+D0 = "base_model.model.model.layers.0.mlp.down_proj"
+ADP_CONFIG = {
+    "adapter_dropout": 0.0, "base_model_name_or_path": None, "bias": "none", "bottleneck_size": 4,
+    "inference_mode": True, "init_weights": "bert", "modules_to_save": None, "non_linearity": "tanh",
+    "peft_type": "BOTTLENECK", "scaling": 0.3, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM",
+    "tensor_rank": 3, "tensorized": True, "use_adapterp": False, "use_parallel_adapter": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def bottleneck(tmp_path: Path) -> Path:
+    folder = tmp_path / "loretta_adp"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(ADP_CONFIG))
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer in (0, 1):
+        for matrix, width in (("adapter_down", 4), ("adapter_up", 32)):
+            name = f"base_model.model.model.layers.{layer}.mlp.down_proj.{matrix}.layer"
+            tensors[f"{name}.bias"] = torch.randn(width, generator=generator)
+            for i, shape in enumerate(((1, 4, 3), (3, 8, 3), (3, 4, 1))):
+                tensors[f"{name}.tensor.factors.{i}"] = torch.randn(shape, generator=generator)
+    save_file(tensors, folder / WEIGHTS)
+    return folder
+
+
+def test_factors_of_a_bottleneck_become_matrices_and_are_exported(
+    bottleneck: Path, base: BaseSpec, tmp_path: Path
+) -> None:
+    staged = stage_here(bottleneck, base)
+    assert (staged.manifest.kind, staged.manifest.tensor_rank) == ("LORETTA_ADP", 3)
+    files, weights = load_file(bottleneck / WEIGHTS), load_weights(staged.path).bottleneck
+    assert weights is not None
+    assert (weights.reads, weights.activation, list(weights.tensors)) == (
+        "block",
+        "tanh",
+        [(0, "output"), (1, "output")],
+    )
+    down, down_bias, up, up_bias = weights.tensors[0, "output"]
+    made = {
+        matrix: torch.einsum("aib,bjc,ckd->ijk", *(files[f"{D0}.{matrix}.layer.tensor.factors.{i}"] for i in range(3)))
+        for matrix in ("adapter_down", "adapter_up")
+    }
+    torch.testing.assert_close(down, made["adapter_down"].reshape(32, 4).T)
+    torch.testing.assert_close(up, 0.3 * made["adapter_up"].reshape(4, 32).T)
+    assert torch.equal(down_bias, files[f"{D0}.adapter_down.layer.bias"])
+    assert torch.equal(up_bias, 0.3 * files[f"{D0}.adapter_up.layer.bias"])
+    exported = export(staged, tmp_path / "export")
+    assert (exported / WEIGHTS).exists()
+    assert stage_here(exported, base).manifest.digest == staged.manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "reason"),
+    [
+        ({"target_modules": ["gate_proj", "up_proj", "down_proj"]}, "target_modules", "what that alone reads"),
+        ({"use_parallel_adapter": True}, "use_parallel_adapter", "parallel"),
+        ({"bias": "adapter_only"}, "bias", "trained biases"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save", "not served"),
+        ({"scaling": "learned"}, "scaling", "a number"),
+        ({"non_linearity": "mish"}, "non_linearity", "mish is"),
+        ({"tensorized": False}, "tensorized", "True"),
+        ({"bottleneck_size": 17}, "bottleneck_size", "limit of 16"),
+    ],
+)
+def test_a_field_of_a_bottleneck_at_fault_is_refused_by_name(
+    bottleneck: Path, base: BaseSpec, changes: dict[str, Any], field: str, reason: str
+) -> None:
+    edit_config(bottleneck, **changes)
+    error = refused_here(bottleneck, base)
+    assert (error.file, error.field) == ("adapter_config.json", field)
+    assert reason in error.reason
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "reason"),
+    [
+        ("adapter_up.layer.bias", None, "missing"),
+        ("adapter_down.layer.bias", torch.ones(5), "[4]"),
+        ("adapter_up.layer.tensor.factors.1", torch.ones(3, 8, 2), "need [3, 8, 3]"),
+    ],
+)
+def test_a_tensor_of_a_bottleneck_at_fault_is_refused_by_name(
+    bottleneck: Path, base: BaseSpec, tensor: str, value: torch.Tensor | None, reason: str
+) -> None:
+    edit_weights(bottleneck, f"{D0}.{tensor}", value)
+    error = refused_here(bottleneck, base)
+    assert (error.file, error.field) == (WEIGHTS, f"{D0}.{tensor}")
+    assert reason in error.reason

@@ -29,9 +29,11 @@ from .test_kinds import save_random
 MakeEngine = Callable[..., LLMEngine]
 EXPECTED = Path(__file__).parent / "expected"
 OTHERS = {
-    "llama": ("loretta_rep", "bottleneck_seq", "bottleneck_double", "bottleneck_parallel", "bottleneck_around"),
+    "llama": (
+        "loretta_rep", "loretta_adp", "bottleneck_seq", "bottleneck_double", "bottleneck_parallel", "bottleneck_around",
+    ),
     "mistral": ("bottleneck_mistral",),
-}
+}  # fmt: skip
 PEFT = {
     "lora": LoraConfig(r=20, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),

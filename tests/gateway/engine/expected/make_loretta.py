@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from loretta import LorettaRepConfig, get_peft_model
+from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 from loretta.utils import TRANSFORMERS_HIDDEN_SIZE_TO_TENSOR_SHAPE
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -31,6 +31,10 @@ ADAPTERS: Final = {
         r=8, lora_alpha=16, lora_dropout=0.0, tensor_rank=5, target_modules=["q_proj", "v_proj", "down_proj"],
         task_type="CAUSAL_LM",
     ),
+    "loretta_adp": LorettaAdpConfig(
+        bottleneck_size=8, non_linearity="tanh", tensor_rank=5, scaling=2.5, target_modules=["down_proj"],
+        task_type="CAUSAL_LM",
+    ),
 }  # fmt: skip
 
 
@@ -42,8 +46,9 @@ def main() -> None:
             model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
             generator = torch.Generator().manual_seed(seed)
             for parameter_name, parameter in model.named_parameters():
-                if ".tensor.factors." in parameter_name:
-                    parameter.data = 0.25 * torch.randn(parameter.shape, generator=generator)
+                if "lora_" in parameter_name or "adapter_" in parameter_name:
+                    std = 0.25 if "lora_" in parameter_name else 0.5
+                    parameter.data = std * torch.randn(parameter.shape, generator=generator)
             out = HERE / name
             shutil.rmtree(out, ignore_errors=True)
             model.save_pretrained(out)
