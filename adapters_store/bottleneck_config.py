@@ -53,7 +53,7 @@ class BottleneckConfig(AdapterConfig):
         }
     )
     refused: ClassVar[Mapping[str, str]] = {
-        "architecture": "of the package adapters only bottleneck adapters are served; save others as peft does",
+        "architecture": "of the package `adapters` only bottleneck adapters are served; train others with peft",
         "ln_before": "norms inside an adapter are not served in this release",
         "ln_after": "norms inside an adapter are not served in this release",
         "use_gating": "gated adapters are not served in this release",
@@ -62,7 +62,7 @@ class BottleneckConfig(AdapterConfig):
         "cross_adapter": "the base has no cross attention",
     }
 
-    name: Annotated[StrictStr, Field(pattern=r"^[\w -]{1,128}$")]
+    name: Annotated[StrictStr, Field(pattern=r"^[\w /:@+-]{1,128}$")]
     hidden_size: StrictInt
     mh_adapter: StrictBool
     output_adapter: StrictBool

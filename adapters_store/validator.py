@@ -60,7 +60,7 @@ def _validate(folder: Path, weights: Path, request: dict[str, Any]) -> dict[str,
         tensor_rank=contents.tensor_rank,
         bottleneck=contents.bottleneck,
     )
-    _check_rank(config, spec.bottleneck.size if spec.bottleneck else spec.rank, int(request["max_rank"]))
+    _check_rank(config, spec, int(request["max_rank"]))
     _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
     for train in contents.trains:
         contents.tensors |= train.rules(header.tensors)
@@ -106,10 +106,13 @@ def _check_one_fingerprint(stated: object, base: BaseSpec, file: str | None) -> 
     raise AdapterInvalid(reason, file=file, field="base_fingerprint")
 
 
-def _check_rank(config: AdapterConfig, rank: int, max_rank: int) -> None:
-    if rank > max_rank:
-        reason = f"the rank {rank} is above your limit of {max_rank}; train with a smaller rank"
-        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(rank))
+def _check_rank(config: AdapterConfig, spec: AdapterSpec, max_rank: int) -> None:
+    if spec.rank > max_rank:
+        reason = f"the rank {spec.rank} is above your limit of {max_rank}; train with a smaller rank"
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(spec.rank))
+    if spec.bottleneck is not None and (size := spec.bottleneck.size) > max_rank:
+        reason = f"makes a bottleneck of {size} units, and your limit is that of ranks, {max_rank}; train with fewer"
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(size))
 
 
 def _check_virtual_tokens(number: int, most: int) -> None:

@@ -143,7 +143,7 @@ def test_sizes_are_the_width_over_the_factor_of_each_layer(
         ({"leave_out": [0, 1]}, "leave_out", "every layer"),
         ({"reduction_factor": {"0": 8}}, "reduction_factor", "layer 1"),
         ({"reduction_factor": 0}, "reduction_factor", "greater than"),
-        ({"reduction_factor": 1.5}, "reduction_factor", "limit of 16"),
+        ({"reduction_factor": 1.5}, "reduction_factor", "21 units"),
         ({"reduction_factor": None}, "reduction_factor", "required"),
         ({"new_field": 1}, "new_field", "unknown field"),
         ({"name": "other"}, "name", "not a field of config"),

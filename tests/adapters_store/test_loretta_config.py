@@ -199,7 +199,7 @@ def test_factors_of_a_bottleneck_become_matrices_and_are_exported(
         ({"scaling": "learned"}, "scaling", "a number"),
         ({"non_linearity": "mish"}, "non_linearity", "mish is"),
         ({"tensorized": False}, "tensorized", "True"),
-        ({"bottleneck_size": 17}, "bottleneck_size", "limit of 16"),
+        ({"bottleneck_size": 17}, "bottleneck_size", "17 units"),
     ],
 )
 def test_a_field_of_a_bottleneck_at_fault_is_refused_by_name(
