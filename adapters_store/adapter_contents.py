@@ -41,12 +41,12 @@ class AdapterContents:
     tensors: dict[str, TensorRule] = field(default_factory=dict)
     make: Callable[[], Mapping[str, npt.NDArray[np.float32]]] = dict
     virtual_tokens: VirtualTokens | None = None
-    _deltas: list[tuple[str, int, float, int | None, int]] = field(default_factory=list)
+    _deltas: list[LoRADelta] = field(default_factory=list)
     _vectors: list[tuple[str, VectorRole, str, float, int]] = field(default_factory=list)
 
-    def add_delta(self, layer: int, linear: str, rank: int, scale: float, in_features: int | None = None) -> None:
-        """A low-rank delta, whose tensors the caller adds."""
-        self._deltas.append((linear, rank, scale, in_features, layer))
+    def add_delta(self, layer: int, linear: str, rank: int, scale: float, **more: int) -> None:
+        """A low-rank delta, whose tensors the caller adds; `more`: further fields of `LoRADelta`."""
+        self._deltas.append(LoRADelta(linear=linear, rank=rank, scale=scale, layers=(layer,), **more))
 
     def add_vector(
         self, layer: int, module: str, role: VectorRole, tensor: str, shape: tuple[int, ...], scale: float = 1.0
@@ -80,13 +80,11 @@ class AdapterContents:
 
     @property
     def deltas(self) -> tuple[LoRADelta, ...]:
-        """Those of equal linear, rank and scale put together, in the model's order."""
-        ordered = sorted(self._deltas, key=lambda delta: (_MODULES.index(delta[0]), *delta[1:]))
+        """Those alike but for their layer put together, in the model's order."""
+        ordered = sorted(self._deltas, key=lambda delta: (*_but_for_layers(delta), delta.layers))
+        groups = [list(group) for _, group in groupby(ordered, key=_but_for_layers)]
         return tuple(
-            LoRADelta(
-                linear=linear, rank=rank, scale=scale, layers=tuple(d[-1] for d in group), in_features=in_features
-            )
-            for (linear, rank, scale, in_features), group in groupby(ordered, key=lambda delta: delta[:4])
+            group[0].model_copy(update={"layers": tuple(delta.layers[0] for delta in group)}) for group in groups
         )
 
     @property
@@ -97,6 +95,10 @@ class AdapterContents:
             VectorSite(module=module, role=role, tensor=tensor, scale=scale, layers=tuple(v[-1] for v in group))
             for (module, role, tensor, scale), group in groupby(ordered, key=lambda vector: vector[:4])
         )
+
+
+def _but_for_layers(delta: LoRADelta) -> tuple[float, ...]:
+    return (_MODULES.index(delta.linear), delta.rank, delta.scale, delta.in_features or 0, delta.peft_rank or 0)
 
 
 def _other_modules(base: BaseSpec) -> list[str]:

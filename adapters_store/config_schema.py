@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from adapters_store.adalora_config import AdaLoRAConfig
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.beft_config import BEFTConfig
 from adapters_store.file_names import CONFIG_FILE
@@ -21,6 +22,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
     config.kind: config
     for config in (
         LoRAConfig,
+        AdaLoRAConfig,
         LoHaConfig,
         VeRAConfig,
         IA3Config,

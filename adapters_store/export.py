@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar
 
+from adapters_store.adalora_config import ADALORA_EPSILON
 from adapters_store.base_spec import LINEARS, module_path
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.manifest import AdapterManifest, AdapterSpec
@@ -79,6 +80,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         return common | {"target_modules": norms}
     of_kind = {
         "LORA": _lora_fields,
+        "ADALORA": _adalora_fields,
         "LOHA": _loha_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
@@ -95,6 +97,25 @@ def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "use_dora": "magnitude" in roles,
         "lora_bias": "bias" in roles,
         **_ranked(spec, ranks, "lora_alpha", num_layers),
+    }
+
+
+def _adalora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Of a mask peft only counts what is true. It asks for a number of steps, and reads it no more."""
+    ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
+    init_r, scale = spec.deltas[0].peft_rank, spec.deltas[0].scale
+    assert init_r is not None, "every delta of AdaLoRA has it"
+    return {
+        "bias": _own_biases(spec, "lora_only"),
+        "init_r": init_r,
+        "lora_alpha": _alpha(scale, init_r + ADALORA_EPSILON),
+        "rank_pattern": {
+            f"{module_path(*module)}.lora_E": [index < rank for index in range(init_r)]
+            for module, rank in ranks.items()
+            if rank != init_r
+        },
+        "total_step": 1,
+        **_targets(set(ranks), num_layers),
     }
 
 
@@ -145,10 +166,11 @@ def _own_biases(spec: AdapterSpec, of_targets: str) -> str:
     return "all" if "bias" in names else of_targets if names else "none"
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """The alpha whose quotient with `rank` is `scale`: a whole number where one is."""
-    alpha = scale * rank
-    return round(alpha) if round(alpha) / rank == scale else alpha
+def _alpha(scale: float, divisor: float) -> float:
+    """The alpha whose quotient with `divisor` is `scale`, to the bit: a whole number where one is."""
+    alpha = scale * divisor
+    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((one for one in near if one / divisor == scale), alpha)
 
 
 def _default_and_pattern(values: Modules[V]) -> tuple[V, dict[str, V]]:

@@ -19,7 +19,9 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
 
-Kind = Literal["LORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
+Kind = Literal[
+    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+]
 """peft's names of the kinds that are served."""
 
 VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]
@@ -30,16 +32,18 @@ bias, is DoRA's magnitude (an output scale once divided by the rows' norms), or 
 class LoRADelta(BaseModel):
     """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
 
-    in_features: of VeRA's linears, which share an A as wide as the widest of them.
+    rank: 0 where AdaLoRA left nothing. in_features: of VeRA's linears, which share an A as wide as the widest of them.
+    peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     linear: str
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=0)
     scale: float = Field(allow_inf_nan=False)
     layers: tuple[int, ...]
     in_features: int | None = None
+    peft_rank: int | None = None
 
 
 class VectorSite(BaseModel):

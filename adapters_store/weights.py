@@ -62,7 +62,7 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            read_pairs = {"VERA": _read_vera, "LOHA": _read_loha}.get(spec.kind, _read_lora)
+            read_pairs = {"ADALORA": _read_adalora, "VERA": _read_vera, "LOHA": _read_loha}.get(spec.kind, _read_lora)
             vectors = {
                 (layer, site.module, site.role): _read_vector(file, layer, site)
                 for site in spec.vectors
@@ -79,6 +79,13 @@ def _read_lora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         a: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
         b: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
+
+
+def _read_adalora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: diag(E) A and B, where anything is left of them."""
+    for layer, delta in _by_layer(delta for delta in deltas if delta.rank):
+        a, e, b = (file.get_tensor(tensor_name(layer, delta.linear, f"lora_{name}")) for name in "AEB")
+        yield (layer, delta.linear), (e.float() * a.float(), fold_scale(b, delta.scale))
 
 
 def _read_vera(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:

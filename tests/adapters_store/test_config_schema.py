@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.config_schema import parse_config
@@ -142,6 +142,7 @@ OTHER_KINDS: list[PeftConfig] = [
     BeftConfig(target_modules=["k_proj"]),
     LNTuningConfig(target_modules=["norm"]),
     VeraConfig(target_modules=["q_proj"]),
+    AdaLoraConfig(target_modules=["q_proj"], total_step=10),
 ]
 
 
@@ -185,7 +186,7 @@ def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: i
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("kind", ["LOKR", "ADALORA", "CPT", "SHIRA", "lora"])
+@pytest.mark.parametrize("kind", ["LOKR", "OFT", "CPT", "SHIRA", "lora"])
 def test_a_kind_that_is_not_served_is_refused_by_name_with_those_that_are(kind: str) -> None:
     error = refused(peft_type=kind)
     assert error.field == "peft_type"

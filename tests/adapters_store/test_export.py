@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     BeftConfig,
     IA3Config,
     LNTuningConfig,
@@ -44,6 +45,14 @@ OPTIONS: list[dict[str, Any]] = [
 KINDS: dict[str, PeftConfig] = {
     "DoRA": LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "lora_bias": LoraConfig(r=3, lora_alpha=5, lora_bias=True, target_modules=["v_proj"], modules_to_save=["norm"]),
+    "AdaLoRA": AdaLoraConfig(
+        init_r=5, lora_alpha=3, total_step=10, target_modules=["q_proj", "down_proj"],
+        rank_pattern={
+            f"{Q0}.lora_E": [True, False, True, False, False],
+            "model.layers.1.self_attn.q_proj.lora_E": [False] * 5,
+            "model.layers.1.mlp.down_proj.lora_E": [True] * 5,
+        },
+    ),
     "LoHa": LoHaConfig(
         r=3, alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, init_weights=False
     ),
@@ -54,7 +63,7 @@ KINDS: dict[str, PeftConfig] = {
     "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "P-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-}
+}  # fmt: skip
 
 
 def export(staged: StagedAdapter, folder: Path) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     BeftConfig,
     IA3Config,
     LNTuningConfig,
@@ -57,6 +58,13 @@ KINDS: dict[str, PeftConfig] = {
     "ia3 of all outputs": IA3Config(target_modules=r".*_proj", feedforward_modules=[], **TASK),
     "beft": BeftConfig(target_modules=LINEARS, **TASK),
     "ln_tuning": LNTuningConfig(target_modules=NORMS, **TASK),
+    "adalora": AdaLoraConfig(
+        init_r=6, lora_alpha=40, total_step=10, bias="all", target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+        rank_pattern={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True, False, True],
+            "model.layers.1.self_attn.v_proj.lora_E": [False] * 6,
+        }, **TASK,
+    ),
     "loha": LoHaConfig(r=5, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
