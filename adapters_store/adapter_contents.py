@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters_store.base_spec import LINEARS, NORMS, BaseSpec, tensor_name
-from adapters_store.manifest import LoRADelta, VectorRole, VectorSite, VirtualTokens
+from adapters_store.manifest import KroneckerSplit, LoRADelta, VectorRole, VectorSite, VirtualTokens
 from adapters_store.module_matching import refuse
 
 _MODULES: Final = (*LINEARS, *NORMS)
@@ -41,12 +41,20 @@ class AdapterContents:
     tensors: dict[str, TensorRule] = field(default_factory=dict)
     make: Callable[[], Mapping[str, npt.NDArray[np.float32]]] = dict
     virtual_tokens: VirtualTokens | None = None
+    kronecker: KroneckerSplit | None = None
     _deltas: list[LoRADelta] = field(default_factory=list)
     _vectors: list[tuple[str, VectorRole, str, float, int]] = field(default_factory=list)
 
     def add_delta(self, layer: int, linear: str, rank: int, scale: float, **more: int) -> None:
         """A low-rank delta, whose tensors the caller adds; `more`: further fields of `LoRADelta`."""
         self._deltas.append(LoRADelta(linear=linear, rank=rank, scale=scale, layers=(layer,), **more))
+
+    def cut_ranks(self, most: int) -> None:
+        """Keep `most` ranks of each delta that may be served by fewer than it has."""
+        self._deltas = [
+            delta if delta.exact_rank is None else delta.model_copy(update={"rank": min(delta.exact_rank, most)})
+            for delta in self._deltas
+        ]
 
     def add_vector(
         self, layer: int, module: str, role: VectorRole, tensor: str, shape: tuple[int, ...], scale: float = 1.0

@@ -12,6 +12,7 @@ from adapters_store.file_names import CONFIG_FILE
 from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
 from adapters_store.loha_config import LoHaConfig
+from adapters_store.lokr_config import LoKrConfig
 from adapters_store.lora_config import LoRAConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
@@ -24,6 +25,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
         LoRAConfig,
         AdaLoRAConfig,
         LoHaConfig,
+        LoKrConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,

@@ -82,6 +82,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "LORA": _lora_fields,
         "ADALORA": _adalora_fields,
         "LOHA": _loha_fields,
+        "LOKR": _lokr_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
@@ -123,6 +124,12 @@ def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """Its rank is the root of the delta's."""
     ranks = {(layer, delta.linear): math.isqrt(delta.rank) for delta in spec.deltas for layer in delta.layers}
     return _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _lokr_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    ranks = {(layer, delta.linear): delta.peft_rank or 0 for delta in spec.deltas for layer in delta.layers}
+    assert spec.kronecker is not None, "a spec of LoKr has it"
+    return spec.kronecker.model_dump() | _ranked(spec, ranks, "alpha", num_layers)
 
 
 def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers: int) -> dict[str, Any]:

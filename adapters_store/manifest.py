@@ -20,7 +20,7 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 
 
 Kind = Literal[
-    "LORA", "ADALORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
 ]
 """peft's names of the kinds that are served."""
 
@@ -33,7 +33,8 @@ class LoRADelta(BaseModel):
     """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
 
     rank: 0 where AdaLoRA left nothing. in_features: of VeRA's linears, which share an A as wide as the widest of them.
-    peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r).
+    peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r, LoKr's r). exact_rank: of a
+    Kronecker product, of which `rank` may be fewer, the largest singular values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +45,7 @@ class LoRADelta(BaseModel):
     layers: tuple[int, ...]
     in_features: int | None = None
     peft_rank: int | None = None
+    exact_rank: int | None = None
 
 
 class VectorSite(BaseModel):
@@ -74,6 +76,15 @@ class VirtualTokens(BaseModel):
     num_layers: int | None = None
 
 
+class KroneckerSplit(BaseModel):
+    """How peft cuts linears into LoKr's two factors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decompose_both: bool
+    decompose_factor: int
+
+
 class AdapterSpec(BaseModel):
     """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it."""
 
@@ -85,6 +96,7 @@ class AdapterSpec(BaseModel):
     deltas: tuple[LoRADelta, ...] = ()
     vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
+    kronecker: KroneckerSplit | None = None
 
     @property
     def rank(self) -> int:
@@ -123,10 +135,12 @@ class AdapterManifest(AdapterSpec):
     """What the registry keeps of one version.
 
     digest: SHA-256 in hex of the blob: the canonical safetensors file, whose header holds the `AdapterSpec`.
-    size_bytes: size of that blob. num_parameters: elements of all tensors. files: what was uploaded.
+    size_bytes: size of that blob. num_parameters: elements of all tensors. files: what was uploaded. import_error: the
+    largest relative error of a linear's delta, in the Frobenius norm, that fewer ranks than it has make; else 0.
     """
 
     digest: str
     num_parameters: int
     size_bytes: int
+    import_error: float = 0.0
     files: tuple[AdapterFile, ...] = ()

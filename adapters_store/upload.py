@@ -31,10 +31,14 @@ _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever els
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks."""
+    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks.
+
+    max_import_error: of a delta that is served by fewer ranks than it has, as `AdapterManifest.import_error`.
+    """
 
     max_upload_bytes: int = 2 << 30
     max_unpacked_bytes: int = 4 << 30
+    max_import_error: float = 0.01
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
 
@@ -142,6 +146,7 @@ class Staging:
             },
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,
+            "max_import_error": self._limits.max_import_error,
             "base_fingerprint": base_fingerprint,
         }
         limits = self._limits.sandbox  # the library maps the whole file once

@@ -23,6 +23,7 @@ from adapters_store.base_spec import (
     tensor_name,
 )
 from adapters_store.errors import AdapterLoadFailed
+from adapters_store.kronecker import KroneckerProduct
 from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
     PROMPT_TENSOR,
@@ -62,7 +63,8 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            read_pairs = {"ADALORA": _read_adalora, "VERA": _read_vera, "LOHA": _read_loha}.get(spec.kind, _read_lora)
+            kinds = {"ADALORA": _read_adalora, "VERA": _read_vera, "LOHA": _read_loha, "LOKR": _read_lokr}
+            read_pairs = kinds.get(spec.kind, _read_lora)
             vectors = {
                 (layer, site.module, site.role): _read_vector(file, layer, site)
                 for site in spec.vectors
@@ -109,6 +111,20 @@ def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         a = (rows[0].unsqueeze(1) * rows[1].unsqueeze(0)).flatten(0, 1)
         b = (columns[0].unsqueeze(2) * columns[1].unsqueeze(1)).flatten(1, 2)
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
+
+
+def _read_lokr(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: all singular triplets of the product, or the largest, as many as the spec says.
+
+    Each rank of a tensor-parallel engine does it for itself and serves its own rows or columns of B A, whatever the
+    others' A and B are.
+    """
+    names = set(file.keys())
+    for layer, delta in _by_layer(deltas):
+        product = KroneckerProduct.read(lambda name: file.get_tensor(name).double().numpy(), names, layer, delta)
+        a, b = product.pair(delta.rank)
+        b *= delta.scale
+        yield (layer, delta.linear), (torch.from_numpy(a.astype("f4")), torch.from_numpy(b.astype("f4")))
 
 
 def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:

@@ -154,6 +154,8 @@ class LimitsConfig:
 
     max_priority_boost: how far below 0 a tenant may set the priority of its requests (lower runs earlier); above it may
         always. tenant_weights: the shares of tenants beside others of the same priority; 1 for those not named.
+    max_import_error: of an adapter that is served with fewer ranks than its deltas have (LoKr), the largest relative
+        error of a linear's delta, in the Frobenius norm; 0 refuses all but exact ones.
     """
 
     max_upload_bytes: int = 2 << 30
@@ -166,10 +168,14 @@ class LimitsConfig:
     max_stop: int = 16
     max_logit_bias: int = 1024
     default_max_rank: int = 64
+    max_import_error: float = 0.01
     max_priority_boost: int = 0
     tenant_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_import_error < 1:
+            name = "limits.max_import_error"
+            raise ConfigInvalid(f"{name} must be in [0, 1), not {self.max_import_error}", param=name)
         for tenant, weight in self.tenant_weights.items():
             if not 0 < weight < math.inf:
                 name = f"limits.tenant_weights.{tenant}"

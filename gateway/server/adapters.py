@@ -147,7 +147,8 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 
     async def __aenter__(self) -> Self:
         config = self._context.config
-        limits = UploadLimits(config.limits.max_upload_bytes, config.limits.max_unpacked_bytes)
+        own = config.limits
+        limits = UploadLimits(own.max_upload_bytes, own.max_unpacked_bytes, own.max_import_error)
         root = config.store.staging
         try:
             await self.run(lambda: self._open(root, limits))

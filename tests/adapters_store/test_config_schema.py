@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from peft import AdaLoraConfig, BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import AdaLoraConfig, BeftConfig, IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, PeftConfig, VeraConfig
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.config_schema import parse_config
@@ -63,7 +63,7 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", 3),
-        ("peft_type", "LOKR"),
+        ("peft_type", "OFT"),
         ("peft_type", ["LORA"]),
         ("peft_type", None),
         ("task_type", "SEQ_CLS"),
@@ -143,6 +143,7 @@ OTHER_KINDS: list[PeftConfig] = [
     LNTuningConfig(target_modules=["norm"]),
     VeraConfig(target_modules=["q_proj"]),
     AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    LoKrConfig(target_modules=["q_proj"]),
 ]
 
 
@@ -178,6 +179,11 @@ def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: Pe
         (3, "bias", "lora_only"),
         (3, "r", 0),
         (3, "layers_pattern", "layers"),
+        (4, "lora_ga_config", {"cache_file": "/etc/passwd"}),
+        (5, "decompose_factor", -2),
+        (5, "decompose_factor", 2.5),
+        (5, "decompose_both", "yes"),
+        (5, "alpha", "8"),
     ],
 )
 def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: int, field: str, value: Any) -> None:
@@ -186,7 +192,7 @@ def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: i
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("kind", ["LOKR", "OFT", "CPT", "SHIRA", "lora"])
+@pytest.mark.parametrize("kind", ["C3A", "OFT", "CPT", "SHIRA", "lora"])
 def test_a_kind_that_is_not_served_is_refused_by_name_with_those_that_are(kind: str) -> None:
     error = refused(peft_type=kind)
     assert error.field == "peft_type"

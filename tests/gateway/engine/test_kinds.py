@@ -15,6 +15,7 @@ from peft import (
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PeftConfig,
     PeftModel,
@@ -66,6 +67,11 @@ KINDS: dict[str, PeftConfig] = {
         }, **TASK,
     ),
     "loha": LoHaConfig(r=5, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
+    "lokr": LoKrConfig(r=3, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
+    "lokr of whole factors": LoKrConfig(
+        r=32, alpha=16, decompose_factor=4, target_modules=["k_proj", "o_proj", "gate_proj"], **TASK
+    ),
+    "lokr of two products": LoKrConfig(r=2, alpha=3, decompose_both=True, target_modules=["o_proj", "up_proj"], **TASK),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK
@@ -126,7 +132,7 @@ def make_engine(world: World) -> Any:
 
     def make(**settings: Any) -> LLMEngine:
         defaults = {"base": str(world.base), "quantization": "none", "device": "cpu", "kv_cache_tokens": 2048,
-                    "block_size": 4, "num_adapter_slots": 16, "max_lora_rank": 256}  # fmt: skip
+                    "block_size": 4, "num_adapter_slots": 24, "max_lora_rank": 256}  # fmt: skip
         engines.append(LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None))
         return engines[-1]
 
