@@ -8,6 +8,7 @@ from typing import Final
 from adapters_store.adalora_config import AdaLoRAConfig
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.beft_config import BEFTConfig
+from adapters_store.delora_config import DeLoRAConfig
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
@@ -26,6 +27,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
         AdaLoRAConfig,
         LoHaConfig,
         LoKrConfig,
+        DeLoRAConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,

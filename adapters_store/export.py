@@ -83,6 +83,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "ADALORA": _adalora_fields,
         "LOHA": _loha_fields,
         "LOKR": _lokr_fields,
+        "DELORA": _delora_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
@@ -130,6 +131,14 @@ def _lokr_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     ranks = {(layer, delta.linear): delta.peft_rank or 0 for delta in spec.deltas for layer in delta.layers}
     assert spec.kronecker is not None, "a spec of LoKr has it"
     return spec.kronecker.model_dump() | _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _delora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Its strengths are in the file."""
+    ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
+    rank, rank_pattern = _default_and_pattern(ranks)
+    own = {"bias": _own_biases(spec, "delora_only"), "r": rank, "rank_pattern": rank_pattern}
+    return own | _targets(set(ranks), num_layers)
 
 
 def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers: int) -> dict[str, Any]:

@@ -20,7 +20,18 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 
 
 Kind = Literal[
-    "LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"
+    "LORA",
+    "ADALORA",
+    "LOHA",
+    "LOKR",
+    "DELORA",
+    "VERA",
+    "IA3",
+    "BEFT",
+    "LN_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
 ]
 """peft's names of the kinds that are served."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from pydantic import ValidationError
@@ -63,8 +63,7 @@ def load_weights(path: Path) -> AdapterWeights:
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            kinds = {"ADALORA": _read_adalora, "VERA": _read_vera, "LOHA": _read_loha, "LOKR": _read_lokr}
-            read_pairs = kinds.get(spec.kind, _read_lora)
+            read_pairs = _READERS.get(spec.kind, _read_lora)
             vectors = {
                 (layer, site.module, site.role): _read_vector(file, layer, site)
                 for site in spec.vectors
@@ -125,6 +124,27 @@ def _read_lokr(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         a, b = product.pair(delta.rank)
         b *= delta.scale
         yield (layer, delta.linear), (torch.from_numpy(a.astype("f4")), torch.from_numpy(b.astype("f4")))
+
+
+def _read_delora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: A with all that is diagonal, of which the norms are those of A's rows and B's columns."""
+    for layer, delta in _by_layer(deltas):
+        a, b, strength, widths = (
+            file.get_tensor(tensor_name(layer, delta.linear, f"delora_{name}"))
+            for name in ("A", "B", "lambda", "w_norm")
+        )
+        of_a, of_b = (rows.double().norm(dim=1, keepdim=True).clamp_min(1e-4) for rows in (a, b.T))
+        ranks = a.double() / of_a / of_b * (strength.double() / delta.rank) * widths.double()
+        yield (layer, delta.linear), (ranks.float(), b)
+
+
+_READERS: Final = {
+    "ADALORA": _read_adalora,
+    "DELORA": _read_delora,
+    "LOHA": _read_loha,
+    "LOKR": _read_lokr,
+    "VERA": _read_vera,
+}
 
 
 def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:

@@ -7,7 +7,17 @@ import json
 from typing import Any
 
 import pytest
-from peft import AdaLoraConfig, BeftConfig, IA3Config, LNTuningConfig, LoKrConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    DeloraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.config_schema import parse_config
@@ -144,6 +154,7 @@ OTHER_KINDS: list[PeftConfig] = [
     VeraConfig(target_modules=["q_proj"]),
     AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     LoKrConfig(target_modules=["q_proj"]),
+    DeloraConfig(target_modules=["q_proj"]),
 ]
 
 
@@ -184,6 +195,8 @@ def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: Pe
         (5, "decompose_factor", 2.5),
         (5, "decompose_both", "yes"),
         (5, "alpha", "8"),
+        (6, "bias", "lora_only"),
+        (6, "r", 0),
     ],
 )
 def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: int, field: str, value: Any) -> None:

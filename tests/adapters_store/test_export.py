@@ -12,6 +12,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -64,6 +65,10 @@ KINDS: dict[str, PeftConfig] = {
     ),
     "LoKr of two matrices": LoKrConfig(
         r=64, alpha=5, decompose_factor=2, target_modules=["k_proj"], layers_to_transform=[1], init_weights=False
+    ),
+    "DeLoRA": DeloraConfig(
+        r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, lambda_pattern={"q_proj": 4},
+        init_weights=False,
     ),
     "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -11,6 +11,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -37,6 +38,7 @@ ADALORA = AdaLoraConfig(
     init_r=3, total_step=9, target_modules=["q_proj"], rank_pattern={E0: [True, False, True]}, layers_to_transform=[0]
 )
 LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
+DELORA = DeloraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
 LOKR = LoKrConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
@@ -79,9 +81,10 @@ SAVED_NORMS = tuple(
         (VERA, 6, ()),
         (ADALORA, 2, ()),
         (LOKR, 8, ()),
+        (DELORA, 3, ()),
     ],
     ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA",
-         "LoKr"],
+         "LoKr", "DeLoRA"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
@@ -99,7 +102,9 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [ADALORA, VERA, LOHA, LOKR, IA3, LN], ids=lambda config: config.peft_type.value)
+@pytest.mark.parametrize(
+    "config", [ADALORA, VERA, LOHA, LOKR, DELORA, IA3, LN], ids=lambda config: config.peft_type.value
+)
 def test_a_folder_saved_in_16_bits_is_accepted(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
 ) -> None:
@@ -191,6 +196,9 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
         (LOKR, "layers.0.self_attn.q_proj.lokr_w2", torch.ones(8, 8), "not a tensor"),
         (LOKR, "layers.0.self_attn.q_proj.lokr_w2_a", torch.ones(2, 8), "[8, 2]"),
         (LOKR, "layers.0.self_attn.q_proj.lokr_w1", torch.full((4, 4), 5e9), "overflows"),
+        (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", None, "missing"),
+        (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", torch.ones(1), "[32]"),  # of weights in 4 bits
+        (DELORA, "layers.0.self_attn.q_proj.delora_lambda", torch.tensor([1e18]), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],

@@ -12,6 +12,7 @@ import torch
 from peft import (
     AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
@@ -72,6 +73,10 @@ KINDS: dict[str, PeftConfig] = {
         r=32, alpha=16, decompose_factor=4, target_modules=["k_proj", "o_proj", "gate_proj"], **TASK
     ),
     "lokr of two products": LoKrConfig(r=2, alpha=3, decompose_both=True, target_modules=["o_proj", "up_proj"], **TASK),
+    "delora": DeloraConfig(
+        r=6, target_modules=LINEARS, bias="delora_only", rank_pattern={"o_proj": 3}, lambda_pattern={"up_proj": 2},
+        **TASK,
+    ),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK
