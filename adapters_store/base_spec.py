@@ -15,6 +15,7 @@ VERA_LAMBDA_D: Final = "vera_lambda_d"
 LOHA_A: Final = ("hada_w1_b", "hada_w2_b")
 LOHA_B: Final = ("hada_w1_a", "hada_w2_a")
 LOKR_FACTORS: Final = ("lokr_w1", "lokr_w2")
+MISS_BLOCK: Final = "miss_block"
 _ATTENTION: Final = frozenset(LINEARS[:4])
 
 

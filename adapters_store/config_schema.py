@@ -15,6 +15,7 @@ from adapters_store.ln_tuning_config import LNTuningConfig
 from adapters_store.loha_config import LoHaConfig
 from adapters_store.lokr_config import LoKrConfig
 from adapters_store.lora_config import LoRAConfig
+from adapters_store.miss_config import MiSSConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from adapters_store.strict_json import parse_object, shown
@@ -28,6 +29,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
         LoHaConfig,
         LoKrConfig,
         DeLoRAConfig,
+        MiSSConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,

@@ -84,6 +84,7 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "LOHA": _loha_fields,
         "LOKR": _lokr_fields,
         "DELORA": _delora_fields,
+        "MISS": _miss_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
@@ -153,6 +154,11 @@ def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers
         "alpha_pattern": alpha_pattern,
         **_targets(set(ranks), num_layers),
     }
+
+
+def _miss_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    modules = {(layer, delta.linear) for delta in spec.deltas for layer in delta.layers}
+    return {"bias": _own_biases(spec, "MiSS_only"), "r": spec.rank, **_targets(modules, num_layers)}
 
 
 def _vera_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:

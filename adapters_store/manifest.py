@@ -25,6 +25,7 @@ Kind = Literal[
     "LOHA",
     "LOKR",
     "DELORA",
+    "MISS",
     "VERA",
     "IA3",
     "BEFT",
@@ -43,7 +44,7 @@ bias, is DoRA's magnitude (an output scale once divided by the rows' norms), or 
 class LoRADelta(BaseModel):
     """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
 
-    rank: 0 where AdaLoRA left nothing. in_features: of VeRA's linears, which share an A as wide as the widest of them.
+    rank: 0 where AdaLoRA left nothing. in_features: of the linear, where no tensor of its own has it (VeRA and MiSS).
     peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r, LoKr's r). exact_rank: of a
     Kronecker product, of which `rank` may be fewer, the largest singular values.
     """

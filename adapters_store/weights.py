@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from adapters_store.base_spec import (
     LOHA_A,
     LOHA_B,
+    MISS_BLOCK,
     VERA_A,
     VERA_B,
     VERA_LAMBDA_B,
@@ -138,11 +139,21 @@ def _read_delora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple
         yield (layer, delta.linear), (ranks.float(), b)
 
 
+def _read_miss(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+    """As plain LoRA: A of zeros and ones adds up every r-th input."""
+    for layer, delta in _by_layer(deltas):
+        block: torch.Tensor = file.get_tensor(tensor_name(layer, delta.linear, MISS_BLOCK))
+        assert delta.in_features is not None, "every delta of MiSS has it"
+        sums = torch.eye(delta.rank, dtype=block.dtype).repeat(1, -(-delta.in_features // delta.rank))
+        yield (layer, delta.linear), (sums[:, : delta.in_features], block.T)
+
+
 _READERS: Final = {
     "ADALORA": _read_adalora,
     "DELORA": _read_delora,
     "LOHA": _read_loha,
     "LOKR": _read_lokr,
+    "MISS": _read_miss,
     "VERA": _read_vera,
 }
 

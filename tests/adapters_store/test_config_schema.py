@@ -15,6 +15,7 @@ from peft import (
     LNTuningConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     VeraConfig,
 )
@@ -155,6 +156,7 @@ OTHER_KINDS: list[PeftConfig] = [
     AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     LoKrConfig(target_modules=["q_proj"]),
     DeloraConfig(target_modules=["q_proj"]),
+    MissConfig(target_modules=["q_proj"]),
 ]
 
 
@@ -197,6 +199,10 @@ def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: Pe
         (5, "alpha", "8"),
         (6, "bias", "lora_only"),
         (6, "r", 0),
+        (7, "init_weights", "bat"),
+        (7, "init_weights", "mini"),
+        (7, "init_weights", ["mini"]),
+        (7, "bias", "miss_only"),
     ],
 )
 def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: int, field: str, value: Any) -> None:

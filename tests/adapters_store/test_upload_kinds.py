@@ -17,6 +17,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     VeraConfig,
 )
@@ -40,6 +41,7 @@ ADALORA = AdaLoraConfig(
 LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 DELORA = DeloraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
 LOKR = LoKrConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
+MISS = MissConfig(r=6, target_modules=["q_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
 
@@ -82,9 +84,10 @@ SAVED_NORMS = tuple(
         (ADALORA, 2, ()),
         (LOKR, 8, ()),
         (DELORA, 3, ()),
+        (MISS, 6, ()),
     ],
     ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA",
-         "LoKr", "DeLoRA"],
+         "LoKr", "DeLoRA", "MiSS"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
@@ -103,7 +106,7 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "config", [ADALORA, VERA, LOHA, LOKR, DELORA, IA3, LN], ids=lambda config: config.peft_type.value
+    "config", [ADALORA, VERA, LOHA, LOKR, DELORA, MISS, IA3, LN], ids=lambda config: config.peft_type.value
 )
 def test_a_folder_saved_in_16_bits_is_accepted(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
@@ -199,6 +202,7 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
         (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", None, "missing"),
         (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", torch.ones(1), "[32]"),  # of weights in 4 bits
         (DELORA, "layers.0.self_attn.q_proj.delora_lambda", torch.tensor([1e18]), "overflows"),
+        (MISS, "layers.0.self_attn.q_proj.miss_block", torch.ones(6, 6), "[6, 32]"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],

@@ -18,6 +18,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PeftModel,
     VeraConfig,
@@ -77,6 +78,8 @@ KINDS: dict[str, PeftConfig] = {
         r=6, target_modules=LINEARS, bias="delora_only", rank_pattern={"o_proj": 3}, lambda_pattern={"up_proj": 2},
         **TASK,
     ),
+    "miss": MissConfig(r=8, target_modules=LINEARS, **TASK),
+    "miss of ranks that do not divide": MissConfig(r=21, bias="MiSS_only", target_modules=["q_proj", "o_proj"], **TASK),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK
