@@ -8,12 +8,12 @@ from typing import Annotated, ClassVar, Final
 from pydantic import Field, StrictBool, StrictInt
 
 from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pattern, Rank
-from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
+from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, LOKR_FACTORS, BaseSpec, tensor_name
 from adapters_store.manifest import KroneckerSplit
 from adapters_store.module_matching import choose, pattern_lookup
 
-_LARGEST: Final = math.sqrt(SQRT_LARGEST)  # two factors of two parts: the product of four such is finite in fp32
+_LARGEST: Final = 1e6  # products of four such, two summed over any rank and times any alpha / r, are finite in fp32
 
 
 class LoKrConfig(LayeredConfig):

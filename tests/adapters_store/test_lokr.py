@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,24 @@ def test_a_cut_adapter_is_exported_whole_and_has_its_digest_again(tmp_path: Path
     again = stage_roughly(exported, base, tmp_path / "staging")
     assert again.manifest.digest == staged.manifest.digest
     assert stage_roughly(exported, base, tmp_path / "staging", max_rank=8).manifest.digest != staged.manifest.digest
+
+
+@pytest.mark.parametrize("max_rank", [16, 5])
+def test_the_largest_numbers_that_are_accepted_make_finite_pairs(tmp_path: Path, base: BaseSpec, max_rank: int) -> None:
+    folder = save_lokr(tmp_path / "adapter", r=2, alpha=1_000_000)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: torch.full_like(tensor, 1e6) for name, tensor in load_file(path).items()}, path)
+    pairs = load_weights(stage_roughly(folder, base, tmp_path / "staging", max_rank=max_rank).path).tensors
+    assert all(torch.isfinite(matrix).all() for pair in pairs.values() for matrix in pair)
+
+
+@pytest.mark.parametrize("make", [Factor.whole, Factor.decomposed])
+def test_a_product_of_more_ranks_than_its_sides_has_those_of_its_shorter_side(make: Callable[..., Factor]) -> None:
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=(5, 3)), (random.normal(size=(2, 6)), random.normal(size=(6, 16)))
+    a, b = KroneckerProduct(make(first), make(*second)).pair(6)
+    assert (a.shape, b.shape) == ((6, 48), (10, 6))
+    np.testing.assert_allclose(b @ a, np.kron(first, second[0] @ second[1]), atol=1e-12)
 
 
 def test_a_delta_of_nothing_has_no_error(tmp_path: Path) -> None:

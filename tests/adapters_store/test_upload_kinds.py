@@ -198,7 +198,7 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
         (LOKR, "layers.0.self_attn.q_proj.lokr_t2", torch.ones(2, 2, 3, 3), "convolution"),
         (LOKR, "layers.0.self_attn.q_proj.lokr_w2", torch.ones(8, 8), "not a tensor"),
         (LOKR, "layers.0.self_attn.q_proj.lokr_w2_a", torch.ones(2, 8), "[8, 2]"),
-        (LOKR, "layers.0.self_attn.q_proj.lokr_w1", torch.full((4, 4), 5e9), "overflows"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w1", torch.full((4, 4), 1.1e6), "overflows"),
         (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", None, "missing"),
         (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", torch.ones(1), "[32]"),  # of weights in 4 bits
         (DELORA, "layers.0.self_attn.q_proj.delora_lambda", torch.tensor([1e18]), "overflows"),
