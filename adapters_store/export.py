@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar
 
-from adapters_store.base_spec import LINEARS, module_path
+from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.manifest import AdapterManifest, AdapterSpec
 
@@ -36,10 +36,10 @@ class PeftTar:
     weights_bytes: int
 
     @classmethod
-    def of(cls, folder: str, manifest: AdapterManifest, num_layers: int, weights: BinaryIO) -> PeftTar:
-        """num_layers: of the base."""
+    def of(cls, folder: str, manifest: AdapterManifest, base: BaseSpec, weights: BinaryIO) -> PeftTar:
+        """base: that the version is for."""
         small = {
-            CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
+            CONFIG_FILE: _json_file(peft_config(manifest, base)),
             PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
         }
         return cls(folder, small, weights, manifest.size_bytes)
@@ -66,17 +66,16 @@ class PeftTar:
         return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
-    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors.
-
-    num_layers: of the base.
-    """
+def peft_config(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors, on its base."""
     common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
     if spec.virtual_tokens is not None:
         return common | {"num_virtual_tokens": spec.num_virtual_tokens}
     norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
     if spec.kind == "LN_TUNING":
         return common | {"target_modules": norms}
+    if spec.kind == "TRAINABLE_TOKENS":
+        return common | _trained_tokens_fields(spec, base)
     of_kind = {
         "LORA": _lora_fields,
         "LOHA": _loha_fields,
@@ -84,16 +83,25 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
     }[spec.kind]
-    return common | {"modules_to_save": norms or None} | of_kind(spec, num_layers)
+    whole = [module_path(0, rows.modules[0]) for rows in spec.token_rows if rows.ids is None]
+    return common | {"modules_to_save": [*norms, *whole] or None} | of_kind(spec, base.num_layers)
+
+
+def _trained_tokens_fields(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """peft makes the second of tied modules from the first."""
+    rows = spec.token_rows[:1] if base.tied else spec.token_rows
+    return {"token_indices": rows[0].ids, "target_modules": [module_path(0, own.modules[0]) for own in rows]}
 
 
 def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
     roles = {site.role for site in spec.vectors}
+    trained = {module_path(0, rows.modules[0]): rows.ids for rows in spec.token_rows if rows.ids is not None}
     return {
         "bias": _own_biases(spec, "lora_only"),
         "use_dora": "magnitude" in roles,
         "lora_bias": "bias" in roles,
+        "trainable_token_indices": trained or None,
         **_ranked(spec, ranks, "lora_alpha", num_layers),
     }
 

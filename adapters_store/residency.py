@@ -233,6 +233,7 @@ class AdapterResidency:
         if loading.future.exception() is not None:
             raise self._fail(adapter.digest, loading)
         self._check_rank(adapter.digest, loading.future.result().rank)
+        self._check_token_rows(adapter.digest, loading.future.result())
         self._place(adapter, loading, keep=())
         return self._resident.get(adapter.digest)
 
@@ -282,34 +283,28 @@ class AdapterResidency:
         self._load_seconds += copying.seconds + time.monotonic() - copying.started
 
     def _make_room(self, image: PageImage, keep: Collection[str]) -> bool:
-        """Evict until a slot, pages and a row for the image are free; evict nothing when that cannot be reached."""
+        """Evict until there is room for the image, nothing that would give none; nothing at all when it cannot be."""
         idle = [digest for digest, entry in self._resident.items() if entry.pins == 0 and digest not in keep]
-        if not self._would_fit(image, [self._resident[digest].slot for digest in idle]):
+        if not self._slots.would_have_room(image, [self._resident[digest].slot for digest in idle]):
             return False
         for digest in idle:
             if self._slots.has_room(image):
                 break
-            if self._lacks_a_row_alone(image) and self._slots.vector_row(self._resident[digest].slot) < 0:
-                continue
-            self._slots.free(self._resident.pop(digest).slot)
-            self._evictions += 1
+            if self._slots.lacks_for(image, self._resident[digest].slot):
+                self._slots.free(self._resident.pop(digest).slot)
+                self._evictions += 1
         return True
-
-    def _would_fit(self, image: PageImage, given_back: list[int]) -> bool:
-        """Whether there was room if these slots were free."""
-        slots = self._slots
-        num_pages = slots.num_free_pages + sum(len(slots.pages_of(slot)) for slot in given_back)
-        num_rows = slots.num_free_rows + sum(slots.vector_row(slot) >= 0 for slot in given_back)
-        has_slot = slots.num_free_slots + len(given_back) > 0
-        return has_slot and num_pages >= len(image.pages) and (image.vectors is None or num_rows > 0)
-
-    def _lacks_a_row_alone(self, image: PageImage) -> bool:
-        return self._slots.num_free_slots > 0 and self._slots.num_free_pages >= len(image.pages)
 
     def _check_rank(self, digest: str, rank: int) -> None:
         if num_pages_for(rank) > self._slots.num_pages or self._slots.num_slots == 0:
             needed, total = num_pages_for(rank), self._slots.num_pages
             raise AdapterLoadFailed(digest, f"its rank {rank} needs {needed} pages and this engine has {total}")
+
+    def _check_token_rows(self, digest: str, image: PageImage) -> None:
+        total = len(self._slots.tokens.rows) if self._slots.tokens is not None else 0
+        if image.num_token_rows > total:
+            reason = f"its {image.num_token_rows} rows of tokens are more than this engine's {total} (num_token_rows)"
+            raise AdapterLoadFailed(digest, reason)
 
     def _check_virtual_tokens(self, adapter: LoadableAdapter, slot: int) -> None:
         """Who counts none of them would be served the bare base."""

@@ -44,6 +44,9 @@ class EngineConfig:
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
         Llama-3.1-8B's shape, taken at the start; as many as adapters' slots at most. 0 refuses them. They also take a
         sixteenth of host_cache_bytes.
+    num_token_rows: room on the device for what adapters have of embed_tokens and lm_head, in rows of a token: one for
+        each that is trained, as many as the vocabulary for a whole module (`modules_to_save`). Taken at the start; a
+        row is 8 KB at Llama-3.1-8B's shape, a whole module there 1.05 GB. 0 refuses them.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
@@ -81,6 +84,7 @@ class EngineConfig:
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
     num_vector_slots: int = 16
+    num_token_rows: int = 4096
     max_virtual_tokens: int = 512
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30

@@ -71,6 +71,7 @@ class LLMEngine:
             pinned=decoder.device.type == "cuda",
             read=read,
             vectors=slots.vectors.layout if slots.vectors is not None else None,
+            token_dtype=slots.tokens.rows.dtype if slots.tokens is not None else None,
         )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
         self.blocks = BlockManager(
