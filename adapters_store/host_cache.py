@@ -77,6 +77,11 @@ class HostCache:
         with self._lock:
             return sum(image.num_bytes for image in self._kept.values())
 
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter is kept."""
+        with self._lock:
+            return digest in self._kept
+
     def get(self, digest: str) -> Future[PageImage]:
         """The adapter: a finished future when it is kept, else one that a background thread finishes.
 

@@ -52,6 +52,8 @@ class EngineConfig:
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
         host_cache_bytes each adapter that has a slot keeps its own in host memory: so many embeddings, or tokens' keys
         and values.
+    tenant_adapter_share: the part of all slots and pages that one tenant's adapters may take, but one adapter always. A
+        tenant that has its share exchanges its own adapters, and its requests alone wait while they are in use.
     max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
         None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
     enforce_eager: record no CUDA graphs: a faster start; decode steps and short prompts are slower.
@@ -86,6 +88,7 @@ class EngineConfig:
     num_vector_slots: int = 16
     num_token_rows: int = 4096
     max_virtual_tokens: int = 512
+    tenant_adapter_share: float = 1.0
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
@@ -93,6 +96,11 @@ class EngineConfig:
     overlap_steps: bool | None = None
     max_speculative_tokens: int = 8
     batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tenant_adapter_share <= 1:
+            name = "engine.tenant_adapter_share"
+            raise ConfigInvalid(f"{name} must be in (0, 1], not {self.tenant_adapter_share}", param=name)
 
     @property
     def max_rows(self) -> int:
