@@ -426,7 +426,7 @@ def test_a_less_urgent_adapter_does_not_pass_one_that_waits_for_pages(
 
 
 def test_a_tenant_at_its_share_of_the_slots_holds_up_nobody_else(world: TinyWorld, make_engine: MakeEngine) -> None:
-    """Of two slots a tenant may have one: its second adapter waits for the first, and what comes next for the second."""
+    """Of two slots a tenant may have one: its second adapter waits for its first, and what comes next for both."""
     engine = make_engine(num_adapter_slots=2, tenant_adapter_share=0.5)
     load(engine, world, "a4", "b20", "c8")
     names = {"a4": "acme/a:1", "b20": "acme/b:1", "c8": "zeta/c:1"}
