@@ -310,7 +310,7 @@ class Scheduler:
             if has_pages and not self.residency.is_waiting_for_room(adapter.digest):
                 return False
             if not self._make_adapter_yield(sequence, step):
-                self._adapters.wait(sequence, for_pages=not has_pages)
+                self._adapters.wait(sequence)
                 return False
         return True
 

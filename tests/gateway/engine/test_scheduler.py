@@ -103,20 +103,23 @@ def test_a_loading_adapter_lets_others_pass(world: TinyWorld, make_engine: MakeE
     assert engine.has_work
 
 
-def test_a_request_that_waits_for_a_slot_is_not_overtaken_by_its_neighbours(
+def test_those_whose_adapter_runs_pass_one_that_waits_for_a_slot_sixteen_times(
     world: TinyWorld, make_engine: MakeEngine
 ) -> None:
-    engine = make_engine(num_adapter_slots=1)
-    add(engine, world, "holder", 4, "a4")
+    engine = make_engine(num_adapter_slots=1, max_num_seqs=64)
+    add(engine, world, "first", 4, "a4", max_tokens=40)
     while not engine.scheduler.running:
         engine.step()
     add(engine, world, "blocked", 4, "b20")
     engine.host_cache.get(world.refs["b20"].digest).result()
     engine.step()
     assert engine.residency.is_waiting_for_room(world.refs["b20"].digest)
-    add(engine, world, "later", 4, "a4")
+    for i in range(20):
+        add(engine, world, f"later {i}", 4, "a4")
     add(engine, world, "base", 4)
-    assert set(plan(engine)) == {"holder", "base"}
+    engine.step()
+    assert set(running(engine)) == {"first", "base", *(f"later {i}" for i in range(16))}
+    assert len(finish(engine)) == 23
 
 
 def test_adapters_of_the_queue_come_in_before_their_turn(world: TinyWorld, make_engine: MakeEngine) -> None:
