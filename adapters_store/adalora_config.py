@@ -12,6 +12,7 @@ from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, Tenso
 from adapters_store.base_spec import LINEARS, BaseSpec, tensor_name
 from adapters_store.lora_config import LoRAConfig
 from adapters_store.module_matching import choose, refuse
+from adapters_store.trainable_tokens_config import TokenIds, TokensByModule, add_trained_tokens
 
 ADALORA_EPSILON: Final = 1e-5
 """What peft adds to the rank that it divides by."""
@@ -33,6 +34,8 @@ class AdaLoRAConfig(LayeredConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     exclude_modules: ManyPatterns | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, _Mask], Field(max_length=1 << 16, default_factory=dict)]
+    trainable_token_indices: TokenIds | TokensByModule | None = None
+    ensure_weight_tying: StrictBool = False
 
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
@@ -51,7 +54,9 @@ class AdaLoRAConfig(LayeredConfig):
                 tensor_name(layer, linear, "lora_B"): TensorRule((out_features, rank), abs(scale)),
             }
         contents.add_own_biases(base, self.bias, ranks)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save, tie=self.ensure_weight_tying)
+        if self.trainable_token_indices is not None:
+            add_trained_tokens(contents, base, self.trainable_token_indices, tie=self.ensure_weight_tying)
         return contents
 
     def rank_field(self, rank: int) -> str:

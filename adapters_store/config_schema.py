@@ -19,6 +19,7 @@ from adapters_store.miss_config import MiSSConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from adapters_store.strict_json import parse_object, shown
+from adapters_store.trainable_tokens_config import TrainableTokensConfig
 from adapters_store.vera_config import VeRAConfig
 
 KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
@@ -37,6 +38,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {
         PromptTuningConfig,
         PTuningConfig,
         PrefixTuningConfig,
+        TrainableTokensConfig,
     )
 }
 

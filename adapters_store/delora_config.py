@@ -43,7 +43,7 @@ class DeLoRAConfig(LayeredConfig):
                 tensor_name(layer, linear, "delora_w_norm"): TensorRule((in_features,), most=_LARGEST),
             }
         contents.add_own_biases(base, self.bias, dict.fromkeys(chosen))
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def rank_field(self, rank: int) -> str:

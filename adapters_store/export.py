@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar
 
 from adapters_store.adalora_config import ADALORA_EPSILON
-from adapters_store.base_spec import LINEARS, module_path
+from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.manifest import AdapterManifest, AdapterSpec
 
@@ -37,10 +37,10 @@ class PeftTar:
     weights_bytes: int
 
     @classmethod
-    def of(cls, folder: str, manifest: AdapterManifest, num_layers: int, weights: BinaryIO) -> PeftTar:
-        """num_layers: of the base."""
+    def of(cls, folder: str, manifest: AdapterManifest, base: BaseSpec, weights: BinaryIO) -> PeftTar:
+        """base: that the version is for."""
         small = {
-            CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
+            CONFIG_FILE: _json_file(peft_config(manifest, base)),
             PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
         }
         return cls(folder, small, weights, manifest.size_bytes)
@@ -67,17 +67,21 @@ class PeftTar:
         return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
-    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors.
-
-    num_layers: of the base.
-    """
-    common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
+def peft_config(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """The `adapter_config.json` with which `peft` computes what `spec` says from the stored tensors, on its base."""
+    common: dict[str, Any] = {
+        "peft_type": spec.kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
     if spec.virtual_tokens is not None:
         return common | {"num_virtual_tokens": spec.num_virtual_tokens}
     norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
     if spec.kind == "LN_TUNING":
         return common | {"target_modules": norms}
+    if spec.kind == "TRAINABLE_TOKENS":
+        return common | _trained_tokens_fields(spec, base)
     of_kind = {
         "LORA": _lora_fields,
         "ADALORA": _adalora_fields,
@@ -89,7 +93,17 @@ def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
     }[spec.kind]
-    return common | {"modules_to_save": norms or None} | of_kind(spec, num_layers)
+    whole = [module_path(0, rows.modules[0]) for rows in spec.token_rows if rows.ids is None]
+    trained = {module_path(0, rows.modules[0]): rows.ids for rows in spec.token_rows if rows.ids is not None}
+    if trained:
+        common |= {"trainable_token_indices": trained}
+    return common | {"modules_to_save": [*norms, *whole] or None} | of_kind(spec, base.num_layers)
+
+
+def _trained_tokens_fields(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """peft makes the second of tied modules from the first."""
+    rows = spec.token_rows[:1] if base.tied else spec.token_rows
+    return {"token_indices": rows[0].ids, "target_modules": [module_path(0, own.modules[0]) for own in rows]}
 
 
 def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from adapters_store.lora_layout import num_pages_for
 from adapters_store.manifest import VectorRole
 from adapters_store.page_image import PageImage
+from adapters_store.weights import TokenTable
 
 _VECTORS_SHARE: Final = 16
 
@@ -46,15 +47,22 @@ class HostPages:
         """Whether an image of this size fits when no other is there."""
         return num_pages <= self.num_pages and (not has_vectors or len(self._rows) > 0)
 
-    def take(self, rank: int, has_vectors: bool = False, raw: frozenset[VectorRole] = frozenset()) -> PageImage | None:
-        """An adapter's image, to be filled; None when too few frames are free."""
+    def take(
+        self,
+        rank: int,
+        has_vectors: bool = False,
+        raw: frozenset[VectorRole] = frozenset(),
+        token_tables: tuple[TokenTable, ...] = (),
+    ) -> PageImage | None:
+        """An adapter's image, to be filled; None when too few frames are free. token_tables: in memory of their own."""
         num_pages = num_pages_for(rank)
         if num_pages > len(self._free) or has_vectors > len(self._free_rows):
             return None
         frames = [self._free.pop() for _ in range(num_pages)]
         rows = [self._free_rows.pop()] if has_vectors else []
         vectors = self._rows[rows[0]] if has_vectors else None
-        image = PageImage(rank, tuple(self._frames[frame] for frame in frames), vectors, raw)
+        pages = tuple(self._frames[frame] for frame in frames)
+        image = PageImage(rank, pages, vectors, raw, token_tables=token_tables)
         weakref.finalize(image, _give_back, (self._free, frames), (self._free_rows, rows))
         return image
 

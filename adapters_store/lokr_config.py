@@ -50,7 +50,7 @@ class LoKrConfig(LayeredConfig):
             contents.add_delta(layer, linear, rank, alpha_of(path) / r, peft_rank=r, exact_rank=rank)
             for name, shape in (part for parts in factors for part in parts.items()):
                 contents.tensors[tensor_name(layer, linear, name)] = TensorRule(shape, most=_LARGEST)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def _factors(self, out_features: int, in_features: int, r: int) -> list[dict[str, tuple[int, int]]]:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store.base_spec import LINEARS, NORMS
+from adapters_store.base_spec import EMBEDDINGS, LINEARS, NORMS
 
 ADAPTER_METADATA_KEY = "patchbay.adapter"
 """Key of the safetensors header under which a stored blob carries its `AdapterSpec` as JSON."""
@@ -33,8 +33,12 @@ Kind = Literal[
     "PROMPT_TUNING",
     "P_TUNING",
     "PREFIX_TUNING",
+    "TRAINABLE_TOKENS",
 ]
 """peft's names of the kinds that are served."""
+
+EmbeddingModule = Literal["embed_tokens", "lm_head"]
+"""What has a row for each token: the input embeddings and the output projection."""
 
 VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]
 """What a vector does to its module: scales its outputs or its inputs, is added to its outputs, takes the place of its
@@ -97,6 +101,20 @@ class KroneckerSplit(BaseModel):
     decompose_factor: int
 
 
+class TokenRows(BaseModel):
+    """Rows that take the place of those of some tokens in `modules`, alike in each: a tensor [num_tokens, hidden].
+
+    tensor: its name in the file. num_tokens: how many. ids: of which tokens, a row each; None: of all, in their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    modules: tuple[EmbeddingModule, ...]
+    tensor: str
+    num_tokens: int = Field(ge=1)
+    ids: tuple[int, ...] | None = None
+
+
 class AdapterSpec(BaseModel):
     """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it."""
 
@@ -108,6 +126,7 @@ class AdapterSpec(BaseModel):
     deltas: tuple[LoRADelta, ...] = ()
     vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
+    token_rows: tuple[TokenRows, ...] = ()
     kronecker: KroneckerSplit | None = None
 
     @property
@@ -121,10 +140,16 @@ class AdapterSpec(BaseModel):
         return self.virtual_tokens.num_tokens if self.virtual_tokens is not None else 0
 
     @property
+    def num_token_rows(self) -> int:
+        """Rows of its own for tokens, in all tensors."""
+        return sum(rows.num_tokens for rows in self.token_rows)
+
+    @property
     def target_modules(self) -> tuple[str, ...]:
-        """The linears and norms that are changed in some layer, in the model's order."""
+        """The modules that are changed in some layer, in the model's order, what is there once behind."""
         present = {delta.linear for delta in self.deltas} | {site.module for site in self.vectors}
-        return tuple(module for module in (*LINEARS, *NORMS) if module in present)
+        present |= {module for rows in self.token_rows for module in rows.modules}
+        return tuple(module for module in (*LINEARS, *NORMS, *EMBEDDINGS) if module in present)
 
     def canonical_json(self) -> str:
         """The one text that equal specs share; what is empty is left out, so that later fields change no digest."""

@@ -46,5 +46,5 @@ class MiSSConfig(LayeredConfig):
             contents.add_delta(layer, linear, self.r, 1.0, in_features=in_features)
             contents.tensors[tensor_name(layer, linear, MISS_BLOCK)] = TensorRule((self.r, out_features))
         contents.add_own_biases(base, self.bias, dict.fromkeys(chosen))
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents

@@ -7,7 +7,7 @@ ceil(r / 16).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from lora_kernels.segments import AdapterPages
 
@@ -27,7 +28,7 @@ class AdapterSlots:
 
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
     scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
-    device computes (`PageCopier`). vectors: the rows of those adapters that have any; without it none can be loaded.
+    device computes (`PageCopier`). vectors, tokens: for those adapters that have any; without it none can be loaded.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class AdapterSlots:
         dtype: torch.dtype,
         device: torch.device | str,
         vectors: VectorSlots | None = None,
+        tokens: TokenPool | None = None,
     ) -> None:
         self.layout = layout
         self.vectors = vectors
+        self.tokens = tokens
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.dtype = dtype
@@ -59,7 +62,7 @@ class AdapterSlots:
             for group, pools in zip(layout.groups, self._all_layers, strict=True)
             for layer in range(layout.num_layers)
         }
-        self._copier = PageCopier(layout, dtype, self._all_layers, vectors)
+        self._copier = PageCopier(layout, dtype, self._all_layers, vectors, tokens)
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
@@ -79,8 +82,27 @@ class AdapterSlots:
 
     def has_room(self, image: PageImage) -> bool:
         """Whether the adapter can be loaded now."""
-        enough_pages = len(image.pages) <= self.num_free_pages
-        return bool(self._free_slots) and enough_pages and (image.vectors is None or self.num_free_rows > 0)
+        return self.would_have_room(image, ())
+
+    def would_have_room(self, image: PageImage, given_back: Collection[int]) -> bool:
+        """Whether it could be if these slots were free."""
+        num_pages = self.num_free_pages + sum(len(self.pages_of(slot)) for slot in given_back)
+        num_rows = self.num_free_rows + sum(self.vector_row(slot) >= 0 for slot in given_back)
+        return (
+            self.num_free_slots + len(given_back) > 0
+            and num_pages >= len(image.pages)
+            and (image.vectors is None or num_rows > 0)
+            and (self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back))
+        )
+
+    def lacks_for(self, image: PageImage, slot: int) -> bool:
+        """Whether anything that there is no room for now would come free with this slot."""
+        if not self._free_slots or len(image.pages) > self.num_free_pages:
+            return True
+        lacks_row = image.vectors is not None and self.num_free_rows == 0
+        lacks_tokens = self.tokens is not None and not self.tokens.has_room(image.num_token_rows)
+        has_tokens = self.tokens is not None and self.tokens.holds(slot)
+        return (lacks_row and self.vector_row(slot) >= 0) or (lacks_tokens and has_tokens)
 
     @property
     def num_free_rows(self) -> int:
@@ -160,7 +182,10 @@ class AdapterSlots:
         row = -1
         if image.vectors is not None and self.vectors is not None:
             row = self.vectors.take(slot, image.raw)
-        copy = self._copier.start(image, pages, row)
+        token_row = -1
+        if image.token_tables and self.tokens is not None:
+            token_row = self.tokens.take(slot, image.token_tables)
+        copy = self._copier.start(image, pages, row, token_row)
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
@@ -180,6 +205,8 @@ class AdapterSlots:
         self._virtual_tokens.pop(slot, None)
         if self.vectors is not None:
             self.vectors.free(slot)
+        if self.tokens is not None:
+            self.tokens.free(slot)
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
@@ -192,3 +219,5 @@ class AdapterSlots:
         )
         if self.vectors is not None:
             self.vectors.check_integrity()
+        if self.tokens is not None:
+            self.tokens.check_integrity()

@@ -125,11 +125,13 @@ class Staging:
         base_fingerprint: str | None = None,
         *,
         max_virtual_tokens: int = 0,
+        max_token_rows: int = 0,
     ) -> StagedAdapter:
         """Check what was staged against the served base, in a confined process.
 
         max_rank: the tenant's limit. base_fingerprint: the base that the uploader says it was trained on, if any.
-        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning).
+        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning). max_token_rows: the
+        most rows of its own for tokens (trained tokens, embed_tokens and lm_head).
         Raises `AdapterInvalid` naming the file and the field or tensor at fault.
         """
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -143,10 +145,13 @@ class Staging:
                 "num_layers": base.num_layers,
                 "linears": dict(base.linears),
                 "biased": base.biased,
+                "vocab_size": base.vocab_size,
+                "tied": base.tied,
             },
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,
             "max_import_error": self._limits.max_import_error,
+            "max_token_rows": max_token_rows,
             "base_fingerprint": base_fingerprint,
         }
         limits = self._limits.sandbox  # the library maps the whole file once

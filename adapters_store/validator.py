@@ -35,7 +35,7 @@ Arrays = Mapping[str, npt.NDArray[np.float32]]
 def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Check the adapter in `folder` against the base, write `canonical.safetensors`, return its manifest as JSON.
 
-    request: "base" (a `BaseSpec` as a dict), "max_rank", "max_virtual_tokens", "max_import_error", and
+    request: "base" (a `BaseSpec` as a dict), "max_rank", "max_virtual_tokens", "max_token_rows", "max_import_error" and
     "base_fingerprint" (what the uploader stated, or None).
     Raises `AdapterInvalid` naming the file and the field or tensor.
     """
@@ -51,10 +51,12 @@ def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         deltas=contents.deltas,
         vectors=contents.vectors,
         virtual_tokens=contents.virtual_tokens,
+        token_rows=contents.token_rows,
         kronecker=contents.kronecker,
     )
     _check_rank(config, spec.rank, int(request["max_rank"]))
     _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
+    _check_token_rows(spec.num_token_rows, int(request["max_token_rows"]))
     _check_tensors(header.tensors, contents.tensors)
     _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
     made = contents.make()
@@ -138,6 +140,12 @@ def _check_virtual_tokens(number: int, most: int) -> None:
         raise AdapterInvalid(reason, file=CONFIG_FILE, field="num_virtual_tokens")
 
 
+def _check_token_rows(number: int, most: int) -> None:
+    if number > most:
+        reason = f"its {number} rows of embed_tokens and lm_head are above the limit of {most} (engine.num_token_rows)"
+        raise AdapterInvalid(reason, file=CONFIG_FILE)
+
+
 def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorRule]) -> None:
     """Exactly the tensors that the config promises, in the base's shapes."""
     for name in tensors:
@@ -157,7 +165,7 @@ _UNSERVED_TENSORS: Final = {
     "lokr_t2": "is of a convolution, and the base has linears alone",
     "lora_embedding_": "adapted embeddings are not served in this release",
     ".base_layer.": "copies of base weights are not served in this release",
-    "trainable_tokens": "trained token embeddings are not served in this release",
+    "trainable_tokens": f"holds trained tokens that {CONFIG_FILE} does not name",
     ".tensor.factors.": "tensor-train factors (LoRETTA) are not served in this release",
     "_norm.weight": "trained norms over single heads are not served in this release",
     ".bias": f"is a bias that {CONFIG_FILE} and the base do not call for",

@@ -45,7 +45,7 @@ class VeRAConfig(LayeredConfig):
         else:
             contents.make = partial(draw_projections, shapes, self.projection_prng_key)
         contents.add_own_biases(base, self.bias, targets)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def _projections(self, base: BaseSpec, linears: set[str]) -> dict[str, tuple[int, int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -29,13 +29,23 @@ from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
     PROMPT_TENSOR,
     AdapterSpec,
+    EmbeddingModule,
     LoRADelta,
+    TokenRows,
     VectorRole,
     VectorSite,
     VirtualTokens,
 )
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class TokenTable(NamedTuple):
+    """Rows of its own for tokens in `modules`: ids int64 [n], ascending, and rows [n, hidden] as uploaded."""
+
+    modules: tuple[EmbeddingModule, ...]
+    ids: torch.Tensor
+    rows: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -45,13 +55,14 @@ class AdapterWeights:
     rank: the largest r, 0 where there are none. vectors: fp32 [width] by (layer, module, role), the last norm's of
     layer 0. virtual_tokens: what comes before every prompt, as uploaded: input embeddings [num_tokens, hidden], or keys
     and values [num_tokens, 2 * num_layers, kv_width], a layer's keys before its values. Tensors are on the CPU: A as
-    uploaded (fp32, bf16 or fp16), B too or in fp32 (`fold_scale`).
+    uploaded (fp32, bf16 or fp16), B too or in fp32 (`fold_scale`). token_tables: no module is in two of them.
     """
 
     rank: int
     tensors: Mapping[tuple[int, str], Pair]
     vectors: Mapping[tuple[int, str, VectorRole], torch.Tensor] = field(default_factory=dict)
     virtual_tokens: torch.Tensor | None = None
+    token_tables: tuple[TokenTable, ...] = ()
 
     @property
     def raw(self) -> frozenset[VectorRole]:
@@ -71,7 +82,8 @@ def load_weights(path: Path) -> AdapterWeights:
                 for layer in site.layers
             }
             virtual = _read_virtual(file, spec.virtual_tokens) if spec.virtual_tokens is not None else None
-            return AdapterWeights(spec.rank, dict(read_pairs(file, spec.deltas)), vectors, virtual)
+            tables = tuple(_read_table(file, rows) for rows in spec.token_rows)
+            return AdapterWeights(spec.rank, dict(read_pairs(file, spec.deltas)), vectors, virtual, tables)
     except (OSError, SafetensorError, KeyError, ValidationError) as error:
         raise AdapterLoadFailed(path.name, f"its stored file cannot be read ({error})") from error
 
@@ -170,6 +182,14 @@ def _read_vector(file: Any, layer: int, site: VectorSite) -> torch.Tensor:
 def _read_virtual(file: Any, virtual: VirtualTokens) -> torch.Tensor:
     rows: torch.Tensor = file.get_tensor(PROMPT_TENSOR)
     return rows if virtual.num_layers is None else rows.view(len(rows), 2 * virtual.num_layers, -1)
+
+
+def _read_table(file: Any, spec: TokenRows) -> TokenTable:
+    rows: torch.Tensor = file.get_tensor(spec.tensor)
+    if spec.ids is None:
+        return TokenTable(spec.modules, torch.arange(len(rows)), rows)
+    ids, order = torch.tensor(spec.ids).sort()
+    return TokenTable(spec.modules, ids, rows[order])
 
 
 def fold_scale(b: torch.Tensor, scale: float) -> torch.Tensor:

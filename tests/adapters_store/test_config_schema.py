@@ -55,7 +55,6 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("lora_bias", 1),
         ("bias", "vera_only"),
         ("modules_to_save", "norm"),
-        ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
         ("fan_in_fan_out", True),

@@ -82,9 +82,9 @@ KINDS: dict[str, PeftConfig] = {
 }  # fmt: skip
 
 
-def export(staged: StagedAdapter, folder: Path) -> Path:
+def export(staged: StagedAdapter, base: BaseSpec, folder: Path) -> Path:
     """The peft folder that a tar unpacks to."""
-    tar = PeftTar.of("support-1", staged.manifest, 2, staged.path.open("rb"))
+    tar = PeftTar.of("support-1", staged.manifest, base, staged.path.open("rb"))
     data = b"".join(tar.chunks())
     assert len(data) == tar.num_bytes
     assert tar.weights.closed
@@ -93,8 +93,8 @@ def export(staged: StagedAdapter, folder: Path) -> Path:
     return folder / "support-1"
 
 
-def logits(folder: Path) -> torch.Tensor:
-    model = PeftModel.from_pretrained(tiny_model(), folder).eval()
+def logits(folder: Path, *, tied: bool = False) -> torch.Tensor:
+    model = PeftModel.from_pretrained(tiny_model(tied=tied), folder).eval()
     with torch.no_grad():
         found: torch.Tensor = model(torch.arange(16)[None]).logits
     return found
@@ -105,7 +105,7 @@ def test_peft_computes_the_same_from_an_export(
     staging: Staging, tmp_path: Path, base: BaseSpec, options: dict[str, Any]
 ) -> None:
     uploaded = save_adapter(tmp_path / "adapter", **options)
-    exported = export(stage(staging, uploaded, base), tmp_path / "export")
+    exported = export(stage(staging, uploaded, base), base, tmp_path / "export")
     expected = logits(uploaded)
     with torch.no_grad():
         assert not torch.allclose(expected, tiny_model().eval()(torch.arange(16)[None]).logits, atol=1e-4)
@@ -117,7 +117,7 @@ def test_an_export_uploaded_again_is_the_same_adapter(tmp_path: Path, base: Base
     uploaded = save_adapter(tmp_path / "adapter", **options)
     with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
         staged = stage(first, uploaded, base)
-        again = stage(second, export(staged, tmp_path / "export"), base)
+        again = stage(second, export(staged, base, tmp_path / "export"), base)
         assert again.manifest.digest == staged.manifest.digest
 
 
@@ -126,6 +126,6 @@ def test_every_kind_is_exported_and_uploaded_again(tmp_path: Path, base: BaseSpe
     uploaded = save_kind(tmp_path / "adapter", KINDS[kind])
     with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
         staged = stage(first, uploaded, base, max_virtual_tokens=8)
-        exported = export(staged, tmp_path / "export")
+        exported = export(staged, base, tmp_path / "export")
         torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
         assert stage(second, exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest

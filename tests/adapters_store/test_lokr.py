@@ -123,7 +123,7 @@ def test_an_error_within_the_limit_is_served_and_stated(staging: Staging, tmp_pa
 def test_a_cut_adapter_is_exported_whole_and_has_its_digest_again(tmp_path: Path, base: BaseSpec) -> None:
     folder = save_lokr(tmp_path / "adapter")
     staged = stage_roughly(folder, base, tmp_path / "staging")
-    exported = export(staged, tmp_path / "export")
+    exported = export(staged, base, tmp_path / "export")
     torch.testing.assert_close(logits(exported), logits(folder), rtol=1e-6, atol=1e-6)
     again = stage_roughly(exported, base, tmp_path / "staging")
     assert again.manifest.digest == staged.manifest.digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from peft import (
     MissConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -84,6 +85,16 @@ KINDS: dict[str, PeftConfig] = {
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK
     ),
+    "lora and trained tokens": LoraConfig(
+        r=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [70, 45], "lm_head": [9, 3]}, **TASK
+    ),
+    "lora and whole embeddings": LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], **TASK
+    ),
+    "dora, norms and lm_head": LoraConfig(
+        r=4, use_dora=True, target_modules=["o_proj"], modules_to_save=["norm", "lm_head"], **TASK
+    ),
+    "trainable_tokens": TrainableTokensConfig(token_indices=[60, 58, 61], **TASK),
 }  # fmt: skip
 
 
@@ -111,16 +122,27 @@ def _shrink_logits(base: Path) -> None:
 class World:
     """A base in fp32, an adapter of each kind, their blobs, and peft's models of them."""
 
-    def __init__(self, root: Path, family: str, **config: Any) -> None:
+    def __init__(self, root: Path, family: str, kinds: Mapping[str, PeftConfig] = KINDS, **config: Any) -> None:
         self.base = make_base(root / "base", family, **config)
-        _shrink_logits(self.base)
+        if not config.get("tie_word_embeddings"):
+            _shrink_logits(self.base)
         self.blobs = BlobStore(f"file://{root / 'blobs'}")
         self.oracles: dict[str | None, torch.nn.Module] = {None: load_oracle(self.base)}
         self.refs: dict[str, AdapterRef] = {}
-        for seed, (name, config) in enumerate(KINDS.items()):
+        for seed, (name, config) in enumerate(kinds.items()):
             folder = save_random(self.base, root / name.replace(" ", "-"), config, seed)
             self.refs[name] = store_adapter(self.base, folder, self.blobs, f"t/{name}:1")
             self.oracles[name] = load_oracle(self.base, folder)
+
+    def greedy(self, num_tokens: int) -> dict[str, list[int]]:
+        """What peft's models generate after `prompts_of`, greedily."""
+        tokens = {}
+        for name, prompt in prompts_of(self).items():
+            ids = list(prompt)
+            for _ in range(num_tokens):
+                ids.append(int(self.logits(name, ids).argmax()))
+            tokens[str(name)] = ids[len(prompt) :]
+        return tokens
 
     def logits(self, name: str | None, ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -140,7 +162,7 @@ def make_engine(world: World) -> Any:
 
     def make(**settings: Any) -> LLMEngine:
         defaults = {"base": str(world.base), "quantization": "none", "device": "cpu", "kv_cache_tokens": 2048,
-                    "block_size": 4, "num_adapter_slots": 24, "max_lora_rank": 256}  # fmt: skip
+                    "block_size": 4, "num_adapter_slots": 32, "max_lora_rank": 256}  # fmt: skip
         engines.append(LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None))
         return engines[-1]
 
@@ -203,14 +225,7 @@ def tokens_of(engine: LLMEngine, world: World, names: list[str | None], **settin
 
 @pytest.fixture(scope="module")
 def wanted(world: World) -> dict[str, list[int]]:
-    """What peft's models generate, greedily."""
-    tokens = {}
-    for name, prompt in prompts_of(world).items():
-        ids = list(prompt)
-        for _ in range(8):
-            ids.append(int(world.logits(name, ids).argmax()))
-        tokens[str(name)] = ids[len(prompt) :]
-    return tokens
+    return world.greedy(8)
 
 
 @pytest.mark.parametrize(
