@@ -5,18 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from adapters_store.adalora_config import AdaLoRAConfig
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.beft_config import BEFTConfig
 from adapters_store.bottleneck_config import BottleneckConfig
+from adapters_store.delora_config import DeLoRAConfig
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.ia3_config import IA3Config
 from adapters_store.ln_tuning_config import LNTuningConfig
 from adapters_store.loha_config import LoHaConfig
+from adapters_store.lokr_config import LoKrConfig
 from adapters_store.lora_config import LoRAConfig
 from adapters_store.loretta_config import LorettaAdpConfig, LorettaRepConfig
+from adapters_store.miss_config import MiSSConfig
 from adapters_store.module_matching import refuse
 from adapters_store.prompt_config import PrefixTuningConfig, PromptTuningConfig, PTuningConfig
 from adapters_store.strict_json import parse_object, shown
+from adapters_store.trainable_tokens_config import TrainableTokensConfig
 from adapters_store.vera_config import VeRAConfig
 
 # By `peft_type`, of which one is loretta's own.
@@ -24,7 +29,11 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {"BOTTLENECK": LorettaAdpConfi
     config.kind: config
     for config in (
         LoRAConfig,
+        AdaLoRAConfig,
         LoHaConfig,
+        LoKrConfig,
+        DeLoRAConfig,
+        MiSSConfig,
         VeRAConfig,
         IA3Config,
         BEFTConfig,
@@ -32,6 +41,7 @@ KINDS: Final[Mapping[str, type[AdapterConfig]]] = {"BOTTLENECK": LorettaAdpConfi
         PromptTuningConfig,
         PTuningConfig,
         PrefixTuningConfig,
+        TrainableTokensConfig,
     )
 }
 

@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, TypeVar
 
-from adapters_store.base_spec import LINEARS, module_path
+from adapters_store.adalora_config import ADALORA_EPSILON
+from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.file_names import ADAPTERHUB_WEIGHTS_FILE, CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.manifest import AdapterManifest, AdapterSpec, Bottleneck
 
@@ -39,10 +40,10 @@ class PeftTar:
     weights_bytes: int
 
     @classmethod
-    def of(cls, folder: str, manifest: AdapterManifest, num_layers: int, weights: BinaryIO) -> PeftTar:
-        """num_layers: of the base."""
+    def of(cls, folder: str, manifest: AdapterManifest, base: BaseSpec, weights: BinaryIO) -> PeftTar:
+        """base: that the version is for."""
         small = {
-            CONFIG_FILE: _json_file(peft_config(manifest, num_layers)),
+            CONFIG_FILE: _json_file(peft_config(manifest, base)),
             PATCHBAY_FILE: _json_file({"base_fingerprint": manifest.base_fingerprint}),
         }
         weights_file = ADAPTERHUB_WEIGHTS_FILE if manifest.kind == "BOTTLENECK" else WEIGHTS_FILE
@@ -70,29 +71,50 @@ class PeftTar:
         return info.tobuf(tarfile.GNU_FORMAT)
 
 
-def peft_config(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
-    """The `adapter_config.json` with which `peft` (or the package `adapters`) computes `spec` from the stored tensors.
+def peft_config(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """The `adapter_config.json` with which `peft` (or the package `adapters`) computes `spec` on its base.
 
-    num_layers: of the base.
+    It computes it from the stored tensors.
     """
-    common = {"peft_type": spec.kind, "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
     if spec.bottleneck is not None and spec.kind == "BOTTLENECK":
-        return _adapterhub_config(spec.bottleneck, num_layers)
+        return _adapterhub_config(spec.bottleneck, base.num_layers)
+    common: dict[str, Any] = {
+        "peft_type": spec.kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
     if spec.virtual_tokens is not None:
         return common | {"num_virtual_tokens": spec.num_virtual_tokens}
     norms = [module_path(layer, site.module) for site in spec.vectors if site.role == "norm" for layer in site.layers]
     if spec.kind == "LN_TUNING":
         return common | {"target_modules": norms}
+    if spec.kind == "TRAINABLE_TOKENS":
+        return common | _trained_tokens_fields(spec, base)
     of_kind = {
         "LORA": _lora_fields,
+        "ADALORA": _adalora_fields,
         "LOHA": _loha_fields,
+        "LOKR": _lokr_fields,
+        "DELORA": _delora_fields,
+        "MISS": _miss_fields,
         "LORETTA_REP": _loretta_rep_fields,
         "LORETTA_ADP": _loretta_adp_fields,
         "VERA": _vera_fields,
         "IA3": _ia3_fields,
         "BEFT": _beft_fields,
     }[spec.kind]
-    return common | {"modules_to_save": norms or None} | of_kind(spec, num_layers)
+    whole = [module_path(0, rows.modules[0]) for rows in spec.token_rows if rows.ids is None]
+    trained = {module_path(0, rows.modules[0]): rows.ids for rows in spec.token_rows if rows.ids is not None}
+    if trained:
+        common |= {"trainable_token_indices": trained}
+    return common | {"modules_to_save": [*norms, *whole] or None} | of_kind(spec, base.num_layers)
+
+
+def _trained_tokens_fields(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
+    """peft makes the second of tied modules from the first."""
+    rows = spec.token_rows[:1] if base.tied else spec.token_rows
+    return {"token_indices": rows[0].ids, "target_modules": [module_path(0, own.modules[0]) for own in rows]}
 
 
 def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
@@ -106,10 +128,43 @@ def _lora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     }
 
 
+def _adalora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Of a mask peft only counts what is true. It asks for a number of steps, and reads it no more."""
+    ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
+    init_r, scale = spec.deltas[0].peft_rank, spec.deltas[0].scale
+    assert init_r is not None, "every delta of AdaLoRA has it"
+    return {
+        "bias": _own_biases(spec, "lora_only"),
+        "init_r": init_r,
+        "lora_alpha": _alpha(scale, init_r + ADALORA_EPSILON),
+        "rank_pattern": {
+            f"{module_path(*module)}.lora_E": [index < rank for index in range(init_r)]
+            for module, rank in ranks.items()
+            if rank != init_r
+        },
+        "total_step": 1,
+        **_targets(set(ranks), num_layers),
+    }
+
+
 def _loha_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """Its rank is the root of the delta's."""
     ranks = {(layer, delta.linear): math.isqrt(delta.rank) for delta in spec.deltas for layer in delta.layers}
     return _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _lokr_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    ranks = {(layer, delta.linear): delta.peft_rank or 0 for delta in spec.deltas for layer in delta.layers}
+    assert spec.kronecker is not None, "a spec of LoKr has it"
+    return spec.kronecker.model_dump() | _ranked(spec, ranks, "alpha", num_layers)
+
+
+def _delora_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    """Its strengths are in the file."""
+    ranks = {(layer, delta.linear): delta.rank for delta in spec.deltas for layer in delta.layers}
+    rank, rank_pattern = _default_and_pattern(ranks)
+    own = {"bias": _own_biases(spec, "delora_only"), "r": rank, "rank_pattern": rank_pattern}
+    return own | _targets(set(ranks), num_layers)
 
 
 def _loretta_rep_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
@@ -188,6 +243,11 @@ def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers
     }
 
 
+def _miss_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
+    modules = {(layer, delta.linear) for delta in spec.deltas for layer in delta.layers}
+    return {"bias": _own_biases(spec, "MiSS_only"), "r": spec.rank, **_targets(modules, num_layers)}
+
+
 def _vera_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """The shared matrices are in the file, also where they were drawn."""
     modules = {(layer, delta.linear) for delta in spec.deltas for layer in delta.layers}
@@ -215,10 +275,11 @@ def _own_biases(spec: AdapterSpec, of_targets: str) -> str:
     return "all" if "bias" in names else of_targets if names else "none"
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """The alpha whose quotient with `rank` is `scale`: a whole number where one is."""
-    alpha = scale * rank
-    return round(alpha) if round(alpha) / rank == scale else alpha
+def _alpha(scale: float, divisor: float) -> float:
+    """The alpha whose quotient with `divisor` is `scale`, to the bit: a whole number where one is."""
+    alpha = scale * divisor
+    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((one for one in near if one / divisor == scale), alpha)
 
 
 def _default_and_pattern(values: Modules[V]) -> tuple[V, dict[str, V]]:

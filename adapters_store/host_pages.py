@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from adapters_store.bottleneck_layout import BottleneckShape
 from adapters_store.lora_layout import num_pages_for
-from adapters_store.manifest import VectorRole
 from adapters_store.page_image import PageImage
 
 _VECTORS_SHARE: Final = 16
@@ -52,33 +51,26 @@ class HostPages:
         """Whether an image of this size fits when no other is there."""
         return num_pages <= self.num_pages and (not has_vectors or len(self._rows) > 0)
 
-    def num_frames_for(self, rank: int, bottleneck: BottleneckShape | None) -> int:
+    def num_frames_for(self, blank: PageImage) -> int:
         """Page frames that an adapter takes."""
-        if bottleneck is None:
-            return num_pages_for(rank)
+        if blank.bottleneck is None:
+            return num_pages_for(blank.rank)
         in_a_frame = self._frames.shape[1] // self._bottleneck_bytes
-        return -(-bottleneck.num_pages // in_a_frame) if in_a_frame else self.num_pages + 1
+        return -(-blank.bottleneck.num_pages // in_a_frame) if in_a_frame else self.num_pages + 1
 
-    def take(
-        self,
-        rank: int,
-        has_vectors: bool = False,
-        raw: frozenset[VectorRole] = frozenset(),
-        bottleneck: BottleneckShape | None = None,
-    ) -> PageImage | None:
-        """An adapter's image, to be filled; None when too few frames are free."""
-        num_frames = self.num_frames_for(rank, bottleneck)
+    def take(self, blank: PageImage, has_vectors: bool = False) -> PageImage | None:
+        """An adapter's image, to be filled; None when too few frames are free. blank: the same without any memory."""
+        num_frames = self.num_frames_for(blank)
         if num_frames > len(self._free) or has_vectors > len(self._free_rows):
             return None
         frames = [self._free.pop() for _ in range(num_frames)]
         rows = [self._free_rows.pop()] if has_vectors else []
-        vectors = self._rows[rows[0]] if has_vectors else None
         pages = tuple(self._frames[frame] for frame in frames)
-        if bottleneck is not None:
+        if blank.bottleneck is not None:
             size = self._bottleneck_bytes
             parts = (page[start : start + size] for page in pages for start in range(0, len(page) - size + 1, size))
-            pages = tuple(islice(parts, bottleneck.num_pages))
-        image = PageImage(rank, pages, vectors, raw, bottleneck=bottleneck)
+            pages = tuple(islice(parts, blank.bottleneck.num_pages))
+        image = replace(blank, pages=pages, vectors=self._rows[rows[0]] if has_vectors else None)
         weakref.finalize(image, _give_back, (self._free, frames), (self._free_rows, rows))
         return image
 

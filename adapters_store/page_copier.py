@@ -10,6 +10,7 @@ from torch import Tensor
 from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.lora_layout import LoRALayout, PagePools
 from adapters_store.page_image import PageImage
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 
 
@@ -46,10 +47,12 @@ class PageCopier:
         pools: Sequence[PagePools],
         vectors: VectorSlots | None = None,
         bottlenecks: BottleneckSlots | None = None,
+        tokens: TokenPool | None = None,
     ) -> None:
         self._layout = layout
         self._vectors = vectors
         self._bottlenecks = bottlenecks
+        self._tokens = tokens
         self._dtype = dtype
         self._pools = pools
         self._device = pools[0].a.device
@@ -62,16 +65,17 @@ class PageCopier:
             # What had the staging page's memory before may still be used.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def start(self, image: PageImage, page_ids: Sequence[int], row: int = -1) -> PageCopy:
-        """Start to copy an image into these pages, and its vectors into a row; returns before it is there.
+    def start(self, image: PageImage, page_ids: Sequence[int], row: int = -1, token_row: int = -1) -> PageCopy:
+        """Start to copy an image into these pages, its vectors into a row, and its tokens' rows from `token_row` on.
 
-        The image may not change until then.
+        Returns before it is there; the image may not change until then.
         """
         if self._stream is None:
             for page, page_id in zip(image.pages, page_ids, strict=True):
                 self._place(image, page, page_id)
             if image.vectors is not None:
                 self._place_vectors(image.vectors, row)
+            self._place_tokens(image, token_row)
             return PageCopy(image, None)
         launched = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._stream):
@@ -84,6 +88,8 @@ class PageCopier:
                 self._staged_row.copy_(image.vectors, non_blocking=True)
                 self._stream.wait_event(launched)
                 self._place_vectors(self._staged_row, row)
+            self._stream.wait_event(launched)
+            self._place_tokens(image, token_row)
             return PageCopy(image, self._stream.record_event())
 
     def wait(self) -> None:
@@ -99,6 +105,12 @@ class PageCopier:
         else:
             assert self._bottlenecks is not None
             _place(self._bottlenecks.all_layers.arrays, page_id, self._bottlenecks.layout.split(page).arrays)
+
+    def _place_tokens(self, image: PageImage, row: int) -> None:
+        for table in image.token_tables:
+            assert self._tokens is not None
+            self._tokens.rows[row : row + len(table.rows)].copy_(table.rows, non_blocking=True)
+            row += len(table.rows)
 
     def _place_vectors(self, vectors: Tensor, row: int) -> None:
         assert self._vectors is not None

@@ -7,8 +7,9 @@ ceil(r / 16).
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
@@ -21,6 +22,7 @@ from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from lora_kernels.segments import AdapterPages
 
@@ -56,8 +58,8 @@ class AdapterSlots:
 
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
     scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
-    device computes (`PageCopier`). vectors: the rows of those adapters that have any; bottlenecks: the pages of those
-    that are of these; without either none such can be loaded.
+    device computes (`PageCopier`). vectors, bottlenecks, tokens: for those adapters that have any; without it none can
+    be loaded.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class AdapterSlots:
         device: torch.device | str,
         vectors: VectorSlots | None = None,
         bottlenecks: BottleneckSlots | None = None,
+        tokens: TokenPool | None = None,
     ) -> None:
         self.layout = layout
         self.vectors = vectors
         self.bottlenecks = bottlenecks
+        self.tokens = tokens
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.dtype = dtype
@@ -91,7 +95,7 @@ class AdapterSlots:
             for group, pools in zip(layout.groups, self._all_layers, strict=True)
             for layer in range(layout.num_layers)
         }
-        self._copier = PageCopier(layout, dtype, self._all_layers, vectors, bottlenecks)
+        self._copier = PageCopier(layout, dtype, self._all_layers, vectors, bottlenecks, tokens)
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
@@ -111,7 +115,19 @@ class AdapterSlots:
 
     def has_room(self, image: PageImage) -> bool:
         """Whether the adapter can be loaded now."""
-        return self.free_room.covers(Room.needed(image))
+        return self.would_have_room(image, ())
+
+    def would_have_room(self, image: PageImage, given_back: Collection[int]) -> bool:
+        """Whether it could be if these slots were free."""
+        room = functools.reduce(Room.plus, map(self.held_room, given_back), self.free_room)
+        has_run = self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back)
+        return room.covers(Room.needed(image)) and has_run
+
+    def lacks_for(self, image: PageImage, slot: int) -> bool:
+        """Whether anything that there is no room for now would come free with this slot."""
+        if self.held_room(slot).helps(self.free_room, Room.needed(image)):
+            return True
+        return self.tokens is not None and self.tokens.holds(slot) and not self.tokens.has_room(image.num_token_rows)
 
     @property
     def free_room(self) -> Room:
@@ -210,7 +226,10 @@ class AdapterSlots:
         bottleneck_pages: tuple[int, ...] = ()
         if image.bottleneck is not None and self.bottlenecks is not None:
             bottleneck_pages = self.bottlenecks.take(slot, image.bottleneck)
-        copy = self._copier.start(image, pages or bottleneck_pages, row)
+        token_row = -1
+        if image.token_tables and self.tokens is not None:
+            token_row = self.tokens.take(slot, image.token_tables)
+        copy = self._copier.start(image, pages or bottleneck_pages, row, token_row)
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
@@ -232,6 +251,8 @@ class AdapterSlots:
             self.vectors.free(slot)
         if self.bottlenecks is not None:
             self.bottlenecks.free(slot)
+        if self.tokens is not None:
+            self.tokens.free(slot)
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
@@ -246,3 +267,5 @@ class AdapterSlots:
             self.vectors.check_integrity()
         if self.bottlenecks is not None:
             self.bottlenecks.check_integrity()
+        if self.tokens is not None:
+            self.tokens.check_integrity()

@@ -39,10 +39,14 @@ _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever els
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks."""
+    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks.
+
+    max_import_error: of a delta that is served by fewer ranks than it has, as `AdapterManifest.import_error`.
+    """
 
     max_upload_bytes: int = 2 << 30
     max_unpacked_bytes: int = 4 << 30
+    max_import_error: float = 0.01
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
 
@@ -129,11 +133,13 @@ class Staging:
         base_fingerprint: str | None = None,
         *,
         max_virtual_tokens: int = 0,
+        max_token_rows: int = 0,
     ) -> StagedAdapter:
         """Check what was staged against the served base, in a confined process.
 
         max_rank: the tenant's limit. base_fingerprint: the base that the uploader says it was trained on, if any.
-        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning).
+        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning). max_token_rows: the
+        most rows of its own for tokens (trained tokens, embed_tokens and lm_head).
         Raises `AdapterInvalid` naming the file and the field or tensor at fault.
         """
         if CONFIG_FILE not in self._files:
@@ -147,10 +153,14 @@ class Staging:
                 "num_layers": base.num_layers,
                 "linears": dict(base.linears),
                 "biased": base.biased,
+                "vocab_size": base.vocab_size,
+                "tied": base.tied,
             },
             "weights_file": weights_file,
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,
+            "max_import_error": self._limits.max_import_error,
+            "max_token_rows": max_token_rows,
             "base_fingerprint": base_fingerprint,
         }
         limits = self._limits.sandbox  # the library maps the whole file once

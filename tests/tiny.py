@@ -147,12 +147,12 @@ def store_adapter(base: Path, folder: Path, blobs: BlobStore, name: str) -> Adap
     config = DecoderConfig.from_folder(base)
     checkpoint = Checkpoint(base, config)
     biased = tuple(name for name in ALL_LINEARS if f"{module_path(0, name)}.bias" in checkpoint)
-    spec = BaseSpec("any", config.num_layers, config.linears, biased)
+    spec = BaseSpec("any", config.num_layers, config.linears, biased, config.vocab_size, config.tie_word_embeddings)
     with Staging(folder.parent / "staging") as staging:
         for file in ("adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"):
             if (folder / file).exists():
                 staging.add_file(file, [(folder / file).read_bytes()])
-        staged = staging.validate(spec, max_rank=256, max_virtual_tokens=64)
+        staged = staging.validate(spec, max_rank=256, max_virtual_tokens=64, max_token_rows=4096)
         blobs.put(staged.manifest.digest, staged.path)
     return AdapterRef.of(name, staged.manifest)
 

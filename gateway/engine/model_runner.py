@@ -12,6 +12,7 @@ import torch
 
 from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.slots import AdapterSlots
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from gateway.config import EngineConfig
 from gateway.engine.host_tier import HostTier
@@ -25,7 +26,7 @@ from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
 from gateway.layers.bottleneck import BottleneckRows
-from gateway.layers.forward_batch import ForwardBatch, VirtualRows
+from gateway.layers.forward_batch import ForwardBatch, OwnTokens, VirtualRows
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from gateway.models.loader import resolve_adapter_dtype
@@ -83,6 +84,9 @@ class ModelRunner:
             device,
             VectorSlots(decoder.vector_layout, config.num_vector_rows, device) if config.num_vector_rows else None,
             BottleneckSlots(decoder.bottleneck_layout, pages, device) if pages else None,
+            TokenPool(config.num_token_rows, decoder.config.hidden_size, decoder.config.vocab_size, dtype, device)
+            if config.num_token_rows and config.num_adapter_slots
+            else None,
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
@@ -133,7 +137,7 @@ class ModelRunner:
             return self._execute_by_token(output, pending)
         tokens = StepTokens.of(output, pending, self.cache.block_size)
         virtual = self._virtual_rows(output.scheduled, tokens.ids)
-        may_replay = virtual is None and not self._has_bottlenecks(tokens)
+        may_replay = virtual is None and not self._has_bottlenecks(tokens) and not self._holders(tokens)
         logits = self._graphs.run(tokens, pending) if self._graphs is not None and may_replay else None
         return self._forward(tokens, virtual, pending) if logits is None else logits
 
@@ -206,6 +210,26 @@ class ModelRunner:
             virtual=virtual,
             vector_rows=send(vector_rows, device) if vector_rows is not None else None,
             bottlenecks=tuple(self._bottleneck_rows(tokens.adapter_slots)) if self._has_bottlenecks(tokens) else (),
+            own_tokens=self._own_tokens(tokens),
+        )
+
+    def _holders(self, tokens: StepTokens) -> list[int]:
+        """The slots of a step whose adapters have rows of embed_tokens or lm_head."""
+        pool = self.slots.tokens
+        if pool is None or not pool.num_held:
+            return []
+        return [slot for slot in np.unique(tokens.adapter_slots).tolist() if pool.holds(slot)]
+
+    def _own_tokens(self, tokens: StepTokens) -> OwnTokens | None:
+        holders, pool, device = self._holders(tokens), self.slots.tokens, self.decoder.device
+        if pool is None or not holders:
+            return None
+        sampled = tokens.adapter_slots[tokens.last_rows]
+        with_head = (slot for slot in holders if pool.head(slot) is not None)
+        heads = ((slot, np.flatnonzero(sampled == slot)) for slot in with_head)
+        return OwnTokens(
+            send(tokens.adapter_slots.astype(np.int64), device),
+            tuple((slot, send(rows, device)) for slot, rows in heads if len(rows)),
         )
 
     def _has_bottlenecks(self, tokens: StepTokens) -> bool:

@@ -106,6 +106,7 @@ class _Worker:
             read=share_reader(self._model, shard, slots.dtype),
             vectors=slots.vectors.layout if slots.vectors is not None else None,
             bottlenecks=slots.bottlenecks.layout if slots.bottlenecks is not None else None,
+            token_dtype=slots.tokens.rows.dtype if slots.tokens is not None else None,
         )
 
     @torch.inference_mode()

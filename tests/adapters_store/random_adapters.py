@@ -61,6 +61,10 @@ class StoredAdapter:
     rank: int
     num_virtual_tokens: int = 0
 
+    @property
+    def tenant(self) -> str:
+        return self.name.partition("/")[0]
+
 
 class GatedBlobStore(BlobStore):
     """A blob store whose reads wait until the gate is open, and are counted."""

@@ -89,7 +89,7 @@ def test_a_folder_is_accepted_kept_whole_and_exported(
     assert loaded is not None
     up = original["model.layers.1.output_adapters.adapters.support.adapter_up.weight"]
     assert torch.equal(loaded.tensors[1, "output"].up, scale * up)
-    exported = export(staged, tmp_path / "export")
+    exported = export(staged, base, tmp_path / "export")
     assert {path.name for path in exported.iterdir()} == {"adapter_config.json", WEIGHTS, "patchbay.json"}
     assert stage_here(exported, base, WEIGHTS).manifest.digest == staged.manifest.digest
 
@@ -117,7 +117,7 @@ def test_sizes_are_the_width_over_the_factor_of_each_layer(
     staged = stage_here(folder, base, WEIGHTS)
     assert staged.manifest.bottleneck is not None
     assert [(each.size, each.layers) for each in staged.manifest.bottleneck.sizes] == sizes
-    exported = export(staged, tmp_path / "export")
+    exported = export(staged, base, tmp_path / "export")
     assert stage_here(exported, base, WEIGHTS).manifest.digest == staged.manifest.digest
 
 

@@ -67,7 +67,7 @@ def test_its_factors_become_matrices_when_it_is_loaded(staging: Staging, adapter
 
 def test_its_export_uploaded_again_is_the_same_adapter(adapter: Path, base: BaseSpec, tmp_path: Path) -> None:
     staged = stage_here(adapter, base)
-    exported = export(staged, tmp_path / "export")
+    exported = export(staged, base, tmp_path / "export")
     config = json.loads((exported / "adapter_config.json").read_text())
     assert {key: config[key] for key in ("peft_type", "r", "lora_alpha", "tensor_rank", "bias")} == {
         "peft_type": "LORA", "r": 4, "lora_alpha": 6, "tensor_rank": 3, "bias": "none"
@@ -184,7 +184,7 @@ def test_factors_of_a_bottleneck_become_matrices_and_are_exported(
     torch.testing.assert_close(up, 0.3 * made["adapter_up"].reshape(4, 32).T)
     assert torch.equal(down_bias, files[f"{D0}.adapter_down.layer.bias"])
     assert torch.equal(up_bias, 0.3 * files[f"{D0}.adapter_up.layer.bias"])
-    exported = export(staged, tmp_path / "export")
+    exported = export(staged, base, tmp_path / "export")
     assert (exported / WEIGHTS).exists()
     assert stage_here(exported, base).manifest.digest == staged.manifest.digest
 
