@@ -21,5 +21,5 @@ class BEFTConfig(TargetedConfig):
         for path in choose(paths, self.target_modules):
             layer, linear = paths[path]
             contents.add_vector(layer, linear, "bias", "beft_bias", (1, base.linears[linear][0]))
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents

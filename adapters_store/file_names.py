@@ -9,10 +9,20 @@ from adapters_store.strict_json import shown
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+ADAPTERHUB_WEIGHTS_FILE: Final = "adapter.safetensors"
 PATCHBAY_FILE: Final = "patchbay.json"
 GOLDEN_FILE: Final = "golden.json"
 
-KEPT_FILES: Final = {CONFIG_FILE: 1 << 20, WEIGHTS_FILE: 1 << 62, PATCHBAY_FILE: 64 << 10, GOLDEN_FILE: 256 << 10}
+WEIGHTS_FILES: Final = (WEIGHTS_FILE, ADAPTERHUB_WEIGHTS_FILE)
+"""What peft and the package `adapters` call the tensors: an upload has one of the two."""
+
+KEPT_FILES: Final = {
+    CONFIG_FILE: 1 << 20,
+    WEIGHTS_FILE: 1 << 62,
+    ADAPTERHUB_WEIGHTS_FILE: 1 << 62,
+    PATCHBAY_FILE: 64 << 10,
+    GOLDEN_FILE: 256 << 10,
+}
 """The files that are read, each with its largest size in bytes."""
 
 _IGNORED: Final = frozenset(
@@ -42,6 +52,7 @@ _IGNORED: Final = frozenset(
         "vocab.json",
     }
 )
+_HEADS: Final = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 _PICKLES: Final = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 
 
@@ -68,9 +79,12 @@ def is_kept(folder: str, name: str) -> bool:
         return True
     if name in _IGNORED or name.startswith("._") or folder.startswith("__MACOSX"):
         return False
+    if name in _HEADS:
+        raise AdapterInvalid("prediction heads are not served; save_adapter with with_head=False", file=name)
     if name.lower().endswith(_PICKLES):
         reason = (
-            f"pickled files are never opened; save the adapter with safe_serialization=True and upload {WEIGHTS_FILE}"
+            f"pickled files are never opened; save the adapter with safe_serialization=True (peft) or "
+            f"use_safetensors=True (adapters), or its tensors by safetensors.torch.save_file, and upload {WEIGHTS_FILE}"
         )
         raise AdapterInvalid(reason, file=shown(name))
     raise AdapterInvalid(f"is not part of an adapter; upload {CONFIG_FILE} and {WEIGHTS_FILE}", file=shown(name))

@@ -6,16 +6,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
 from adapters_store.blobs import BlobStore
+from adapters_store.bottleneck_layout import BottleneckLayout, BottleneckShape
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
 from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.page_image import PageImage, check_weights, fill_pages
 from adapters_store.vector_layout import VectorLayout
-from adapters_store.weights import AdapterWeights, load_weights
+from adapters_store.weights import AdapterWeights, TokenTable, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]
 
@@ -31,11 +33,12 @@ class HostCache:
 
     All images, those that only callers still hold too, share `max_bytes` of memory, which is `pinned` at the start
     where a GPU reads it. An adapter that finds no room there, being larger than the whole or because callers hold
-    the rest, is handed out in memory of its own, and not kept; so are virtual tokens, which are small. Loads of one
-    digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to call from any thread.
+    the rest, is handed out in memory of its own, and not kept; so are virtual tokens and what has rows of its own for
+    tokens. Loads of one digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to
+    call from any thread.
 
-    read: what a background thread reads for a digest, to be laid out. vectors: how vectors are laid out; None where
-    adapters that have any cannot be served.
+    read: what a background thread reads for a digest, to be laid out. vectors, bottlenecks, token_dtype: how vectors
+    and bottlenecks are laid out, and rows of tokens kept; None where adapters that have any cannot be served.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class HostCache:
         num_threads: int = 2,
         read: AdapterReader = read_adapter,
         vectors: VectorLayout | None = None,
+        bottlenecks: BottleneckLayout | None = None,
+        token_dtype: torch.dtype | None = None,
     ) -> None:
         self._blobs = blobs
         self._read = read
@@ -57,7 +62,15 @@ class HostCache:
         self._page_bytes = layout.page_bytes(dtype)
         self._pinned = pinned
         self._vectors = vectors
-        self._memory = HostPages(max_bytes, self._page_bytes, vectors.size if vectors is not None else 0, pinned=pinned)
+        self._bottlenecks = bottlenecks
+        self._token_dtype = token_dtype
+        self._memory = HostPages(
+            max_bytes,
+            self._page_bytes,
+            vectors.size if vectors is not None else 0,
+            bottlenecks.page_bytes if bottlenecks is not None else 0,
+            pinned=pinned,
+        )
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="adapter-load")
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, PageImage] = OrderedDict()
@@ -73,6 +86,11 @@ class HostCache:
         """Bytes of the images kept."""
         with self._lock:
             return sum(image.num_bytes for image in self._kept.values())
+
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter is kept."""
+        with self._lock:
+            return digest in self._kept
 
     def get(self, digest: str) -> Future[PageImage]:
         """The adapter: a finished future when it is kept, else one that a background thread finishes.
@@ -121,25 +139,42 @@ class HostCache:
         weights = self._read(self._blobs, digest)
         check_weights(weights, self._layout, self._dtype)
         if weights.virtual_tokens is not None:
-            virtual = weights.virtual_tokens
-            own = virtual.pin_memory() if self._pinned else virtual.clone()  # what was read may be the file itself
-            return PageImage(0, (), virtual_tokens=own), False
-        image = self._take(weights)
-        is_kept = image is not None
-        image = image or self._own_memory(weights)
-        fill_pages(image.pages, weights, self._layout, self._dtype)
+            return PageImage(0, (), virtual_tokens=self._owned(weights.virtual_tokens)), False
+        blank = PageImage(
+            weights.rank,
+            (),
+            raw=weights.raw,
+            bottleneck=self._checked_bottleneck(weights),
+            token_tables=tuple(self._owned_table(table) for table in weights.token_tables),
+        )
+        image = self._take(blank, self._has_vectors(weights))
+        is_kept = image is not None and not image.token_tables
+        image = image or self._own_memory(blank, self._has_vectors(weights))
+        if weights.bottleneck is not None and self._bottlenecks is not None:
+            self._bottlenecks.fill(image.pages, weights.bottleneck)
+        else:
+            fill_pages(image.pages, weights, self._layout, self._dtype)
         if image.vectors is not None and self._vectors is not None:
             self._vectors.fill(image.vectors, weights)
         return image, is_kept
 
-    def _take(self, weights: AdapterWeights) -> PageImage | None:
+    def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy: what was read may be the file itself."""
+        return tensor.pin_memory() if self._pinned else tensor.clone()
+
+    def _owned_table(self, table: TokenTable) -> TokenTable:
+        if self._token_dtype is None:
+            raise ValueError("it has rows of tokens, for which this engine keeps no room (engine.num_token_rows)")
+        return table._replace(rows=self._owned(table.rows.to(self._token_dtype)))
+
+    def _take(self, blank: PageImage, has_vectors: bool) -> PageImage | None:
         """Room in the cache's memory, from which others leave for it."""
-        has_vectors, num_pages = self._has_vectors(weights), num_pages_for(weights.rank)
-        if not self._memory.may_hold(num_pages, has_vectors):
+        num_frames = self._memory.num_frames_for(blank)
+        if not self._memory.may_hold(num_frames, has_vectors):
             return None
         with self._lock:
-            while (image := self._memory.take(weights.rank, has_vectors, weights.raw)) is None:
-                if not self._drop_one(num_pages):
+            while (image := self._memory.take(blank, has_vectors)) is None:
+                if not self._drop_one(num_frames):
                     return None
             return image
 
@@ -152,10 +187,21 @@ class HostCache:
         del self._kept[digest]
         return True
 
-    def _own_memory(self, weights: AdapterWeights) -> PageImage:
-        pages = torch.empty(num_pages_for(weights.rank), self._page_bytes, dtype=torch.uint8)
-        vectors = torch.empty_like(self._vectors.neutral) if self._vectors and self._has_vectors(weights) else None
-        return PageImage(weights.rank, tuple(pages), vectors, weights.raw)
+    def _own_memory(self, blank: PageImage, has_vectors: bool) -> PageImage:
+        num_pages, page_bytes = num_pages_for(blank.rank), self._page_bytes
+        if blank.bottleneck is not None and self._bottlenecks is not None:
+            num_pages, page_bytes = blank.bottleneck.num_pages, self._bottlenecks.page_bytes
+        pages = torch.empty(num_pages, page_bytes, dtype=torch.uint8)
+        vectors = torch.empty_like(self._vectors.neutral) if self._vectors and has_vectors else None
+        return replace(blank, pages=tuple(pages), vectors=vectors)
+
+    def _checked_bottleneck(self, weights: AdapterWeights) -> BottleneckShape | None:
+        if weights.bottleneck is None:
+            return None
+        if self._bottlenecks is None:
+            raise ValueError("it has bottlenecks, for which this engine keeps no room (engine.num_bottleneck_pages)")
+        self._bottlenecks.check(weights.bottleneck)
+        return BottleneckShape.of(weights.bottleneck)
 
     def _has_vectors(self, weights: AdapterWeights) -> bool:
         if weights.vectors and self._vectors is None:

@@ -33,7 +33,7 @@ class IA3Config(TargetedConfig):
             else:
                 reason = f"the inputs of {linear} are not scaled in this release; only those of down_proj are"
                 raise refuse("feedforward_modules", reason)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def _scales_inputs(self, path: str) -> bool:

@@ -45,7 +45,7 @@ class LoHaConfig(LayeredConfig):
             for name in LOHA_B:
                 most = SQRT_LARGEST / math.sqrt(max(1.0, abs(scale)))
                 contents.tensors[tensor_name(layer, linear, name)] = TensorRule((out_features, rank), most=most)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def rank_field(self, rank: int) -> str:

@@ -14,6 +14,7 @@ from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name
 from adapters_store.module_matching import choose, pattern_lookup, refuse
 from adapters_store.strict_json import shown
+from adapters_store.trainable_tokens_config import TokenIds, TokensByModule, add_trained_tokens
 
 _PLAIN_INITS: Final = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -27,16 +28,13 @@ class LoRATarget:
 
 
 class LoRAConfig(LayeredConfig):
-    """Matrices on linears; a magnitude each with `use_dora`, biases with `lora_bias` and `bias`."""
+    """Matrices on linears; a magnitude each with `use_dora`, biases with `lora_bias` and `bias`, and trained tokens."""
 
     kind = "LORA"
-    inert: ClassVar = frozenset(
-        {"megatron_core", "lora_dropout", "velora_config", "eva_config", "qalora_group_size", "ensure_weight_tying"}
-    )
+    inert: ClassVar = frozenset({"megatron_core", "lora_dropout", "velora_config", "eva_config", "qalora_group_size"})
     refused: ClassVar[Mapping[str, str]] = {
         "use_qalora": "QA-LoRA pools its inputs, which is not served in this release",
         "use_bdlora": "block-diagonal LoRA is not served in this release",
-        "trainable_token_indices": "trained token embeddings are not served in this release",
         "target_parameters": "LoRA on bare parameters is not served in this release; use target_modules",
         "layer_replication": "an adapter cannot change the base's number of layers",
         "alora_invocation_tokens": "activated LoRA is not served in this release",
@@ -58,6 +56,8 @@ class LoRAConfig(LayeredConfig):
     exclude_modules: ManyPatterns | Pattern | None = None
     rank_pattern: Annotated[dict[Pattern, Rank], Field(max_length=4096, default_factory=dict)]
     alpha_pattern: Annotated[dict[Pattern, Alpha], Field(max_length=4096, default_factory=dict)]
+    trainable_token_indices: TokenIds | TokensByModule | None = None
+    ensure_weight_tying: StrictBool = False
 
     @classmethod
     def parse(cls, raw: dict[str, Any]) -> Self:
@@ -81,7 +81,9 @@ class LoRAConfig(LayeredConfig):
             if self.lora_bias:
                 contents.add_vector(layer, linear, "bias", "lora_B.bias", (out_features,), scale)
         contents.add_own_biases(base, self.bias, targets)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save, tie=self.ensure_weight_tying)
+        if self.trainable_token_indices is not None:
+            add_trained_tokens(contents, base, self.trainable_token_indices, tie=self.ensure_weight_tying)
         return contents
 
     def targets(self, base: BaseSpec) -> dict[str, LoRATarget]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from adapters_store.base_spec import LINEARS, NORMS
+from adapters_store.base_spec import EMBEDDINGS, LINEARS, NORMS
 
 ADAPTER_METADATA_KEY = "patchbay.adapter"
 """Key of the safetensors header under which a stored blob carries its `AdapterSpec` as JSON."""
@@ -19,8 +19,29 @@ BASE_METADATA_KEY = "patchbay.base_fingerprint"
 """Key of the safetensors header under which an uploader may state the base an adapter was trained on."""
 
 
-Kind = Literal["LORA", "LOHA", "VERA", "IA3", "BEFT", "LN_TUNING", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"]
-"""peft's names of the kinds that are served."""
+Kind = Literal[
+    "LORA",
+    "ADALORA",
+    "LOHA",
+    "LOKR",
+    "DELORA",
+    "MISS",
+    "LORETTA_REP",
+    "VERA",
+    "IA3",
+    "BEFT",
+    "LN_TUNING",
+    "PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "BOTTLENECK",
+    "LORETTA_ADP",
+    "TRAINABLE_TOKENS",
+]
+"""peft's names of the kinds that are served, and ours of those that it does not have."""
+
+EmbeddingModule = Literal["embed_tokens", "lm_head"]
+"""What has a row for each token: the input embeddings and the output projection."""
 
 VectorRole = Literal["out_scale", "in_scale", "bias", "own_bias", "magnitude", "norm"]
 """What a vector does to its module: scales its outputs or its inputs, is added to its outputs, takes the place of its
@@ -30,16 +51,20 @@ bias, is DoRA's magnitude (an output scale once divided by the rows' norms), or 
 class LoRADelta(BaseModel):
     """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
 
-    in_features: of VeRA's linears, which share an A as wide as the widest of them.
+    rank: 0 where AdaLoRA left nothing. in_features: of the linear, where no tensor of its own has it (VeRA and MiSS).
+    peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r, LoKr's r). exact_rank: of a
+    Kronecker product, of which `rank` may be fewer, the largest singular values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     linear: str
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=0)
     scale: float = Field(allow_inf_nan=False)
     layers: tuple[int, ...]
     in_features: int | None = None
+    peft_rank: int | None = None
+    exact_rank: int | None = None
 
 
 class VectorSite(BaseModel):
@@ -70,8 +95,77 @@ class VirtualTokens(BaseModel):
     num_layers: int | None = None
 
 
+class KroneckerSplit(BaseModel):
+    """How peft cuts linears into LoKr's two factors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decompose_both: bool
+    decompose_factor: int
+
+
+class TokenRows(BaseModel):
+    """Rows that take the place of those of some tokens in `modules`, alike in each: a tensor [num_tokens, hidden].
+
+    tensor: its name in the file. num_tokens: how many. ids: of which tokens, a row each; None: of all, in their order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    modules: tuple[EmbeddingModule, ...]
+    tensor: str
+    num_tokens: int = Field(ge=1)
+    ids: tuple[int, ...] | None = None
+
+
+BottleneckSite = Literal["attention", "output"]
+"""A block of a layer that a bottleneck adapter follows; "output" is the feed-forward block, in AdapterHub's words."""
+
+BOTTLENECK_SITES: Final[tuple[BottleneckSite, ...]] = ("attention", "output")
+
+BottleneckReads = Literal["block", "stream", "sum"]
+"""What a bottleneck adapter reads: what its block gives, the residual stream before that is added to it, or after."""
+
+BottleneckActivation = Literal["none", "relu", "gelu", "silu", "tanh"]
+"""What stands between its two linears (gelu: the exact one)."""
+
+
+class BottleneckSize(BaseModel):
+    """The width between the two linears, in each of `layers`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: int = Field(ge=1)
+    layers: tuple[int, ...]
+
+
+class Bottleneck(BaseModel):
+    """Bottleneck adapters at `sites`: the residual stream gets scale * up(activation(down(x))), with biases, beside.
+
+    name: AdapterHub's, which is part of its tensors' names; LoRETTA's have none. hidden_size: the base's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = None
+    hidden_size: int
+    sites: tuple[BottleneckSite, ...]
+    sizes: tuple[BottleneckSize, ...]
+    reads: BottleneckReads
+    activation: BottleneckActivation
+    scale: float = Field(allow_inf_nan=False)
+
+    @property
+    def size(self) -> int:
+        """The largest in any layer."""
+        return max(each.size for each in self.sizes)
+
+
 class AdapterSpec(BaseModel):
-    """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it."""
+    """An adapter's arithmetic beside its tensors; it travels inside the blob, so the digest covers it.
+
+    tensor_rank: of LoRETTA's matrices, which are tensor trains.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,6 +175,10 @@ class AdapterSpec(BaseModel):
     deltas: tuple[LoRADelta, ...] = ()
     vectors: tuple[VectorSite, ...] = ()
     virtual_tokens: VirtualTokens | None = None
+    token_rows: tuple[TokenRows, ...] = ()
+    kronecker: KroneckerSplit | None = None
+    tensor_rank: int | None = None
+    bottleneck: Bottleneck | None = None
 
     @property
     def rank(self) -> int:
@@ -93,10 +191,16 @@ class AdapterSpec(BaseModel):
         return self.virtual_tokens.num_tokens if self.virtual_tokens is not None else 0
 
     @property
+    def num_token_rows(self) -> int:
+        """Rows of its own for tokens, in all tensors."""
+        return sum(rows.num_tokens for rows in self.token_rows)
+
+    @property
     def target_modules(self) -> tuple[str, ...]:
-        """The linears and norms that are changed in some layer, in the model's order."""
+        """The modules that are changed in some layer, in the model's order, what is there once behind."""
         present = {delta.linear for delta in self.deltas} | {site.module for site in self.vectors}
-        return tuple(module for module in (*LINEARS, *NORMS) if module in present)
+        present |= {module for rows in self.token_rows for module in rows.modules}
+        return tuple(module for module in (*LINEARS, *NORMS, *EMBEDDINGS) if module in present)
 
     def canonical_json(self) -> str:
         """The one text that equal specs share; what is empty is left out, so that later fields change no digest."""
@@ -119,10 +223,12 @@ class AdapterManifest(AdapterSpec):
     """What the registry keeps of one version.
 
     digest: SHA-256 in hex of the blob: the canonical safetensors file, whose header holds the `AdapterSpec`.
-    size_bytes: size of that blob. num_parameters: elements of all tensors. files: what was uploaded.
+    size_bytes: size of that blob. num_parameters: elements of all tensors. files: what was uploaded. import_error: the
+    largest relative error of a linear's delta, in the Frobenius norm, that fewer ranks than it has make; else 0.
     """
 
     digest: str
     num_parameters: int
     size_bytes: int
+    import_error: float = 0.0
     files: tuple[AdapterFile, ...] = ()

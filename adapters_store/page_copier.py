@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.lora_layout import LoRALayout, PagePools
 from adapters_store.page_image import PageImage
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 
 
@@ -39,43 +41,55 @@ class PageCopier:
     """
 
     def __init__(
-        self, layout: LoRALayout, dtype: torch.dtype, pools: Sequence[PagePools], vectors: VectorSlots | None = None
+        self,
+        layout: LoRALayout,
+        dtype: torch.dtype,
+        pools: Sequence[PagePools],
+        vectors: VectorSlots | None = None,
+        bottlenecks: BottleneckSlots | None = None,
+        tokens: TokenPool | None = None,
     ) -> None:
         self._layout = layout
         self._vectors = vectors
+        self._bottlenecks = bottlenecks
+        self._tokens = tokens
         self._dtype = dtype
         self._pools = pools
         self._device = pools[0].a.device
         self._stream: torch.cuda.Stream | None = None
         if self._device.type == "cuda":
-            self._staging = torch.empty(layout.page_bytes(dtype), dtype=torch.uint8, device=self._device)
-            self._staged = layout.split(self._staging, dtype)
+            largest = max(layout.page_bytes(dtype), bottlenecks.layout.page_bytes if bottlenecks is not None else 0)
+            self._staging = torch.empty(largest, dtype=torch.uint8, device=self._device)
             self._staged_row = torch.empty(vectors.layout.size if vectors is not None else 0, device=self._device)
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
             # What had the staging page's memory before may still be used.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
-    def start(self, image: PageImage, page_ids: Sequence[int], row: int = -1) -> PageCopy:
-        """Start to copy an image into these pages, and its vectors into a row; returns before it is there.
+    def start(self, image: PageImage, page_ids: Sequence[int], row: int = -1, token_row: int = -1) -> PageCopy:
+        """Start to copy an image into these pages, its vectors into a row, and its tokens' rows from `token_row` on.
 
-        The image may not change until then.
+        Returns before it is there; the image may not change until then.
         """
         if self._stream is None:
             for page, page_id in zip(image.pages, page_ids, strict=True):
-                self._place(self._layout.split(page, self._dtype), page_id)
+                self._place(image, page, page_id)
             if image.vectors is not None:
                 self._place_vectors(image.vectors, row)
+            self._place_tokens(image, token_row)
             return PageCopy(image, None)
         launched = torch.cuda.current_stream(self._device).record_event()
         with torch.cuda.stream(self._stream):
             for page, page_id in zip(image.pages, page_ids, strict=True):
-                self._staging.copy_(page, non_blocking=True)
+                staged = self._staging[: len(page)]
+                staged.copy_(page, non_blocking=True)
                 self._stream.wait_event(launched)
-                self._place(self._staged, page_id)
+                self._place(image, staged, page_id)
             if image.vectors is not None:
                 self._staged_row.copy_(image.vectors, non_blocking=True)
                 self._stream.wait_event(launched)
                 self._place_vectors(self._staged_row, row)
+            self._stream.wait_event(launched)
+            self._place_tokens(image, token_row)
             return PageCopy(image, self._stream.record_event())
 
     def wait(self) -> None:
@@ -83,12 +97,27 @@ class PageCopier:
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _place(self, page: Sequence[PagePools], page_id: int) -> None:
-        for pools, parts in zip(self._pools, page, strict=True):
-            for pool, part in zip(pools.arrays, parts.arrays, strict=True):
-                pool[:, page_id].copy_(part)
+    def _place(self, image: PageImage, page: Tensor, page_id: int) -> None:
+        """page: uint8 [page_bytes], one of the image's, on the pools' device."""
+        if image.bottleneck is None:
+            for pools, parts in zip(self._pools, self._layout.split(page, self._dtype), strict=True):
+                _place(pools.arrays, page_id, parts.arrays)
+        else:
+            assert self._bottlenecks is not None
+            _place(self._bottlenecks.all_layers.arrays, page_id, self._bottlenecks.layout.split(page).arrays)
+
+    def _place_tokens(self, image: PageImage, row: int) -> None:
+        for table in image.token_tables:
+            assert self._tokens is not None
+            self._tokens.rows[row : row + len(table.rows)].copy_(table.rows, non_blocking=True)
+            row += len(table.rows)
 
     def _place_vectors(self, vectors: Tensor, row: int) -> None:
         assert self._vectors is not None
         for name, part in self._vectors.layout.split(vectors).items():
             self._vectors.pools[name][:, row].copy_(part)
+
+
+def _place(pools: Iterable[Tensor], page_id: int, parts: Iterable[Tensor]) -> None:
+    for pool, part in zip(pools, parts, strict=True):
+        pool[:, page_id].copy_(part)

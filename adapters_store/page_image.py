@@ -8,10 +8,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from adapters_store.bottleneck_layout import BottleneckShape
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools, num_pages_for
 from adapters_store.manifest import VectorRole
 from adapters_store.vector_layout import check_vectors
-from adapters_store.weights import AdapterWeights
+from adapters_store.weights import AdapterWeights, TokenTable
 from lora_kernels.segments import PAGE_RANK
 
 _LARGEST_FP16: Final = 65504.0
@@ -21,8 +22,9 @@ _LARGEST_FP16: Final = 65504.0
 class PageImage:
     """An adapter of `rank`, a page of 16 ranks after the other: each uint8 [page_bytes], as `LoRALayout.split` says.
 
-    vectors: its row, fp32 [size] as `VectorLayout` says, where it has any. raw: as in `VectorSlots.raw`.
-    virtual_tokens: as `AdapterWeights`.
+    bottleneck: its shape, where it is of bottlenecks: `pages` are then theirs, as `BottleneckLayout.split` says, and
+    rank is 0. vectors: its row, fp32 [size] as `VectorLayout` says, where it has any. raw: as in `VectorSlots.raw`.
+    virtual_tokens, token_tables: as `AdapterWeights`.
     """
 
     rank: int
@@ -30,17 +32,35 @@ class PageImage:
     vectors: Tensor | None = None
     raw: frozenset[VectorRole] = frozenset()
     virtual_tokens: Tensor | None = None
+    bottleneck: BottleneckShape | None = None
+    token_tables: tuple[TokenTable, ...] = ()
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of ranks."""
+        return len(self.pages) if self.bottleneck is None else 0
+
+    @property
+    def num_bottleneck_pages(self) -> int:
+        """Pages of bottlenecks."""
+        return len(self.pages) if self.bottleneck is not None else 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all pages and the vectors."""
         return sum(page.nbytes for page in self.pages) + (0 if self.vectors is None else self.vectors.nbytes)
 
+    @property
+    def num_token_rows(self) -> int:
+        """Rows of its own for tokens."""
+        return sum(len(table.ids) for table in self.token_tables)
+
 
 def check_weights(weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtype) -> None:
     """Raises ValueError when a part does not fit the layout, or B does not fit float16 pages."""
     check_vectors(weights, layout)
     _check_virtual_tokens(weights, layout)
+    _check_token_tables(weights, layout)
     shapes = {name: (width, group.in_features) for group in layout.groups for name, width in _widths(group).items()}
     for (layer, linear), (a, b) in weights.tensors.items():
         if not 0 <= layer < layout.num_layers or linear not in shapes:
@@ -64,6 +84,13 @@ def _check_virtual_tokens(weights: AdapterWeights, layout: LoRALayout) -> None:
     shapes = [(qkv.in_features,), (2 * layout.num_layers, _widths(qkv)["k_proj"])]
     if tuple(virtual.shape[1:]) not in shapes:
         raise ValueError(f"virtual tokens are {list(virtual.shape[1:])} each; the base needs {list(map(list, shapes))}")
+
+
+def _check_token_tables(weights: AdapterWeights, layout: LoRALayout) -> None:
+    hidden = layout.group("qkv").in_features
+    for modules, ids, rows in weights.token_tables:
+        if rows.shape != (len(ids), hidden):
+            raise ValueError(f"rows of {' and '.join(modules)} are {list(rows.shape)}; the base needs [n, {hidden}]")
 
 
 def fill_pages(pages: tuple[Tensor, ...], weights: AdapterWeights, layout: LoRALayout, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,17 +13,21 @@ from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.residents import Resident, Residents, TenantShare
 from adapters_store.slots import AdapterSlots
 
 
 class LoadableAdapter(Protocol):
     """What residency must know of an adapter version: `name` for reports, `digest` of its blob, `rank`.
 
-    num_virtual_tokens: how many its users count before every prompt.
+    tenant: whose it is. num_virtual_tokens: how many its users count before every prompt.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def tenant(self) -> str: ...
 
     @property
     def digest(self) -> str: ...
@@ -51,18 +54,12 @@ class ResidencyStats:
     load_seconds: float
 
 
-@dataclass(slots=True)
-class _Resident:
-    name: str
-    slot: int
-    pins: int = 0
-
-
 class _Loading:
     """A load into host memory, under way or finished and waiting for room."""
 
-    def __init__(self, future: Future[PageImage], num_pages: int) -> None:
+    def __init__(self, future: Future[PageImage], tenant: str, num_pages: int) -> None:
         self.future = future
+        self.tenant = tenant
         self.num_pages = num_pages
         self.wanted = True
         self._started = self._ended = time.monotonic()
@@ -85,6 +82,7 @@ class _Copying:
     """A copy under way into a slot that nobody may use yet. seconds: what the load into host memory took."""
 
     name: str
+    tenant: str
     slot: int
     copy: PageCopy
     num_pages: int
@@ -93,7 +91,10 @@ class _Copying:
 
 
 class AdapterResidency:
-    """Brings adapters into slots on demand and evicts the least recently used that nobody holds.
+    """Brings adapters into slots on demand and evicts what nobody holds, in the order of `Residents`.
+
+    share: the part of the slots and of the pages that one tenant's adapters may take, but one adapter always. A tenant
+    that has it exchanges its own.
 
     An adapter is absent, loading (into host memory), copying (to the device) or resident. `acquire` moves it along and
     pins it; each pin is given back by one `release`. A copy that began always ends, and its adapter is resident then,
@@ -101,11 +102,19 @@ class AdapterResidency:
     nobody: while `is_copying`, `poll` soon.
     """
 
-    def __init__(self, slots: AdapterSlots, host: HostCache, on_ready: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        slots: AdapterSlots,
+        host: HostCache,
+        on_ready: Callable[[], None] | None = None,
+        *,
+        share: float = 1.0,
+    ) -> None:
         self._slots = slots
         self._host = host
         self._on_ready = on_ready
-        self._resident: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._share = TenantShare.of(share, slots.num_slots, slots.num_pages)
+        self._resident = Residents(host.holds)
         self._copying: dict[str, _Copying] = {}
         self._loading: dict[str, _Loading] = {}
         self._failed: dict[str, AdapterLoadFailed] = {}
@@ -139,8 +148,8 @@ class AdapterResidency:
             return None
         self._check_virtual_tokens(adapter, entry.slot)
         entry.pins += 1
-        entry.name = adapter.name
-        self._resident.move_to_end(adapter.digest)
+        entry.name, entry.tenant = adapter.name, adapter.tenant
+        self._resident.touch(adapter.digest)
         return entry.slot
 
     def prefetch(self, adapters: Iterable[LoadableAdapter]) -> None:
@@ -153,6 +162,8 @@ class AdapterResidency:
         may_copy = not self._copying
         for digest, adapter in upcoming.items():
             if digest in self._resident or digest in self._copying or digest in self._failed:
+                continue
+            if self.exceeds_share(adapter):
                 continue
             loading = self._loading.get(digest) or self._start(adapter, share=2)
             if loading is None:
@@ -167,7 +178,7 @@ class AdapterResidency:
         entry = self._resident[digest]
         assert entry.pins > 0, f"adapter {digest[:12]} is released more often than acquired"
         entry.pins -= 1
-        self._resident.move_to_end(digest)
+        self._resident.touch(digest)
 
     def poll(self) -> None:
         """Once per step, before its `acquire` calls: collect finished copies and loads.
@@ -191,6 +202,19 @@ class AdapterResidency:
         """
         loading = self._loading.get(digest)
         return loading is not None and loading.is_loaded
+
+    def exceeds_share(self, adapter: LoadableAdapter) -> bool:
+        """Whether an adapter that is not on the device waits for others of its tenant to be given back.
+
+        Its tenant's requests wait then, and nobody else's.
+        """
+        if adapter.digest in self._resident or adapter.digest in self._copying:
+            return False
+        tenant = adapter.tenant
+        held = [entry.num_pages for entry in self._resident.values() if entry.tenant == tenant and entry.pins]
+        held += [entry.num_pages for entry in self._copying.values() if entry.tenant == tenant]
+        held += [e.num_pages for digest, e in self._loading.items() if e.tenant == tenant and digest != adapter.digest]
+        return not self._share.has_room(held, num_pages_for(adapter.rank))
 
     def num_prefix_tokens(self, slot: int) -> int:
         """Virtual tokens whose keys and values an adapter on the device holds itself; 0 for the bare base (-1)."""
@@ -218,12 +242,14 @@ class AdapterResidency:
         num_pages += sum(entry.num_pages for entry in self._copying.values())
         assert self._host_pages == num_pages, "pages of host memory are miscounted"
 
-    def _bring_in(self, adapter: LoadableAdapter) -> _Resident | None:
+    def _bring_in(self, adapter: LoadableAdapter) -> Resident | None:
         if adapter.digest in self._copying:
             return None
         self._check_rank(adapter.digest, adapter.rank)
         if (error := self._failed.get(adapter.digest)) is not None:
             raise error
+        if self.exceeds_share(adapter):
+            return None
         loading = self._loading.get(adapter.digest) or self._start(adapter, share=1)
         if loading is None:
             return None
@@ -233,6 +259,8 @@ class AdapterResidency:
         if loading.future.exception() is not None:
             raise self._fail(adapter.digest, loading)
         self._check_rank(adapter.digest, loading.future.result().rank)
+        self._check_bottleneck(adapter.digest, loading.future.result())
+        self._check_token_rows(adapter.digest, loading.future.result())
         self._place(adapter, loading, keep=())
         return self._resident.get(adapter.digest)
 
@@ -247,7 +275,7 @@ class AdapterResidency:
         if is_full and (self._loading or self._copying or share > 1):
             return None
         future = self._host.get(adapter.digest)
-        loading = self._loading[adapter.digest] = _Loading(future, num_pages)
+        loading = self._loading[adapter.digest] = _Loading(future, adapter.tenant, num_pages)
         self._host_pages += num_pages
         if self._on_ready is not None and not future.done():
             wake = self._on_ready
@@ -260,14 +288,16 @@ class AdapterResidency:
     def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
         """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
         image = loading.future.result()
-        if not self._make_room(image, keep):
+        if not self._make_room(image, adapter.tenant, keep):
             return
         slot = self._slots.next_free_slot
         assert slot is not None
         started = time.monotonic()
         copy = self._slots.load(slot, image)
         del self._loading[adapter.digest]
-        self._copying[adapter.digest] = _Copying(adapter.name, slot, copy, loading.num_pages, loading.seconds, started)
+        self._copying[adapter.digest] = _Copying(
+            adapter.name, adapter.tenant, slot, copy, loading.num_pages, loading.seconds, started
+        )
         self._settle(adapter.digest)
 
     def _settle(self, digest: str) -> None:
@@ -277,39 +307,57 @@ class AdapterResidency:
             return
         del self._copying[digest]
         self._host_pages -= copying.num_pages
-        self._resident[digest] = _Resident(copying.name, copying.slot)
+        self._resident.add(digest, Resident(copying.name, copying.tenant, copying.slot, copying.num_pages))
         self._loads += 1
         self._load_seconds += copying.seconds + time.monotonic() - copying.started
 
-    def _make_room(self, image: PageImage, keep: Collection[str]) -> bool:
-        """Evict until a slot, pages and a row for the image are free; evict nothing when that cannot be reached."""
-        idle = [digest for digest, entry in self._resident.items() if entry.pins == 0 and digest not in keep]
-        if not self._would_fit(image, [self._resident[digest].slot for digest in idle]):
+    def _make_room(self, image: PageImage, tenant: str, keep: Collection[str]) -> bool:
+        """Evict until there is room for the image, nothing that would give none; nothing at all when it cannot be."""
+        idle = self._resident.idle(keep)
+        exchanged = self._to_exchange(image, tenant, idle)
+        if exchanged is None or not self._slots.would_have_room(image, [self._resident[d].slot for d in idle]):
             return False
+        for digest in exchanged:
+            self._evict(digest)
         for digest in idle:
             if self._slots.has_room(image):
                 break
-            if self._lacks_a_row_alone(image) and self._slots.vector_row(self._resident[digest].slot) < 0:
-                continue
-            self._slots.free(self._resident.pop(digest).slot)
-            self._evictions += 1
+            if digest not in exchanged and self._slots.lacks_for(image, self._resident[digest].slot):
+                self._evict(digest)
         return True
 
-    def _would_fit(self, image: PageImage, given_back: list[int]) -> bool:
-        """Whether there was room if these slots were free."""
-        slots = self._slots
-        num_pages = slots.num_free_pages + sum(len(slots.pages_of(slot)) for slot in given_back)
-        num_rows = slots.num_free_rows + sum(slots.vector_row(slot) >= 0 for slot in given_back)
-        has_slot = slots.num_free_slots + len(given_back) > 0
-        return has_slot and num_pages >= len(image.pages) and (image.vectors is None or num_rows > 0)
+    def _to_exchange(self, image: PageImage, tenant: str, idle: list[str]) -> list[str] | None:
+        """Which of its idle adapters a tenant gives up to stay within its share; None where they do not do."""
+        own = {digest: entry.num_pages for digest, entry in self._resident.items() if entry.tenant == tenant}
+        own |= {digest: entry.num_pages for digest, entry in self._copying.items() if entry.tenant == tenant}
+        exchanged: list[str] = []
+        candidates = (digest for digest in idle if digest in own)
+        while not self._share.has_room([own[d] for d in own if d not in exchanged], image.num_pages):
+            if (digest := next(candidates, None)) is None:
+                return None
+            exchanged.append(digest)
+        return exchanged
 
-    def _lacks_a_row_alone(self, image: PageImage) -> bool:
-        return self._slots.num_free_slots > 0 and self._slots.num_free_pages >= len(image.pages)
+    def _evict(self, digest: str) -> None:
+        self._slots.free(self._resident.evict(digest).slot)
+        self._evictions += 1
 
     def _check_rank(self, digest: str, rank: int) -> None:
         if num_pages_for(rank) > self._slots.num_pages or self._slots.num_slots == 0:
             needed, total = num_pages_for(rank), self._slots.num_pages
             raise AdapterLoadFailed(digest, f"its rank {rank} needs {needed} pages and this engine has {total}")
+
+    def _check_bottleneck(self, digest: str, image: PageImage) -> None:
+        needed, total = image.num_bottleneck_pages, self._slots.num_bottleneck_pages
+        if needed > total:
+            reason = f"its bottlenecks need {needed} pages and this engine has {total} (engine.num_bottleneck_pages)"
+            raise AdapterLoadFailed(digest, reason)
+
+    def _check_token_rows(self, digest: str, image: PageImage) -> None:
+        total = len(self._slots.tokens.rows) if self._slots.tokens is not None else 0
+        if image.num_token_rows > total:
+            reason = f"its {image.num_token_rows} rows of tokens are more than this engine's {total} (num_token_rows)"
+            raise AdapterLoadFailed(digest, reason)
 
     def _check_virtual_tokens(self, adapter: LoadableAdapter, slot: int) -> None:
         """Who counts none of them would be served the bare base."""

@@ -44,15 +44,15 @@ def read_header(path: Path) -> SafetensorsHeader:
     """Read and check the header of a weights file. Raises `AdapterInvalid` naming the tensor at fault."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        first = file.read(8)
-        _check_not_pickle(first)
-        if len(first) < 8:
+        first = file.read(9)
+        if len(first) < 9:
             raise _refuse("the file is truncated: it is too short to be safetensors")
-        length = int.from_bytes(first, "little")
-        _check_header_length(length, size)
-        raw = file.read(length)
-    if not raw.startswith(b"{"):
-        raise _refuse("the file is not safetensors: its header is not JSON")
+        length = int.from_bytes(first[:8], "little")
+        if length > _MAX_HEADER or first[8:] != b"{":
+            raise _refuse(_why_not_safetensors(first))
+        if 8 + length > size:
+            raise _refuse("the file is truncated: it ends inside its header")
+        raw = first[8:] + file.read(length - 1)
     entries = parse_object(raw.rstrip(b" "), WEIGHTS_FILE)
     metadata = _metadata(entries.pop("__metadata__", {}))
     tensors = {name: _tensor(name, entry, 8 + length) for name, entry in entries.items()}
@@ -60,16 +60,13 @@ def read_header(path: Path) -> SafetensorsHeader:
     return SafetensorsHeader(tensors, metadata)
 
 
-def _check_not_pickle(first: bytes) -> None:
+def _why_not_safetensors(first: bytes) -> str:
+    """A header of 640 bytes begins as a pickle does: only what is no header may be one."""
     if first.startswith(b"PK\x03\x04") or (first[:1] == b"\x80" and first[1:2] in b"\x02\x03\x04\x05"):
-        raise _refuse(_PICKLE_ADVICE)
-
-
-def _check_header_length(length: int, size: int) -> None:
-    if length > _MAX_HEADER:
-        raise _refuse(f"the file is not safetensors, or its header is larger than {_MAX_HEADER:,} bytes")
-    if 8 + length > size:
-        raise _refuse("the file is truncated: it ends inside its header")
+        return _PICKLE_ADVICE
+    if first[8:] != b"{":
+        return "the file is not safetensors: its header is not JSON"
+    return f"the file is not safetensors, or its header is larger than {_MAX_HEADER:,} bytes"
 
 
 def _metadata(value: Any) -> dict[str, str]:

@@ -7,19 +7,50 @@ ceil(r / 16).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from lora_kernels.segments import AdapterPages
+
+
+class Room(NamedTuple):
+    """Slots, pages of ranks, rows of vectors and pages of bottlenecks: free, held or needed."""
+
+    slots: int
+    pages: int
+    rows: int
+    bottleneck_pages: int
+
+    @classmethod
+    def needed(cls, image: PageImage) -> Self:
+        """By an adapter that is to be loaded."""
+        return cls(1, image.num_pages, int(image.vectors is not None), image.num_bottleneck_pages)
+
+    def plus(self, other: Room) -> Room:
+        """Both."""
+        return Room(*map(operator.add, self, other))
+
+    def covers(self, needed: Room) -> bool:
+        """Whether there is as much of each."""
+        return all(map(operator.ge, self, needed))
+
+    def helps(self, free: Room, needed: Room) -> bool:
+        """Whether it has some of what is needed and not free."""
+        return any(own and wanted > there for own, there, wanted in zip(self, free, needed, strict=True))
 
 
 class AdapterSlots:
@@ -27,7 +58,8 @@ class AdapterSlots:
 
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
     scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
-    device computes (`PageCopier`). vectors: the rows of those adapters that have any; without it none can be loaded.
+    device computes (`PageCopier`). vectors, bottlenecks, tokens: for those adapters that have any; without it none can
+    be loaded.
     """
 
     def __init__(
@@ -38,9 +70,13 @@ class AdapterSlots:
         dtype: torch.dtype,
         device: torch.device | str,
         vectors: VectorSlots | None = None,
+        bottlenecks: BottleneckSlots | None = None,
+        tokens: TokenPool | None = None,
     ) -> None:
         self.layout = layout
         self.vectors = vectors
+        self.bottlenecks = bottlenecks
+        self.tokens = tokens
         self.num_slots = num_slots
         self.num_pages = num_pages
         self.dtype = dtype
@@ -59,7 +95,7 @@ class AdapterSlots:
             for group, pools in zip(layout.groups, self._all_layers, strict=True)
             for layer in range(layout.num_layers)
         }
-        self._copier = PageCopier(layout, dtype, self._all_layers, vectors)
+        self._copier = PageCopier(layout, dtype, self._all_layers, vectors, bottlenecks, tokens)
         self._free_slots = list(reversed(range(num_slots)))
         self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
@@ -79,8 +115,35 @@ class AdapterSlots:
 
     def has_room(self, image: PageImage) -> bool:
         """Whether the adapter can be loaded now."""
-        enough_pages = len(image.pages) <= self.num_free_pages
-        return bool(self._free_slots) and enough_pages and (image.vectors is None or self.num_free_rows > 0)
+        return self.would_have_room(image, ())
+
+    def would_have_room(self, image: PageImage, given_back: Collection[int]) -> bool:
+        """Whether it could be if these slots were free."""
+        room = functools.reduce(Room.plus, map(self.held_room, given_back), self.free_room)
+        has_run = self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back)
+        return room.covers(Room.needed(image)) and has_run
+
+    def lacks_for(self, image: PageImage, slot: int) -> bool:
+        """Whether anything that there is no room for now would come free with this slot."""
+        if self.held_room(slot).helps(self.free_room, Room.needed(image)):
+            return True
+        return self.tokens is not None and self.tokens.holds(slot) and not self.tokens.has_room(image.num_token_rows)
+
+    @property
+    def free_room(self) -> Room:
+        """What no adapter has."""
+        bottleneck_pages = self.bottlenecks.num_free if self.bottlenecks is not None else 0
+        return Room(self.num_free_slots, self.num_free_pages, self.num_free_rows, bottleneck_pages)
+
+    def held_room(self, slot: int) -> Room:
+        """What the adapter in a slot has."""
+        bottleneck_pages = self.bottlenecks.num_held(slot) if self.bottlenecks is not None else 0
+        return Room(1, len(self.pages_of(slot)), int(self.vector_row(slot) >= 0), bottleneck_pages)
+
+    @property
+    def num_bottleneck_pages(self) -> int:
+        """Pages of bottlenecks, free or not."""
+        return self.bottlenecks.num_pages if self.bottlenecks is not None else 0
 
     @property
     def num_free_rows(self) -> int:
@@ -152,15 +215,21 @@ class AdapterSlots:
         No step may use the slot, nor may it be freed, before the copy is done or the steps' stream waits for it; steps
         that were launched before may still read what lay in these pages.
         """
-        num_pages = len(image.pages)
+        num_pages = image.num_pages
         assert slot in self._free_slots, f"slot {slot} is taken"
-        assert self.has_room(image), f"{num_pages} pages asked for, {self.num_free_pages} free"
+        assert self.has_room(image), f"{Room.needed(image)} asked for, {self.free_room} free"
         # The lowest ids, ascending: adapters loaded in turn lie in one run of pages, which the kernels like.
         pages = tuple(self._free_pages[:num_pages])
         row = -1
         if image.vectors is not None and self.vectors is not None:
             row = self.vectors.take(slot, image.raw)
-        copy = self._copier.start(image, pages, row)
+        bottleneck_pages: tuple[int, ...] = ()
+        if image.bottleneck is not None and self.bottlenecks is not None:
+            bottleneck_pages = self.bottlenecks.take(slot, image.bottleneck)
+        token_row = -1
+        if image.token_tables and self.tokens is not None:
+            token_row = self.tokens.take(slot, image.token_tables)
+        copy = self._copier.start(image, pages or bottleneck_pages, row, token_row)
         del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
@@ -180,6 +249,10 @@ class AdapterSlots:
         self._virtual_tokens.pop(slot, None)
         if self.vectors is not None:
             self.vectors.free(slot)
+        if self.bottlenecks is not None:
+            self.bottlenecks.free(slot)
+        if self.tokens is not None:
+            self.tokens.free(slot)
         self._free_slots.append(slot)
 
     def check_integrity(self) -> None:
@@ -192,3 +265,7 @@ class AdapterSlots:
         )
         if self.vectors is not None:
             self.vectors.check_integrity()
+        if self.bottlenecks is not None:
+            self.bottlenecks.check_integrity()
+        if self.tokens is not None:
+            self.tokens.check_integrity()

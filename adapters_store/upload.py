@@ -18,7 +18,15 @@ from adapters_store.archive import ARCHIVE_FILE
 from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE
 from adapters_store.errors import AdapterInvalid, UploadTooLarge
-from adapters_store.file_names import CONFIG_FILE, GOLDEN_FILE, KEPT_FILES, WEIGHTS_FILE, is_kept, split_name
+from adapters_store.file_names import (
+    CONFIG_FILE,
+    GOLDEN_FILE,
+    KEPT_FILES,
+    WEIGHTS_FILE,
+    WEIGHTS_FILES,
+    is_kept,
+    split_name,
+)
 from adapters_store.golden import GoldenPrompt, parse_golden
 from adapters_store.manifest import AdapterManifest
 from adapters_store.sandbox import SandboxLimits, run_confined
@@ -31,10 +39,14 @@ _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever els
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks."""
+    """Limits of one upload in bytes: of what arrives, and of what archives unpack to; and of the confined tasks.
+
+    max_import_error: of a delta that is served by fewer ranks than it has, as `AdapterManifest.import_error`.
+    """
 
     max_upload_bytes: int = 2 << 30
     max_unpacked_bytes: int = 4 << 30
+    max_import_error: float = 0.01
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
 
@@ -121,27 +133,34 @@ class Staging:
         base_fingerprint: str | None = None,
         *,
         max_virtual_tokens: int = 0,
+        max_token_rows: int = 0,
     ) -> StagedAdapter:
         """Check what was staged against the served base, in a confined process.
 
         max_rank: the tenant's limit. base_fingerprint: the base that the uploader says it was trained on, if any.
-        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning).
+        max_virtual_tokens: the most that may come before a prompt (prompt, P- and prefix tuning). max_token_rows: the
+        most rows of its own for tokens (trained tokens, embed_tokens and lm_head).
         Raises `AdapterInvalid` naming the file and the field or tensor at fault.
         """
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if name not in self._files:
-                raise AdapterInvalid("is missing from the upload", file=name)
+        if CONFIG_FILE not in self._files:
+            raise AdapterInvalid("is missing from the upload", file=CONFIG_FILE)
+        weights_file = self._weights_file()
         golden = parse_golden((self._path / GOLDEN_FILE).read_bytes()) if GOLDEN_FILE in self._files else ()
-        weights_bytes = (self._path / WEIGHTS_FILE).stat().st_size
+        weights_bytes = (self._path / weights_file).stat().st_size
         request = {
             "base": {
                 "fingerprint": base.fingerprint,
                 "num_layers": base.num_layers,
                 "linears": dict(base.linears),
                 "biased": base.biased,
+                "vocab_size": base.vocab_size,
+                "tied": base.tied,
             },
+            "weights_file": weights_file,
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,
+            "max_import_error": self._limits.max_import_error,
+            "max_token_rows": max_token_rows,
             "base_fingerprint": base_fingerprint,
         }
         limits = self._limits.sandbox  # the library maps the whole file once
@@ -164,6 +183,14 @@ class Staging:
             raise AdapterInvalid("the upload holds the files of more than one folder", file=file)
         self._source = folder
         self._files.add(file)
+
+    def _weights_file(self) -> str:
+        found = [name for name in WEIGHTS_FILES if name in self._files]
+        if not found:
+            raise AdapterInvalid("is missing from the upload", file=WEIGHTS_FILE)
+        if len(found) > 1:
+            raise AdapterInvalid(f"comes beside {found[0]}; an upload has one of the two", file=found[1])
+        return found[0]
 
     def _count(self, num_bytes: int) -> None:
         self._num_bytes += num_bytes

@@ -14,12 +14,14 @@ from safetensors import SafetensorError, safe_open
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.adapter_contents import TensorRule
-from adapters_store.base_spec import BaseSpec
+from adapters_store.base_spec import BaseSpec, module_path
 from adapters_store.canonical import CANONICAL_FILE, tensor_order, write_canonical
 from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
-from adapters_store.manifest import BASE_METADATA_KEY, AdapterFile, AdapterManifest, AdapterSpec
+from adapters_store.kronecker import KroneckerProduct
+from adapters_store.manifest import BASE_METADATA_KEY, AdapterFile, AdapterManifest, AdapterSpec, LoRADelta
+from adapters_store.module_matching import refuse
 from adapters_store.safetensors_header import SafetensorsHeader, TensorInfo, read_header
 from adapters_store.strict_json import parse_object, shown
 
@@ -33,39 +35,59 @@ Arrays = Mapping[str, npt.NDArray[np.float32]]
 def validate(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Check the adapter in `folder` against the base, write `canonical.safetensors`, return its manifest as JSON.
 
-    request: "base" (a `BaseSpec` as a dict), "max_rank", "max_virtual_tokens", and "base_fingerprint" (what the
-    uploader stated, or None).
+    request: "base" (a `BaseSpec` as a dict), "weights_file" (its name), "max_rank", "max_virtual_tokens",
+    "max_token_rows", "max_import_error" and
+    "base_fingerprint" (what the uploader stated, or None).
     Raises `AdapterInvalid` naming the file and the field or tensor.
     """
+    try:
+        return _validate(folder, folder / request["weights_file"], request)
+    except AdapterInvalid as error:
+        if error.file == WEIGHTS_FILE:  # said of the tensors, whatever their file's name
+            raise AdapterInvalid(error.reason, file=request["weights_file"], field=error.field) from None
+        raise
+
+
+def _validate(folder: Path, weights: Path, request: dict[str, Any]) -> dict[str, Any]:
     base = BaseSpec(**request["base"])
     config = parse_config((folder / CONFIG_FILE).read_bytes())
-    header = read_header(folder / WEIGHTS_FILE)
+    header = read_header(weights)
     _check_fingerprint(folder, header, base, request["base_fingerprint"])
     contents = config.contents(base)
+    contents.cut_ranks(int(request["max_rank"]))
     spec = AdapterSpec(
         kind=config.kind,
         base_fingerprint=base.fingerprint,
         deltas=contents.deltas,
         vectors=contents.vectors,
         virtual_tokens=contents.virtual_tokens,
+        token_rows=contents.token_rows,
+        kronecker=contents.kronecker,
+        tensor_rank=contents.tensor_rank,
+        bottleneck=contents.bottleneck,
     )
-    _check_rank(config, spec.rank, int(request["max_rank"]))
+    _check_rank(config, spec, int(request["max_rank"]))
     _check_virtual_tokens(spec.num_virtual_tokens, int(request["max_virtual_tokens"]))
+    _check_token_rows(spec.num_token_rows, int(request["max_token_rows"]))
+    for train in contents.trains:
+        contents.tensors |= train.rules(header.tensors)
     _check_tensors(header.tensors, contents.tensors)
-    _check_library_agrees(folder / WEIGHTS_FILE, header.tensors)
+    _check_library_agrees(weights, header.tensors)
     made = contents.make()
     tensors = dict(header.tensors) | {
         name: TensorInfo("F32", array.shape, 0, array.nbytes) for name, array in made.items()
     }
-    with (folder / WEIGHTS_FILE).open("rb") as file:
+    with weights.open("rb") as file:
         data = _checked_bytes(file, tensors, _limits(header.tensors, contents.tensors), made)
         digest, size = write_canonical(folder / CANONICAL_FILE, spec, tensors, data)
+        import_error = _import_error(file, header.tensors, spec, float(request["max_import_error"]))
     manifest = AdapterManifest(
         **spec.model_dump(),
         digest=digest,
         num_parameters=sum(math.prod(tensor.shape) for tensor in header.tensors.values()),
         size_bytes=size,
-        files=tuple(_describe(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)),
+        import_error=import_error,
+        files=(_describe(folder / CONFIG_FILE), _describe(weights)),
     )
     return manifest.model_dump(mode="json")
 
@@ -93,16 +115,52 @@ def _check_one_fingerprint(stated: object, base: BaseSpec, file: str | None) -> 
     raise AdapterInvalid(reason, file=file, field="base_fingerprint")
 
 
-def _check_rank(config: AdapterConfig, rank: int, max_rank: int) -> None:
-    if rank > max_rank:
-        reason = f"the rank {rank} is above your limit of {max_rank}; train with a smaller rank"
-        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(rank))
+def _check_rank(config: AdapterConfig, spec: AdapterSpec, max_rank: int) -> None:
+    if spec.rank > max_rank:
+        reason = f"the rank {spec.rank} is above your limit of {max_rank}; train with a smaller rank"
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(spec.rank))
+    if spec.bottleneck is not None and (size := spec.bottleneck.size) > max_rank:
+        reason = f"makes a bottleneck of {size} units, and your limit is that of ranks, {max_rank}; train with fewer"
+        raise AdapterInvalid(reason, file=CONFIG_FILE, field=config.rank_field(size))
+
+
+def _import_error(file: IO[bytes], tensors: Mapping[str, TensorInfo], spec: AdapterSpec, most: float) -> float:
+    """The largest relative error of a delta that is cut to fewer ranks than it has; the first above `most` ends it."""
+
+    def matrix(name: str) -> npt.NDArray[np.float64]:
+        tensor = tensors[name]
+        file.seek(tensor.start)
+        values = _as_float32(file.read(tensor.end - tensor.start), tensor.dtype)
+        return values.astype(np.float64).reshape(tensor.shape)
+
+    worst = 0.0
+    for delta in spec.deltas:
+        for layer in delta.layers if (delta.exact_rank or 0) > delta.rank else ():
+            error = KroneckerProduct.read(matrix, tensors, layer, delta).error(delta.rank)
+            if error > most:
+                raise refuse("r", _why_too_rough(module_path(layer, delta.linear), delta, error, most))
+            worst = max(worst, error)
+    return worst
+
+
+def _why_too_rough(path: str, delta: LoRADelta, error: float, most: float) -> str:
+    return (
+        f"the delta of {path} has the rank {delta.exact_rank}, your limit is {delta.rank}, and the best approximation "
+        f"of that rank is off by {error:.2%} in the Frobenius norm, above the limit of {most:.2%} "
+        "(limits.max_import_error); train with a smaller r or a decompose_factor such as 4"
+    )
 
 
 def _check_virtual_tokens(number: int, most: int) -> None:
     if number > most:
         reason = f"{number} virtual tokens are above the limit of {most}; train with fewer"
         raise AdapterInvalid(reason, file=CONFIG_FILE, field="num_virtual_tokens")
+
+
+def _check_token_rows(number: int, most: int) -> None:
+    if number > most:
+        reason = f"its {number} rows of embed_tokens and lm_head are above the limit of {most} (engine.num_token_rows)"
+        raise AdapterInvalid(reason, file=CONFIG_FILE)
 
 
 def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, TensorRule]) -> None:
@@ -121,10 +179,11 @@ def _check_tensors(tensors: Mapping[str, TensorInfo], expected: Mapping[str, Ten
 
 _UNSERVED_TENSORS: Final = {
     "lora_magnitude_vector": f"is a DoRA magnitude, and {CONFIG_FILE} does not say use_dora",
+    "lokr_t2": "is of a convolution, and the base has linears alone",
     "lora_embedding_": "adapted embeddings are not served in this release",
     ".base_layer.": "copies of base weights are not served in this release",
-    "trainable_tokens": "trained token embeddings are not served in this release",
-    ".tensor.factors.": "tensor-train factors (LoRETTA) are not served in this release",
+    "trainable_tokens": f"holds trained tokens that {CONFIG_FILE} does not name",
+    ".tensor.factors.": f"is a factor of a tensor train (LoRETTA) that {CONFIG_FILE} and the base do not call for",
     "_norm.weight": "trained norms over single heads are not served in this release",
     ".bias": f"is a bias that {CONFIG_FILE} and the base do not call for",
 }

@@ -35,7 +35,7 @@ class VeRAConfig(LayeredConfig):
         chosen = choose(paths, self.target_modules, layers=layers, layers_pattern=layers_pattern)
         targets = {path: paths[path] for path in chosen}
         for layer, linear in targets.values():
-            contents.add_delta(layer, linear, self.r, 1.0, base.linears[linear][1])
+            contents.add_delta(layer, linear, self.r, 1.0, in_features=base.linears[linear][1])
             lambda_b, lambda_d = (tensor_name(layer, linear, name) for name in (VERA_LAMBDA_B, VERA_LAMBDA_D))
             contents.tensors[lambda_b] = TensorRule((base.linears[linear][0],), most=SQRT_LARGEST)
             contents.tensors[lambda_d] = TensorRule((self.r,), most=SQRT_LARGEST)
@@ -45,7 +45,7 @@ class VeRAConfig(LayeredConfig):
         else:
             contents.make = partial(draw_projections, shapes, self.projection_prng_key)
         contents.add_own_biases(base, self.bias, targets)
-        contents.add_saved_norms(base, self.modules_to_save)
+        contents.add_saved_modules(base, self.modules_to_save)
         return contents
 
     def _projections(self, base: BaseSpec, linears: set[str]) -> dict[str, tuple[int, int]]:

@@ -197,7 +197,7 @@ def measure_upload(folder: Path, gigabytes: float) -> None:
     rank = int(gigabytes * 1e9 / rank_bytes)
     config = GatewayConfig(
         engine=EngineConfig(max_lora_rank=rank, num_adapter_slots=1, num_adapter_pages=1, kv_cache_tokens=4096),
-        store=StoreConfig(data_dir=str(folder / "data")),
+        store=StoreConfig(data_dir=str(folder / "data"), self_test=False),  # no engine here has room for it
         limits=LimitsConfig(max_upload_bytes=64 << 30, max_unpacked_bytes=64 << 30, default_max_rank=rank),
         server=ServerConfig(http_port=0, grpc_port=0),
         trainer=TrainerConfig(enabled=False),

@@ -19,7 +19,8 @@ Json = dict[str, Any]
 Progress = Callable[[int, int], None]
 
 ENDED_STATUSES = frozenset({"succeeded", "failed", "cancelled"})
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILES = ("adapter_model.safetensors", "adapter.safetensors")  # peft's name, and that of the package `adapters`
 GOLDEN_FILE = "golden.json"
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 
@@ -390,7 +391,8 @@ def _data(page: Json) -> list[Json]:
 def _adapter_parts(path: Path) -> tuple[str, list[Path]]:
     """The form field and the files of an upload: a peft folder's two files and its golden prompts, or one archive."""
     if path.is_dir():
-        paths = [path / name for name in ADAPTER_FILES]
+        weights = next((name for name in WEIGHTS_FILES if (path / name).is_file()), WEIGHTS_FILES[0])
+        paths = [path / CONFIG_FILE, path / weights]
         missing = [part.name for part in paths if not part.is_file()]
         if missing:
             raise InvalidInput(f"{path} is not a peft adapter folder: it has no {' and no '.join(missing)}.")

@@ -44,11 +44,18 @@ class EngineConfig:
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
         Llama-3.1-8B's shape, taken at the start; as many as adapters' slots at most. 0 refuses them. They also take a
         sixteenth of host_cache_bytes.
+    num_bottleneck_pages: room on the device for bottleneck adapters, in pages of 16 units of one block's output: 8.9 MB
+        each at Llama-3.1-8B's shape, taken at the start. 0 refuses them.
+    num_token_rows: room on the device for what adapters have of embed_tokens and lm_head, in rows of a token: one for
+        each that is trained, as many as the vocabulary for a whole module (`modules_to_save`). Taken at the start; a
+        row is 8 KB at Llama-3.1-8B's shape, a whole module there 1.05 GB. 0 refuses them.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
         host_cache_bytes each adapter that has a slot keeps its own in host memory: so many embeddings, or tokens' keys
         and values.
+    tenant_adapter_share: the part of all slots and pages that one tenant's adapters may take, but one adapter always. A
+        tenant that has its share exchanges its own adapters, and its requests alone wait while they are in use.
     max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
         None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
     enforce_eager: record no CUDA graphs: a faster start; decode steps and short prompts are slower.
@@ -81,7 +88,10 @@ class EngineConfig:
     num_adapter_pages: int | None = None
     adapter_dtype: Literal["auto", "int8"] = "auto"
     num_vector_slots: int = 16
+    num_bottleneck_pages: int = 32
+    num_token_rows: int = 4096
     max_virtual_tokens: int = 512
+    tenant_adapter_share: float = 1.0
     max_adapter_pages_per_step: int | None = None
     host_cache_bytes: int = 4 << 30
     torch_threads: int | None = None
@@ -89,6 +99,11 @@ class EngineConfig:
     overlap_steps: bool | None = None
     max_speculative_tokens: int = 8
     batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tenant_adapter_share <= 1:
+            name = "engine.tenant_adapter_share"
+            raise ConfigInvalid(f"{name} must be in (0, 1], not {self.tenant_adapter_share}", param=name)
 
     @property
     def max_rows(self) -> int:
@@ -99,6 +114,11 @@ class EngineConfig:
     def num_vector_rows(self) -> int:
         """Adapters with vectors that are on the device at once, at most."""
         return min(self.num_vector_slots, self.num_adapter_slots)
+
+    @property
+    def num_usable_bottleneck_pages(self) -> int:
+        """0 where no adapter is served."""
+        return self.num_bottleneck_pages if self.num_adapter_slots else 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +174,8 @@ class LimitsConfig:
 
     max_priority_boost: how far below 0 a tenant may set the priority of its requests (lower runs earlier); above it may
         always. tenant_weights: the shares of tenants beside others of the same priority; 1 for those not named.
+    max_import_error: of an adapter that is served with fewer ranks than its deltas have (LoKr), the largest relative
+        error of a linear's delta, in the Frobenius norm; 0 refuses all but exact ones.
     """
 
     max_upload_bytes: int = 2 << 30
@@ -166,10 +188,14 @@ class LimitsConfig:
     max_stop: int = 16
     max_logit_bias: int = 1024
     default_max_rank: int = 64
+    max_import_error: float = 0.01
     max_priority_boost: int = 0
     tenant_weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.max_import_error < 1:
+            name = "limits.max_import_error"
+            raise ConfigInvalid(f"{name} must be in [0, 1), not {self.max_import_error}", param=name)
         for tenant, weight in self.tenant_weights.items():
             if not 0 < weight < math.inf:
                 name = f"limits.tenant_weights.{tenant}"

@@ -105,8 +105,12 @@ class LLM:
                 if (folder / name).exists():
                     with (folder / name).open("rb") as file:
                         staging.add_file(name, iter(partial(file.read, _CHUNK), b""))
-            most, most_virtual = self._config.max_lora_rank, self._config.max_virtual_tokens
-            staged = staging.validate(self._engine.model.spec, most, max_virtual_tokens=most_virtual)
+            staged = staging.validate(
+                self._engine.model.spec,
+                self._config.max_lora_rank,
+                max_virtual_tokens=self._config.max_virtual_tokens,
+                max_token_rows=self._config.num_token_rows,
+            )
             self._blobs.put(staged.manifest.digest, staged.path)
         return AdapterRef.of(f"local/{folder.name}:1", staged.manifest)
 

@@ -143,15 +143,16 @@ def stored_adapter(base: Path, folder: Path, blobs: BlobStore, name: str, **sett
 
 
 def store_adapter(base: Path, folder: Path, blobs: BlobStore, name: str) -> AdapterRef:
-    """A peft adapter, validated as an upload is and put into the blob store."""
+    """A saved adapter, validated as an upload is and put into the blob store."""
     config = DecoderConfig.from_folder(base)
     checkpoint = Checkpoint(base, config)
     biased = tuple(name for name in ALL_LINEARS if f"{module_path(0, name)}.bias" in checkpoint)
-    spec = BaseSpec("any", config.num_layers, config.linears, biased)
+    spec = BaseSpec("any", config.num_layers, config.linears, biased, config.vocab_size, config.tie_word_embeddings)
     with Staging(folder.parent / "staging") as staging:
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            staging.add_file(file, [(folder / file).read_bytes()])
-        staged = staging.validate(spec, max_rank=256, max_virtual_tokens=64)
+        for file in ("adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"):
+            if (folder / file).exists():
+                staging.add_file(file, [(folder / file).read_bytes()])
+        staged = staging.validate(spec, max_rank=256, max_virtual_tokens=64, max_token_rows=4096)
         blobs.put(staged.manifest.digest, staged.path)
     return AdapterRef.of(name, staged.manifest)
 
@@ -170,6 +171,35 @@ def uploaded_virtual_tokens(
         staged = staging.validate(spec, 1, max_virtual_tokens=num_tokens)
         blobs.put(staged.manifest.digest, staged.path)
     return AdapterRef.of(f"t/{kind.lower()}-{seed}:1", staged.manifest)
+
+
+def save_bottleneck(folder: Path, hidden_size: int, num_layers: int, size: int, seed: int, **config: Any) -> Path:
+    """A random bottleneck adapter, saved as AdapterHub's package `adapters` does; `config` has its fields."""
+    folder.mkdir(parents=True)
+    inner = {"mh_adapter": True, "output_adapter": True, "reduction_factor": hidden_size / (size + 0.5), **config}
+    file = {
+        "config": inner,
+        "hidden_size": hidden_size,
+        "name": "a",
+        "model_type": "llama",
+        "version": "adapters.1.3.0",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(file))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "adapter_down.0.weight": (size, hidden_size),
+        "adapter_down.0.bias": (size,),
+        "adapter_up.weight": (hidden_size, size),
+        "adapter_up.bias": (hidden_size,),
+    }
+    tensors = {
+        f"model.layers.{layer}.{site}_adapters.adapters.a.{tensor}": 0.1 * torch.randn(shape, generator=generator)
+        for layer in range(num_layers)
+        for site in ("attention", "output")
+        for tensor, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter.safetensors")
+    return folder
 
 
 def load_oracle(base: Path, adapter: Path | None = None) -> torch.nn.Module:

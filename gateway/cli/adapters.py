@@ -37,7 +37,8 @@ def upload(
     if as_json:
         print_json(version)
     else:
-        say(f"Published {version['ref']} (rank {version['rank']}), named by @{alias}.")
+        error = f", off by {version['import_error']:.2%}" if version["import_error"] else ""
+        say(f"Published {version['ref']} (rank {version['rank']}{error}), named by @{alias}.")
 
 
 @app.command("list")

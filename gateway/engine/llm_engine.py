@@ -71,8 +71,10 @@ class LLMEngine:
             pinned=decoder.device.type == "cuda",
             read=read,
             vectors=slots.vectors.layout if slots.vectors is not None else None,
+            bottlenecks=slots.bottlenecks.layout if slots.bottlenecks is not None else None,
+            token_dtype=slots.tokens.rows.dtype if slots.tokens is not None else None,
         )
-        self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready)
+        self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready, share=config.tenant_adapter_share)
         self.blocks = BlockManager(
             plan.num_blocks,
             config.block_size,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.slots import AdapterSlots
+from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from gateway.config import EngineConfig
 from gateway.engine.host_tier import HostTier
@@ -21,7 +25,8 @@ from gateway.engine.step_graphs import MAX_ROWS, StepGraphs
 from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send
 from gateway.errors import ConfigInvalid
-from gateway.layers.forward_batch import ForwardBatch, VirtualRows
+from gateway.layers.bottleneck import BottleneckRows
+from gateway.layers.forward_batch import ForwardBatch, OwnTokens, VirtualRows
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from gateway.models.loader import resolve_adapter_dtype
@@ -70,6 +75,7 @@ class ModelRunner:
         cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, kv_dtype)
         layers = [layer.tensors for layer in cache.layers]
         host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
+        pages = config.num_usable_bottleneck_pages
         slots = AdapterSlots(
             decoder.lora_layout,
             config.num_adapter_slots,
@@ -77,6 +83,10 @@ class ModelRunner:
             resolve_adapter_dtype(config, dtype),
             device,
             VectorSlots(decoder.vector_layout, config.num_vector_rows, device) if config.num_vector_rows else None,
+            BottleneckSlots(decoder.bottleneck_layout, pages, device) if pages else None,
+            TokenPool(config.num_token_rows, decoder.config.hidden_size, decoder.config.vocab_size, dtype, device)
+            if config.num_token_rows and config.num_adapter_slots
+            else None,
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
@@ -127,7 +137,8 @@ class ModelRunner:
             return self._execute_by_token(output, pending)
         tokens = StepTokens.of(output, pending, self.cache.block_size)
         virtual = self._virtual_rows(output.scheduled, tokens.ids)
-        logits = self._graphs.run(tokens, pending) if self._graphs is not None and virtual is None else None
+        may_replay = virtual is None and not self._has_bottlenecks(tokens) and not self._holders(tokens)
+        logits = self._graphs.run(tokens, pending) if self._graphs is not None and may_replay else None
         return self._forward(tokens, virtual, pending) if logits is None else logits
 
     def _store_prefixes(self, prefixes: Seq[Chunk]) -> None:
@@ -198,7 +209,48 @@ class ModelRunner:
             invariant=self.invariant,
             virtual=virtual,
             vector_rows=send(vector_rows, device) if vector_rows is not None else None,
+            bottlenecks=tuple(self._bottleneck_rows(tokens.adapter_slots)) if self._has_bottlenecks(tokens) else (),
+            own_tokens=self._own_tokens(tokens),
         )
+
+    def _holders(self, tokens: StepTokens) -> list[int]:
+        """The slots of a step whose adapters have rows of embed_tokens or lm_head."""
+        pool = self.slots.tokens
+        if pool is None or not pool.num_held:
+            return []
+        return [slot for slot in np.unique(tokens.adapter_slots).tolist() if pool.holds(slot)]
+
+    def _own_tokens(self, tokens: StepTokens) -> OwnTokens | None:
+        holders, pool, device = self._holders(tokens), self.slots.tokens, self.decoder.device
+        if pool is None or not holders:
+            return None
+        sampled = tokens.adapter_slots[tokens.last_rows]
+        with_head = (slot for slot in holders if pool.head(slot) is not None)
+        heads = ((slot, np.flatnonzero(sampled == slot)) for slot in with_head)
+        return OwnTokens(
+            send(tokens.adapter_slots.astype(np.int64), device),
+            tuple((slot, send(rows, device)) for slot, rows in heads if len(rows)),
+        )
+
+    def _has_bottlenecks(self, tokens: StepTokens) -> bool:
+        return self.slots.bottlenecks is not None and self.slots.bottlenecks.has_any(tokens.adapter_slots)
+
+    def _bottleneck_rows(self, token_slots: npt.NDArray[np.int32]) -> Iterator[BottleneckRows]:
+        """The rows of bottleneck adapters, those that are computed alike together."""
+        assert self.slots.bottlenecks is not None
+        device = self.decoder.device
+        for site, reads, activation, slot_pages in self.slots.bottlenecks.groups(token_slots):
+            is_own = np.isin(token_slots, list(slot_pages))
+            own = np.where(is_own, token_slots, np.int32(-1))
+            segments = LoRASegments.build(own, slot_pages, device, self.invariant)
+            assert segments is not None
+            tokens = np.flatnonzero(is_own)
+            first_page = np.zeros(self.slots.num_slots, np.int64)
+            first_page[list(slot_pages)] = [pages.ids[0] for pages in slot_pages.values()]
+            first_pages = first_page[token_slots[tokens]]
+            yield BottleneckRows(
+                site, reads, activation, segments, tokens=send(tokens, device), first_pages=send(first_pages, device)
+            )
 
     def _virtual_rows(self, chunks: Seq[Chunk], ids: np.ndarray) -> VirtualRows | None:
         """The virtual tokens among the ids [num_tokens], which become any token's: their embeddings are their own."""

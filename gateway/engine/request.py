@@ -27,6 +27,11 @@ class AdapterRef:
     rank: int
     num_virtual_tokens: int = 0
 
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.name.partition("/")[0]
+
     @classmethod
     def of(cls, name: str, manifest: AdapterManifest) -> Self:
         """The adapter of a manifest."""

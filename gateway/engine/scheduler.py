@@ -300,14 +300,17 @@ class Scheduler:
         adapter = sequence.adapter
         if adapter is None:
             return True
-        if self._adapters.holds_back(sequence):
+        if self._adapters.holds_back(sequence, adapter):
             return False
         while not self._pin(sequence, adapter, output):
             has_pages = self._adapters.has_room(adapter)
+            if has_pages and self.residency.exceeds_share(adapter):
+                self._adapters.wait_for_own(adapter.tenant)
+                return False
             if has_pages and not self.residency.is_waiting_for_room(adapter.digest):
                 return False
             if not self._make_adapter_yield(sequence, step):
-                self._adapters.wait(sequence, for_pages=not has_pages)
+                self._adapters.wait(sequence)
                 return False
         return True
 

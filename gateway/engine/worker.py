@@ -105,6 +105,8 @@ class _Worker:
             pinned=self._ranks.device.type == "cuda",
             read=share_reader(self._model, shard, slots.dtype),
             vectors=slots.vectors.layout if slots.vectors is not None else None,
+            bottlenecks=slots.bottlenecks.layout if slots.bottlenecks is not None else None,
+            token_dtype=slots.tokens.rows.dtype if slots.tokens is not None else None,
         )
 
     @torch.inference_mode()

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+from adapters_store.manifest import BottleneckSite
 from adapters_store.slots import AdapterSlots
+from gateway.layers.bottleneck import BottleneckRows
 from lora_kernels.attention import AttentionMetadata
 from lora_kernels.segments import LoRASegments
 from lora_kernels.vectors import SlotVectors, apply_vectors
@@ -20,6 +22,17 @@ class VirtualRows(NamedTuple):
     embeddings: torch.Tensor
 
 
+class OwnTokens(NamedTuple):
+    """Who in a step has rows of embed_tokens and lm_head (`AdapterSlots.tokens`).
+
+    token_slots: int64 [num_tokens], each token's adapter slot, -1 for the bare base. heads: slots with rows of lm_head,
+    and which of the sampled rows are theirs, int64 [n].
+    """
+
+    token_slots: torch.Tensor
+    heads: tuple[tuple[int, torch.Tensor], ...]
+
+
 @dataclass(frozen=True)
 class ForwardBatch:
     """The tokens of one step, decode rows first, then the prefill chunks; padding, if any, lies between the two.
@@ -29,7 +42,8 @@ class ForwardBatch:
     cos, sin: [num_tokens, 1, head_dim]. segments is None when no row has a low-rank delta. invariant: a row's bits are
     to depend on nothing but its sequence (`lora_kernels.invariant`). virtual: the rows whose input is not the embedding
     of their id, if there are any. vector_rows: int32 [num_tokens], where in `adapters.vectors` each token's are, -1 for
-    none; None when no token has any.
+    none; None when no token has any. own_tokens: None when no token's adapter has rows of its own for tokens.
+    bottlenecks: the rows that have bottleneck adapters.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +57,8 @@ class ForwardBatch:
     invariant: bool
     virtual: VirtualRows | None = None
     vector_rows: torch.Tensor | None = None
+    own_tokens: OwnTokens | None = None
+    bottlenecks: tuple[BottleneckRows, ...] = ()
 
     def output_vectors(self, layer: int, group: str) -> SlotVectors | None:
         """What scales and shifts the outputs of a group of linears."""
@@ -64,3 +80,13 @@ class ForwardBatch:
         if (vectors := self.output_vectors(layer, group)) is not None:
             apply_vectors(y, vectors)
         return y
+
+    def with_bottlenecks(
+        self, block: torch.Tensor, stream: torch.Tensor, layer: int, site: BottleneckSite
+    ) -> torch.Tensor:
+        """block, what the residual stream will be added, with what rows' own adapters make of the two, in place."""
+        for rows in self.bottlenecks:
+            if rows.site == site:
+                assert self.adapters.bottlenecks is not None
+                rows.add(stream, block, self.adapters.bottlenecks.pools(layer))
+        return block

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from gateway.layers.tensor_parallel import TensorParallel
 
 
+def dense_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> torch.Tensor:
+    """x W^T + b, W [out, in] in x's dtype: [num_tokens, in] -> [num_tokens, out]."""
+    multiply = invariant_matmul if invariant else F.linear
+    return multiply(x, weight, bias)
+
+
 class DenseLinear:
     """y = x W^T + b with W [out, in] in the compute dtype.
 
@@ -31,8 +37,7 @@ class DenseLinear:
 
     def __call__(self, x: torch.Tensor, invariant: bool) -> torch.Tensor:
         """x: [num_tokens, in] -> [num_tokens, out]."""
-        multiply = invariant_matmul if invariant else F.linear
-        return multiply(x, self.weight, self.bias)
+        return dense_matmul(x, self.weight, self.bias, invariant)
 
 
 class NF4Linear:

@@ -74,6 +74,8 @@ def load_model(config: EngineConfig, ranks: TensorParallel | None = None) -> Loa
             num_layers=decoder_config.num_layers,
             linears=decoder_config.linears,
             biased=builder.biased,
+            vocab_size=decoder_config.vocab_size,
+            tied=decoder_config.tie_word_embeddings,
         ),
     )
 

@@ -230,7 +230,7 @@ class UploadFile(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class AdapterVersion(_message.Message):
-    __slots__ = ("ref", "tenant", "name", "version", "digest", "rank", "target_modules", "num_parameters", "size_bytes", "base_fingerprint", "created_at", "status", "report", "kind", "num_virtual_tokens", "tags")
+    __slots__ = ("ref", "tenant", "name", "version", "digest", "rank", "target_modules", "num_parameters", "size_bytes", "base_fingerprint", "created_at", "status", "report", "kind", "num_virtual_tokens", "tags", "import_error")
     class TagsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +254,7 @@ class AdapterVersion(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     NUM_VIRTUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    IMPORT_ERROR_FIELD_NUMBER: _ClassVar[int]
     ref: str
     tenant: str
     name: str
@@ -270,7 +271,8 @@ class AdapterVersion(_message.Message):
     kind: str
     num_virtual_tokens: int
     tags: _containers.ScalarMap[str, str]
-    def __init__(self, ref: _Optional[str] = ..., tenant: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., created_at: _Optional[int] = ..., status: _Optional[str] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., kind: _Optional[str] = ..., num_virtual_tokens: _Optional[int] = ..., tags: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    import_error: float
+    def __init__(self, ref: _Optional[str] = ..., tenant: _Optional[str] = ..., name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_parameters: _Optional[int] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., created_at: _Optional[int] = ..., status: _Optional[str] = ..., report: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., kind: _Optional[str] = ..., num_virtual_tokens: _Optional[int] = ..., tags: _Optional[_Mapping[str, str]] = ..., import_error: _Optional[float] = ...) -> None: ...
 
 class Canary(_message.Message):
     __slots__ = ("version", "percent")

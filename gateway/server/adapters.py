@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
+from adapters_store.base_spec import BaseSpec
 from adapters_store.errors import AdapterNotFound, StoreError
 from adapters_store.export import PeftTar
 from adapters_store.names import DEFAULT_ALIAS, check_name
@@ -116,11 +117,11 @@ class AdapterService:
         """A version as a peft folder. Raises `AdapterNotFound` or `AdapterLoadFailed`."""
         _check_reach(principal, tenant, name)
         base = (await self._context.router.info()).base_spec
-        return await asyncio.to_thread(self._export, tenant, name, version, base.num_layers)
+        return await asyncio.to_thread(self._export, tenant, name, version, base)
 
-    def _export(self, tenant: str, name: str, version: int, num_layers: int) -> PeftTar:
+    def _export(self, tenant: str, name: str, version: int, base: BaseSpec) -> PeftTar:
         found = self._registry.resolve(tenant, f"{tenant}/{name}:{version}")
-        return PeftTar.of(f"{name}-{version}", found.manifest, num_layers, self._context.blobs.open(found.digest))
+        return PeftTar.of(f"{name}-{version}", found.manifest, base, self._context.blobs.open(found.digest))
 
     async def has_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> bool:
         """Whether an adapter exists and has this alias."""
@@ -163,7 +164,8 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 
     async def __aenter__(self) -> Self:
         config = self._context.config
-        limits = UploadLimits(config.limits.max_upload_bytes, config.limits.max_unpacked_bytes)
+        own = config.limits
+        limits = UploadLimits(own.max_upload_bytes, own.max_unpacked_bytes, own.max_import_error)
         root = config.store.staging
         try:
             await self.run(lambda: self._open(root, limits))
@@ -213,10 +215,9 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         base = (await self._context.router.info()).base_spec
         async with self.checks:
             max_rank = await self.run(lambda: self._max_rank(tenant))
-            most = self._context.config.engine.max_virtual_tokens
-            staged = await self.run(
-                lambda: self._staging.validate(base, max_rank, base_fingerprint, max_virtual_tokens=most)
-            )
+            engine = self._context.config.engine
+            most = {"max_virtual_tokens": engine.max_virtual_tokens, "max_token_rows": engine.num_token_rows}
+            staged = await self.run(lambda: self._staging.validate(base, max_rank, base_fingerprint, **most))
         test = self._test(staged.golden) if self._context.config.store.self_test else None
         registry = self._context.registry
         version = await self.run(lambda: registry.publish(tenant, own_name, staged, alias, test=test))

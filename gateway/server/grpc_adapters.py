@@ -157,6 +157,7 @@ def _version(version: AdapterVersion, tags: Tags | None = None) -> pb.AdapterVer
         status=version.status,
         kind=manifest.kind,
         num_virtual_tokens=manifest.num_virtual_tokens,
+        import_error=manifest.import_error,
         tags=tags,
     )
     if version.report is not None:

@@ -183,6 +183,7 @@ def _version_body(version: AdapterVersion) -> dict[str, Any]:
         "kind": manifest.kind,
         "rank": version.rank,
         "num_virtual_tokens": manifest.num_virtual_tokens,
+        "import_error": manifest.import_error,
         "target_modules": list(manifest.target_modules),
         "num_parameters": manifest.num_parameters,
         "size_bytes": manifest.size_bytes,

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.blobs import BlobStore
+from adapters_store.canonical import CANONICAL_FILE
 from adapters_store.database import Database
+from adapters_store.errors import AdapterInvalid
+from adapters_store.manifest import AdapterManifest
 from adapters_store.registry import AdapterRegistry
 from adapters_store.upload import StagedAdapter, Staging
+from adapters_store.validator import validate
 
 FINGERPRINT = "f" * 64
 
 
-def tiny_model() -> LlamaForCausalLM:
+def tiny_model(*, tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -32,7 +37,7 @@ def tiny_model() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 
@@ -53,9 +58,8 @@ def save_adapter(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 1
 def base() -> BaseSpec:
     modules = dict(tiny_model().named_modules())
     linears = {linear: modules[module_path(0, linear)] for linear in LINEARS}
-    return BaseSpec(
-        FINGERPRINT, 2, {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    )
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return BaseSpec(FINGERPRINT, 2, shapes, vocab_size=64)
 
 
 @pytest.fixture(scope="session")
@@ -80,12 +84,12 @@ def stage_folder(staging: Staging, folder: Path) -> None:
         staging.add_file(path.name, [path.read_bytes()])
 
 
-def save_kind(folder: Path, config: PeftConfig) -> Path:
+def save_kind(folder: Path, config: PeftConfig, *, tied: bool = False) -> Path:
     """A random adapter of any kind, as peft saves it."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(tiny_model(), config)
+        model = get_peft_model(tiny_model(tied=tied), config)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.1 * torch.randn_like(parameter)
@@ -96,6 +100,27 @@ def save_kind(folder: Path, config: PeftConfig) -> Path:
 def stage(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> StagedAdapter:
     stage_folder(staging, folder)
     return staging.validate(base, **{"max_rank": 16, **options})
+
+
+def stage_here(folder: Path, base: BaseSpec, weights_file: str = "adapter_model.safetensors") -> StagedAdapter:
+    """`stage` in this process and that folder: a confined one takes a third of a second to start."""
+    request = {
+        "base": asdict(base),
+        "weights_file": weights_file,
+        "max_rank": 16,
+        "max_virtual_tokens": 0,
+        "max_token_rows": 0,
+        "max_import_error": 0.0,
+        "base_fingerprint": None,
+    }
+    return StagedAdapter(AdapterManifest.model_validate(validate(folder, request)), folder / CANONICAL_FILE)
+
+
+def refused_here(folder: Path, base: BaseSpec, weights_file: str = "adapter_model.safetensors") -> AdapterInvalid:
+    """What `stage_here` raises."""
+    with pytest.raises(AdapterInvalid) as caught:
+        stage_here(folder, base, weights_file)
+    return caught.value
 
 
 def edit_config(folder: Path, **changes: Any) -> None:

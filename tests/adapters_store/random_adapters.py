@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,13 +12,23 @@ from typing import BinaryIO
 import torch
 from safetensors.torch import save_file
 
-from adapters_store.base_spec import NORMS, lora_tensor_name, tensor_name
+from adapters_store.base_spec import (
+    BOTTLENECK_TENSORS,
+    NORMS,
+    bottleneck_tensor_name,
+    lora_tensor_name,
+    tensor_name,
+)
 from adapters_store.blobs import BlobStore
+from adapters_store.bottleneck_layout import BottleneckLayout, BottleneckShape
 from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
     PROMPT_TENSOR,
     AdapterSpec,
+    Bottleneck,
+    BottleneckSite,
+    BottleneckSize,
     LoRADelta,
     VectorSite,
     VirtualTokens,
@@ -26,7 +36,7 @@ from adapters_store.manifest import (
 from adapters_store.page_image import PageImage, fill_pages
 from adapters_store.slots import AdapterSlots
 from adapters_store.vector_layout import VectorLayout
-from adapters_store.weights import AdapterWeights
+from adapters_store.weights import AdapterWeights, BottleneckTensors, BottleneckWeights
 
 NUM_LAYERS = 2
 SHAPES = {
@@ -41,6 +51,7 @@ SHAPES = {
 LAYOUT = LoRALayout.from_linears(SHAPES, NUM_LAYERS)
 BASE_NORMS = {norm: torch.randn(1 if norm == "norm" else NUM_LAYERS, 12) for norm in NORMS}
 VECTORS = VectorLayout(LAYOUT, BASE_NORMS)
+BOTTLENECKS = BottleneckLayout(NUM_LAYERS, SHAPES["q_proj"][1], torch.float32)
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,10 @@ class StoredAdapter:
     digest: str
     rank: int
     num_virtual_tokens: int = 0
+
+    @property
+    def tenant(self) -> str:
+        return self.name.partition("/")[0]
 
 
 class GatedBlobStore(BlobStore):
@@ -137,6 +152,54 @@ def put_vectors(blobs: BlobStore, folder: Path, seed: int = 0) -> StoredAdapter:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     blobs.put(digest, path)
     return StoredAdapter(f"tenant/vectors:{seed}", digest, 0)
+
+
+def random_bottlenecks(
+    sizes: Mapping[BottleneckSite, int], seed: int = 0, layers: Iterable[int] = range(NUM_LAYERS)
+) -> BottleneckWeights:
+    hidden, generator = SHAPES["q_proj"][1], torch.Generator().manual_seed(seed)
+    shapes = {site: ((size, hidden), (size,), (hidden, size), (hidden,)) for site, size in sizes.items()}
+    tensors = {
+        (layer, site): BottleneckTensors(*(torch.randn(shape, generator=generator) for shape in shapes[site]))
+        for layer in layers
+        for site in sizes
+    }
+    return BottleneckWeights("sum", "relu", tensors)
+
+
+def bottleneck_image(weights: BottleneckWeights, layout: BottleneckLayout = BOTTLENECKS) -> PageImage:
+    """The weights in memory that held something else before."""
+    shape = BottleneckShape.of(weights)
+    memory = torch.full((shape.num_pages, layout.page_bytes), 0x41, dtype=torch.uint8)
+    layout.fill(tuple(memory), weights)
+    return PageImage(0, tuple(memory), bottleneck=shape)
+
+
+def put_bottleneck(blobs: BlobStore, folder: Path, size: int, seed: int = 0) -> StoredAdapter:
+    """Store a bottleneck adapter at the output of every layer."""
+    spec = AdapterSpec(
+        kind="BOTTLENECK",
+        base_fingerprint="f" * 64,
+        bottleneck=Bottleneck(
+            name="x",
+            hidden_size=SHAPES["q_proj"][1],
+            sites=("output",),
+            sizes=(BottleneckSize(size=size, layers=tuple(range(NUM_LAYERS))),),
+            reads="sum",
+            activation="relu",
+            scale=1.0,
+        ),
+    )
+    tensors = {
+        bottleneck_tensor_name(layer, site, "x", name): tensor
+        for (layer, site), each in random_bottlenecks({"output": size}, seed).tensors.items()
+        for name, tensor in zip(BOTTLENECK_TENSORS, each, strict=True)
+    }
+    path = folder / f"bottleneck{size}-{seed}.safetensors"
+    save_file(tensors, path, {ADAPTER_METADATA_KEY: spec.canonical_json()})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    blobs.put(digest, path)
+    return StoredAdapter(f"tenant/{path.stem}:1", digest, 0)
 
 
 def assert_slot_holds(slots: AdapterSlots, slot: int, weights: AdapterWeights) -> None:

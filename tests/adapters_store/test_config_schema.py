@@ -7,7 +7,18 @@ import json
 from typing import Any
 
 import pytest
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    DeloraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    VeraConfig,
+)
 
 from adapters_store.adapter_config import AdapterConfig
 from adapters_store.config_schema import parse_config
@@ -44,7 +55,6 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("lora_bias", 1),
         ("bias", "vera_only"),
         ("modules_to_save", "norm"),
-        ("trainable_token_indices", [1]),
         ("target_parameters", ["experts.gate_up_proj"]),
         ("layer_replication", [[0, 1]]),
         ("fan_in_fan_out", True),
@@ -63,7 +73,7 @@ def test_every_field_that_this_peft_writes_is_known() -> None:
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", 3),
-        ("peft_type", "LOKR"),
+        ("peft_type", "OFT"),
         ("peft_type", ["LORA"]),
         ("peft_type", None),
         ("task_type", "SEQ_CLS"),
@@ -142,6 +152,10 @@ OTHER_KINDS: list[PeftConfig] = [
     BeftConfig(target_modules=["k_proj"]),
     LNTuningConfig(target_modules=["norm"]),
     VeraConfig(target_modules=["q_proj"]),
+    AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+    LoKrConfig(target_modules=["q_proj"]),
+    DeloraConfig(target_modules=["q_proj"]),
+    MissConfig(target_modules=["q_proj"]),
 ]
 
 
@@ -177,6 +191,17 @@ def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: Pe
         (3, "bias", "lora_only"),
         (3, "r", 0),
         (3, "layers_pattern", "layers"),
+        (4, "lora_ga_config", {"cache_file": "/etc/passwd"}),
+        (5, "decompose_factor", -2),
+        (5, "decompose_factor", 2.5),
+        (5, "decompose_both", "yes"),
+        (5, "alpha", "8"),
+        (6, "bias", "lora_only"),
+        (6, "r", 0),
+        (7, "init_weights", "bat"),
+        (7, "init_weights", "mini"),
+        (7, "init_weights", ["mini"]),
+        (7, "bias", "miss_only"),
     ],
 )
 def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: int, field: str, value: Any) -> None:
@@ -185,7 +210,7 @@ def test_a_field_of_another_kind_that_is_not_served_is_refused_by_name(config: i
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize("kind", ["LOKR", "ADALORA", "CPT", "SHIRA", "lora"])
+@pytest.mark.parametrize("kind", ["C3A", "OFT", "CPT", "SHIRA", "lora"])
 def test_a_kind_that_is_not_served_is_refused_by_name_with_those_that_are(kind: str) -> None:
     error = refused(peft_type=kind)
     assert error.field == "peft_type"

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PeftModel,
     PrefixTuningConfig,
@@ -44,9 +48,30 @@ OPTIONS: list[dict[str, Any]] = [
 KINDS: dict[str, PeftConfig] = {
     "DoRA": LoraConfig(r=3, use_dora=True, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "lora_bias": LoraConfig(r=3, lora_alpha=5, lora_bias=True, target_modules=["v_proj"], modules_to_save=["norm"]),
+    "AdaLoRA": AdaLoraConfig(
+        init_r=5, lora_alpha=3, total_step=10, target_modules=["q_proj", "down_proj"],
+        rank_pattern={
+            f"{Q0}.lora_E": [True, False, True, False, False],
+            "model.layers.1.self_attn.q_proj.lora_E": [False] * 5,
+            "model.layers.1.mlp.down_proj.lora_E": [True] * 5,
+        },
+    ),
     "LoHa": LoHaConfig(
         r=3, alpha=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, init_weights=False
     ),
+    "LoKr": LoKrConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"], init_weights=False),
+    "LoKr of two products": LoKrConfig(
+        r=1, alpha=5, decompose_both=True, target_modules=["q_proj", "up_proj"], init_weights=False,
+        rank_pattern={"layers.0.self_attn.q_proj": 3}, alpha_pattern={"up_proj": 0.7},
+    ),
+    "LoKr of two matrices": LoKrConfig(
+        r=64, alpha=5, decompose_factor=2, target_modules=["k_proj"], layers_to_transform=[1], init_weights=False
+    ),
+    "DeLoRA": DeloraConfig(
+        r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, lambda_pattern={"q_proj": 4},
+        init_weights=False,
+    ),
+    "MiSS": MissConfig(r=7, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "BEFT": BeftConfig(target_modules=["v_proj", "layers.1.mlp.up_proj"]),
@@ -54,12 +79,12 @@ KINDS: dict[str, PeftConfig] = {
     "prompt": PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "P-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
-}
+}  # fmt: skip
 
 
-def export(staged: StagedAdapter, folder: Path) -> Path:
+def export(staged: StagedAdapter, base: BaseSpec, folder: Path) -> Path:
     """The peft folder that a tar unpacks to."""
-    tar = PeftTar.of("support-1", staged.manifest, 2, staged.path.open("rb"))
+    tar = PeftTar.of("support-1", staged.manifest, base, staged.path.open("rb"))
     data = b"".join(tar.chunks())
     assert len(data) == tar.num_bytes
     assert tar.weights.closed
@@ -68,8 +93,8 @@ def export(staged: StagedAdapter, folder: Path) -> Path:
     return folder / "support-1"
 
 
-def logits(folder: Path) -> torch.Tensor:
-    model = PeftModel.from_pretrained(tiny_model(), folder).eval()
+def logits(folder: Path, *, tied: bool = False) -> torch.Tensor:
+    model = PeftModel.from_pretrained(tiny_model(tied=tied), folder).eval()
     with torch.no_grad():
         found: torch.Tensor = model(torch.arange(16)[None]).logits
     return found
@@ -80,7 +105,7 @@ def test_peft_computes_the_same_from_an_export(
     staging: Staging, tmp_path: Path, base: BaseSpec, options: dict[str, Any]
 ) -> None:
     uploaded = save_adapter(tmp_path / "adapter", **options)
-    exported = export(stage(staging, uploaded, base), tmp_path / "export")
+    exported = export(stage(staging, uploaded, base), base, tmp_path / "export")
     expected = logits(uploaded)
     with torch.no_grad():
         assert not torch.allclose(expected, tiny_model().eval()(torch.arange(16)[None]).logits, atol=1e-4)
@@ -92,7 +117,7 @@ def test_an_export_uploaded_again_is_the_same_adapter(tmp_path: Path, base: Base
     uploaded = save_adapter(tmp_path / "adapter", **options)
     with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
         staged = stage(first, uploaded, base)
-        again = stage(second, export(staged, tmp_path / "export"), base)
+        again = stage(second, export(staged, base, tmp_path / "export"), base)
         assert again.manifest.digest == staged.manifest.digest
 
 
@@ -101,6 +126,6 @@ def test_every_kind_is_exported_and_uploaded_again(tmp_path: Path, base: BaseSpe
     uploaded = save_kind(tmp_path / "adapter", KINDS[kind])
     with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
         staged = stage(first, uploaded, base, max_virtual_tokens=8)
-        exported = export(staged, tmp_path / "export")
+        exported = export(staged, base, tmp_path / "export")
         torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
         assert stage(second, exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest

@@ -32,7 +32,7 @@ def all_arrays(slots: AdapterSlots) -> list[torch.Tensor]:
 
 
 def constant_image(memory: HostPages, value: int) -> PageImage:
-    image = memory.take(16)
+    image = memory.take(PageImage(16, ()))
     assert image is not None
     image.pages[0].fill_(value)
     return image
@@ -59,7 +59,7 @@ def test_pages_are_bit_for_bit_those_of_the_cpu_s_path(dtype: torch.dtype, pinne
             for slots in (there, here):
                 slots.free(0)
         weights = random_weights(rank, seed)
-        image = memory.take(rank)
+        image = memory.take(PageImage(rank, ()))
         assert image is not None
         fill_pages(image.pages, weights, LAYOUT, dtype)
         slot = there.next_free_slot
@@ -102,7 +102,7 @@ def test_several_pages_and_adapters_share_the_staging_page_in_turn() -> None:
     value, copies = 0, []
     with no_waits():
         for slot, rank in enumerate([32, 48]):
-            image = memory.take(rank)
+            image = memory.take(PageImage(rank, ()))
             assert image is not None
             for page in image.pages:
                 value += 1
@@ -116,7 +116,7 @@ def test_several_pages_and_adapters_share_the_staging_page_in_turn() -> None:
 
 def test_memory_is_unpinned_when_it_is_closed_and_may_be_pinned_again() -> None:
     memory = HostPages(1 << 20, 1 << 16, pinned=True)
-    image = memory.take(16)
+    image = memory.take(PageImage(16, ()))
     assert image is not None
     assert image.pages[0].is_pinned()
     memory.close()

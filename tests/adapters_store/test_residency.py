@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from adapters_store.blobs import BlobStore
+from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import LoRALayout, num_pages_for
@@ -28,6 +29,7 @@ from adapters_store.slots import AdapterSlots
 from adapters_store.vector_slots import VectorSlots
 
 from .random_adapters import (
+    BOTTLENECKS,
     LAYOUT,
     SHAPES,
     VECTORS,
@@ -36,6 +38,7 @@ from .random_adapters import (
     assert_slot_holds,
     make_image,
     put_adapter,
+    put_bottleneck,
     put_vectors,
     put_virtual_tokens,
     random_weights,
@@ -77,15 +80,29 @@ class World:
     """Real parts: a blob folder, a host cache, slots. `step` is what an engine step does."""
 
     def __init__(
-        self, blobs: BlobStore, folder: Path, host_pages: int = 40, slots: AdapterSlots | None = None, num_rows: int = 0
+        self,
+        blobs: BlobStore,
+        folder: Path,
+        host_pages: int = 40,
+        slots: AdapterSlots | None = None,
+        num_rows: int = 0,
+        num_bottleneck_pages: int = 0,
     ) -> None:
         self.folder = folder
         self.blobs = blobs
         self.ready = threading.Semaphore(0)
         vectors = VectorSlots(VECTORS, num_rows, "cpu") if num_rows else None
-        self.slots = slots or AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu", vectors)
+        bottlenecks = BottleneckSlots(BOTTLENECKS, num_bottleneck_pages, "cpu") if num_bottleneck_pages else None
+        self.slots = slots or AdapterSlots(LAYOUT, NUM_SLOTS, NUM_PAGES, torch.float32, "cpu", vectors, bottlenecks)
         host_bytes = host_pages * LAYOUT.page_bytes(torch.float32)
-        self.host = HostCache(blobs, LAYOUT, torch.float32, host_bytes, vectors=VECTORS if num_rows else None)
+        self.host = HostCache(
+            blobs,
+            LAYOUT,
+            torch.float32,
+            host_bytes,
+            vectors=VECTORS if num_rows else None,
+            bottlenecks=BOTTLENECKS if num_bottleneck_pages else None,
+        )
         self.residency = AdapterResidency(self.slots, self.host, self.ready.release)
 
     def put(self, rank: int = 4, seed: int = 0) -> StoredAdapter:
@@ -615,3 +632,43 @@ def test_a_row_comes_back_with_its_slot(rows: World, tmp_path: Path) -> None:
 def test_vectors_fail_to_load_where_there_are_no_rows(world: World, tmp_path: Path) -> None:
     with pytest.raises(AdapterLoadFailed, match="num_vector_slots"):
         world.acquire(put_vectors(world.blobs, tmp_path))
+
+
+@pytest.fixture
+def bottlenecks(blobs: BlobStore, tmp_path: Path) -> Iterator[World]:
+    """A world of three slots and three pages of bottlenecks."""
+    world = World(blobs, tmp_path, num_bottleneck_pages=3)
+    yield world
+    world.residency.check_integrity()
+    world.host.close()
+
+
+def test_for_pages_of_bottlenecks_alone_only_adapters_that_have_some_leave(bottlenecks: World, tmp_path: Path) -> None:
+    world = bottlenecks
+    plain, first, second = world.put(), *(put_bottleneck(world.blobs, tmp_path, size) for size in (20, 17))
+    for adapter in (plain, first):
+        assert world.acquire(adapter) is not None
+    assert world.acquire(second) is None
+    assert world.residency.is_waiting_for_room(second.digest)
+    for adapter in (plain, first):
+        world.residency.release(adapter.digest)
+    assert world.acquire(second) is not None
+    assert world.residency.stats.resident == (plain.name, second.name)
+    assert world.slots.free_room.bottleneck_pages == 1
+
+
+def test_bottlenecks_of_more_pages_than_there_are_fail_to_load(bottlenecks: World, tmp_path: Path) -> None:
+    with pytest.raises(AdapterLoadFailed, match="need 4 pages and this engine has 3"):
+        bottlenecks.acquire(put_bottleneck(bottlenecks.blobs, tmp_path, 49))
+
+
+def test_bottlenecks_fail_to_load_where_there_are_no_pages(world: World, tmp_path: Path) -> None:
+    with pytest.raises(AdapterLoadFailed, match="num_bottleneck_pages"):
+        world.acquire(put_bottleneck(world.blobs, tmp_path, 4))
+
+
+def test_bottlenecks_are_kept_in_host_memory(bottlenecks: World, tmp_path: Path) -> None:
+    adapter = put_bottleneck(bottlenecks.blobs, tmp_path, 40)
+    image = bottlenecks.host.get(adapter.digest).result(timeout=30)
+    assert bottlenecks.host.get(adapter.digest).result() is image
+    assert bottlenecks.host.num_bytes == image.num_bytes == 3 * BOTTLENECKS.page_bytes

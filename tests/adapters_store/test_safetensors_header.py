@@ -57,6 +57,14 @@ def test_hostile_headers_are_refused(tmp_path: Path, header: bytes, data: bytes,
     assert reason in refused(tmp_path, struct.pack("<Q", len(header)) + header + data).reason
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580])
+def test_a_header_whose_length_begins_as_a_pickle_does_is_read(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    header = json.dumps({"a": entry(0, 4, [1])}).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", length) + header + b"1234")
+    assert read_header(path).tensors["a"].shape == (1,)
+
+
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100 << 20, (16 << 20) + 1])
 def test_a_giant_header_length_is_refused_before_it_is_read(tmp_path: Path, length: int) -> None:
     assert "header is larger" in refused(tmp_path, struct.pack("<Q", length) + b"{}").reason

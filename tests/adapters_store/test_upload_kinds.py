@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, PeftConfig, VeraConfig
+from peft import (
+    AdaLoraConfig,
+    BeftConfig,
+    DeloraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    MissConfig,
+    PeftConfig,
+    VeraConfig,
+)
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
@@ -22,7 +34,14 @@ from .conftest import edit_config, save_kind, stage
 WEIGHTS = "adapter_model.safetensors"
 IA3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
 LN = LNTuningConfig(target_modules=["input_layernorm", "norm"])
+E0 = "model.layers.0.self_attn.q_proj.lora_E"
+ADALORA = AdaLoraConfig(
+    init_r=3, total_step=9, target_modules=["q_proj"], rank_pattern={E0: [True, False, True]}, layers_to_transform=[0]
+)
 LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
+DELORA = DeloraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
+LOKR = LoKrConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
+MISS = MissConfig(r=6, target_modules=["q_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
 
@@ -62,8 +81,13 @@ SAVED_NORMS = tuple(
         (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["norm"]), 4, SAVED_NORMS),
         (LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["input_layernorm"]), 4, SAVED_NORMS[:1]),
         (VERA, 6, ()),
+        (ADALORA, 2, ()),
+        (LOKR, 8, ()),
+        (DELORA, 3, ()),
+        (MISS, 6, ()),
     ],
-    ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA"],
+    ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA",
+         "LoKr", "DeLoRA", "MiSS"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
@@ -81,7 +105,9 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [VERA, LOHA, IA3, LN], ids=["VeRA", "LoHa", "IA3", "LN"])
+@pytest.mark.parametrize(
+    "config", [ADALORA, VERA, LOHA, LOKR, DELORA, MISS, IA3, LN], ids=lambda config: config.peft_type.value
+)
 def test_a_folder_saved_in_16_bits_is_accepted(
     staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
 ) -> None:
@@ -125,8 +151,6 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
         (IA3, {"target_modules": ["k_proj", "lm_head"]}, "target_modules", "lm_head"),
         (IA3, {"target_modules": ["k_proj", "norm"]}, "target_modules", "norm"),
         (IA3, {"feedforward_modules": "("}, "feedforward_modules", "regular expression"),
-        (IA3, {"modules_to_save": ["lm_head"]}, "modules_to_save", "lm_head"),
-        (IA3, {"modules_to_save": ["embed_tokens"]}, "modules_to_save", "embed_tokens"),
         (IA3, {"modules_to_save": ["q_proj"]}, "modules_to_save", "q_proj"),
         (IA3, {"modules_to_save": ["self_attn"]}, "modules_to_save", "self_attn"),
         (IA3, {"modules_to_save": ["norm", "score"]}, "modules_to_save", "score"),
@@ -135,6 +159,8 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
         (LN, {"target_modules": ".*q_norm"}, "target_modules", "matches no norm"),
         (VERA, {"target_modules": "lm_head"}, "target_modules", "matches no linear"),
         (VERA, {"r": 17}, "r", "limit of 16"),
+        (ADALORA, {"rank_pattern": {}, "init_r": 17}, "init_r", "limit of 16"),
+        (ADALORA, {"rank_pattern": {E0: [True] * 17 + [False]}, "init_r": 18}, "rank_pattern", "limit of 16"),
     ],
 )  # fmt: skip
 def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
@@ -164,6 +190,17 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
          "layers.0.self_attn.q_proj.lora_magnitude_vector", None, "missing"),
         (VERA, "layers.0.self_attn.q_proj.vera_lambda_d", torch.ones(7), "[6]"),
         (VERA, "layers.0.self_attn.q_proj.vera_lambda_b", torch.full((32,), 1e20), "overflows"),
+        (ADALORA, "layers.0.self_attn.q_proj.lora_E", torch.ones(3, 1), "[2, 1]"),
+        (ADALORA, "layers.0.self_attn.q_proj.lora_E", torch.full((2, 1), 1e20), "overflows"),
+        (ADALORA, "layers.0.self_attn.q_proj.lora_B", torch.full((32, 2), 3e38), "overflows"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_t2", torch.ones(2, 2, 3, 3), "convolution"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w2", torch.ones(8, 8), "not a tensor"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w2_a", torch.ones(2, 8), "[8, 2]"),
+        (LOKR, "layers.0.self_attn.q_proj.lokr_w1", torch.full((4, 4), 1.1e6), "overflows"),
+        (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", None, "missing"),
+        (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", torch.ones(1), "[32]"),  # of weights in 4 bits
+        (DELORA, "layers.0.self_attn.q_proj.delora_lambda", torch.tensor([1e18]), "overflows"),
+        (MISS, "layers.0.self_attn.q_proj.miss_block", torch.ones(6, 6), "[6, 32]"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],

@@ -29,6 +29,7 @@ VERSION = {
     "num_parameters": 4096,
     "created_at": 1_700_000_000,
     "status": "ready",
+    "import_error": 0.0,
     "tags": {"stage": "test"},
 }
 ADAPTER = {
@@ -199,6 +200,17 @@ def test_with_json_an_error_is_json_on_stdout(wire: Wire, capsys: pytest.Capture
 def test_no_gateway_says_how_to_start_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("adapter", "list", "--url", "http://127.0.0.1:1", "--api-key", "pb_key") == ExitCode.UNAVAILABLE
     assert "patchbay serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "told"), [(0.0, "(rank 8), named"), (0.0031, "(rank 8, off by 0.31%), named")])
+def test_an_upload_says_how_far_off_it_is_where_it_is(
+    wire: Wire, tmp_path: Path, capsys: pytest.CaptureFixture[str], error: float, told: str
+) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    wire.on("POST /v1/adapters", {**VERSION, "import_error": error})
+    assert run("adapter", "upload", str(tmp_path), "acme/tone") == 0
+    assert told in capsys.readouterr().out
 
 
 def test_a_wrong_command_line_is_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,6 +400,9 @@ def test_serve_refuses_a_bad_configuration_by_its_key(tmp_path: Path, capsys: py
     file.write_text("limits: {tenant_weights: {acme: 0}}\n")
     assert run("serve", "--config", str(file)) == ExitCode.REFUSED
     assert "limits.tenant_weights.acme" in capsys.readouterr().err
+    file.write_text("limits: {max_import_error: 1}\n")
+    assert run("serve", "--config", str(file)) == ExitCode.REFUSED
+    assert "limits.max_import_error" in capsys.readouterr().err
     file.write_text("server: {htp_port: 9000}\n")
     assert run("serve", "--config", str(file)) == ExitCode.REFUSED
     assert "server.htp_port" in capsys.readouterr().err

@@ -66,6 +66,20 @@ def test_a_broken_connection_is_told_from_a_slow_one(cause: Exception, expected:
         client_of(handler).models()
 
 
+def test_an_upload_of_a_folder_of_adapterhub_sends_its_files(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter.safetensors").write_bytes(b"tensors")
+    bodies: list[bytes] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.read())
+        return httpx.Response(200, json={})
+
+    client_of(handler).upload_adapter("acme/tone", tmp_path)
+    assert b'filename="adapter.safetensors"' in bodies[0]
+    assert b'filename="adapter_config.json"' in bodies[0]
+
+
 def test_an_upload_sends_the_peft_files_and_reports_their_bytes(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"w" * 200_000)

@@ -156,8 +156,12 @@ def test_the_cuda_kernels_compile_for_every_plan(bf16: int, tmp_path: Path, monk
     from lora_kernels.nvrtc import compile_cubin
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = set()
     for architecture, source, macros in _nf4_kernels():
-        assert compile_cubin(source, macros | {"BF16": bf16}, architecture)[:4] == b"\x7fELF"
+        kernel = architecture, source, macros.get("ADAPTED")
+        if bf16 or kernel not in compiled:  # in fp16, where one type differs, one plan of each kernel
+            assert compile_cubin(source, macros | {"BF16": bf16}, architecture)[:4] == b"\x7fELF"
+            compiled.add(kernel)
     assert compile_cubin("nf4_unpack.cu", {"BF16": bf16}, "sm_90a")
 
 

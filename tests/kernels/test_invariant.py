@@ -23,6 +23,14 @@ from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 from tests.kernels.test_attention import CASES, Case, _inputs, _meta, _on, _truth, padded
 
 
+@pytest.fixture
+def bits_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """`dtype` for tests of many interpreted runs, which one dtype shows as well as two."""
+    if device == "cpu" and dtype == torch.float16:
+        pytest.skip("the interpreter is slow, and the order of its sums is fp32's")
+    return dtype
+
+
 @pytest.mark.parametrize(("num_tokens", "out_features", "in_features"), [(1, 40, 88), (70, 200, 64), (0, 8, 16)])
 def test_the_product_is_as_exact_as_the_plain_path(
     num_tokens: int, out_features: int, in_features: int, dtype: torch.dtype, device: str
@@ -115,9 +123,9 @@ CONTEXTS = {
 @settings(max_examples=6, deadline=None)
 @given(data=st.data())
 def test_a_token_attends_alike_in_any_chunk_and_among_any_others(
-    name: str, dtype: torch.dtype, device: str, data: st.DataObject
+    name: str, bits_dtype: torch.dtype, device: str, data: st.DataObject
 ) -> None:
-    context = _context(name, dtype, device)
+    context = _context(name, bits_dtype, device)
     num_tokens, most = context.case.seqs[0]
     first = data.draw(st.integers(0, num_tokens - 1))
     last = data.draw(st.integers(first + 1, num_tokens))
@@ -194,9 +202,11 @@ def _added(
 @settings(max_examples=5, deadline=None)
 @given(slots=st.lists(st.integers(-1, 6), min_size=1, max_size=40))
 @example(slots=[-1, 0, 1, 2, 3, 4, 5, 6, 6] * 58)  # a long step
-def test_an_adapter_adds_the_same_to_a_row_among_any_others(slots: list[int], dtype: torch.dtype, device: str) -> None:
-    pools = _adapters(dtype, device)
-    x, y = torch.randn(len(slots), 600).to(device, dtype), torch.randn(len(slots), 56).to(device, dtype)
+def test_an_adapter_adds_the_same_to_a_row_among_any_others(
+    slots: list[int], bits_dtype: torch.dtype, device: str
+) -> None:
+    pools = _adapters(bits_dtype, device)
+    x, y = (torch.randn(len(slots), width).to(device, bits_dtype) for width in (600, 56))
     together = _added(x, y, slots, pools)
     for row in range(0, len(slots), max(1, len(slots) // 4)):
         own = slice(row, row + 1)

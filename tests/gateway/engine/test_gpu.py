@@ -26,6 +26,7 @@ from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import InternalError
 from gateway.layers import attention as attention_layer
+from gateway.layers import bottleneck as bottleneck_layer
 from gateway.layers import forward_batch
 from gateway.layers import linear as linear_layer
 from gateway.layers import mlp as mlp_layer
@@ -33,7 +34,7 @@ from gateway.layers import norm as norm_layer
 from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv, vectors
 from tests.gateway.engine.test_kinds import World
-from tests.tiny import uploaded_virtual_tokens
+from tests.tiny import save_bottleneck, store_adapter, uploaded_virtual_tokens
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
@@ -119,6 +120,8 @@ def use_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layer, "nf4_lora_matmul", nf4_lora.nf4_lora_matmul_ref)
     monkeypatch.setattr(linear_layer, "sgmv_shrink", sgmv.sgmv_shrink_ref)
     monkeypatch.setattr(linear_layer, "sgmv_expand", sgmv.sgmv_expand_ref)
+    monkeypatch.setattr(bottleneck_layer, "sgmv_shrink", sgmv.sgmv_shrink_ref)
+    monkeypatch.setattr(bottleneck_layer, "sgmv_expand", sgmv.sgmv_expand_ref)
     monkeypatch.setattr(attention_layer, "rotary_store", rotary.rotary_store_ref)
     monkeypatch.setattr(norm_layer, "rms_norm", norm.rms_norm_ref)
     monkeypatch.setattr(mlp_layer, "silu_mul", activation.silu_mul_ref)
@@ -796,6 +799,45 @@ def test_kinds_in_a_batch_leave_a_request_s_bits_under_batch_invariance(kinds: W
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=kinds.refs[name]), prompt)
         assert drain(engine)[str(i)] == together[str(i)]
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def bottlenecks(kinds: World, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
+    """Bottleneck adapters of each activation and of each thing to read, of one page and of several."""
+    root = tmp_path_factory.mktemp("bottlenecks")
+    configs: list[tuple[int, dict[str, Any]]] = [
+        (16, {"non_linearity": "relu", "original_ln_before": True}),
+        (70, {"non_linearity": "swish"}),
+        (5, {"non_linearity": "tanh", "is_parallel": True, "scaling": 4.0}),
+        (40, {"non_linearity": "gelu", "original_ln_before": True}),
+        (33, {"non_linearity": "swish", "scaling": 0.5}),
+        (8, {"non_linearity": "linear"}),
+    ]
+    folders = [save_bottleneck(root / str(i), 256, 2, size, i, **config) for i, (size, config) in enumerate(configs)]
+    return [store_adapter(kinds.base, folder, kinds.blobs, f"t/b{i}:1") for i, folder in enumerate(folders)]
+
+
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_bottlenecks_among_other_kinds_give_the_cpu_path_s_tokens(
+    kinds: World, bottlenecks: list[AdapterRef], overlap_steps: bool, enforce_eager: bool
+) -> None:
+    refs = [*bottlenecks, *(kinds.refs[name] for name in ("lora", "dora", "ia3"))]
+    wanted = generate(engine_of_kinds(kinds, device="cpu"), refs, 48)
+    settings = {"overlap_steps": overlap_steps, "enforce_eager": enforce_eager}
+    assert ids(generate(engine_of_kinds(kinds, **settings), refs, 48)) == ids(wanted)
+    taking_turns = engine_of_kinds(kinds, num_adapter_slots=5, num_bottleneck_pages=10, **settings)
+    assert ids(generate(taking_turns, refs, 48)) == ids(wanted)
+
+
+def test_bottlenecks_in_bf16_are_as_exact_as_the_reference_path(
+    kinds: World, bottlenecks: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truth = generate(engine_of_kinds(kinds, device="cpu"), bottlenecks, 32)
+    ours = generate(engine_of_kinds(kinds, dtype="bfloat16"), bottlenecks, 32)
+    use_references(monkeypatch)
+    plain = generate(engine_of_kinds(kinds, dtype="bfloat16", enforce_eager=True), bottlenecks, 32)
+    assert_as_near(ours, plain, truth)
 
 
 @two_gpus

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     BeftConfig,
+    DeloraConfig,
     IA3Config,
     LNTuningConfig,
     LoHaConfig,
+    LoKrConfig,
     LoraConfig,
+    MissConfig,
     PeftConfig,
     PeftModel,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -57,11 +62,39 @@ KINDS: dict[str, PeftConfig] = {
     "ia3 of all outputs": IA3Config(target_modules=r".*_proj", feedforward_modules=[], **TASK),
     "beft": BeftConfig(target_modules=LINEARS, **TASK),
     "ln_tuning": LNTuningConfig(target_modules=NORMS, **TASK),
+    "adalora": AdaLoraConfig(
+        init_r=6, lora_alpha=40, total_step=10, bias="all", target_modules=["q_proj", "v_proj", "o_proj", "down_proj"],
+        rank_pattern={
+            "model.layers.0.self_attn.q_proj.lora_E": [True, False, True, True, False, True],
+            "model.layers.1.self_attn.v_proj.lora_E": [False] * 6,
+        }, **TASK,
+    ),
     "loha": LoHaConfig(r=5, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
+    "lokr": LoKrConfig(r=3, alpha=7, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
+    "lokr of whole factors": LoKrConfig(
+        r=32, alpha=16, decompose_factor=4, target_modules=["k_proj", "o_proj", "gate_proj"], **TASK
+    ),
+    "lokr of two products": LoKrConfig(r=2, alpha=3, decompose_both=True, target_modules=["o_proj", "up_proj"], **TASK),
+    "delora": DeloraConfig(
+        r=6, target_modules=LINEARS, bias="delora_only", rank_pattern={"o_proj": 3}, lambda_pattern={"up_proj": 2},
+        **TASK,
+    ),
+    "miss": MissConfig(r=8, target_modules=LINEARS, **TASK),
+    "miss of ranks that do not divide": MissConfig(r=21, bias="MiSS_only", target_modules=["q_proj", "o_proj"], **TASK),
     "vera": VeraConfig(r=24, target_modules=["q_proj", "v_proj", "down_proj"], **TASK),
     "vera of a seed": VeraConfig(
         r=256, target_modules=LINEARS, save_projection=False, projection_prng_key=7, bias="all", **TASK
     ),
+    "lora and trained tokens": LoraConfig(
+        r=4, target_modules=["v_proj"], trainable_token_indices={"embed_tokens": [70, 45], "lm_head": [9, 3]}, **TASK
+    ),
+    "lora and whole embeddings": LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], **TASK
+    ),
+    "dora, norms and lm_head": LoraConfig(
+        r=4, use_dora=True, target_modules=["o_proj"], modules_to_save=["norm", "lm_head"], **TASK
+    ),
+    "trainable_tokens": TrainableTokensConfig(token_indices=[60, 58, 61], **TASK),
 }  # fmt: skip
 
 
@@ -89,16 +122,27 @@ def _shrink_logits(base: Path) -> None:
 class World:
     """A base in fp32, an adapter of each kind, their blobs, and peft's models of them."""
 
-    def __init__(self, root: Path, family: str, **config: Any) -> None:
+    def __init__(self, root: Path, family: str, kinds: Mapping[str, PeftConfig] = KINDS, **config: Any) -> None:
         self.base = make_base(root / "base", family, **config)
-        _shrink_logits(self.base)
+        if not config.get("tie_word_embeddings"):
+            _shrink_logits(self.base)
         self.blobs = BlobStore(f"file://{root / 'blobs'}")
         self.oracles: dict[str | None, torch.nn.Module] = {None: load_oracle(self.base)}
         self.refs: dict[str, AdapterRef] = {}
-        for seed, (name, config) in enumerate(KINDS.items()):
+        for seed, (name, config) in enumerate(kinds.items()):
             folder = save_random(self.base, root / name.replace(" ", "-"), config, seed)
             self.refs[name] = store_adapter(self.base, folder, self.blobs, f"t/{name}:1")
             self.oracles[name] = load_oracle(self.base, folder)
+
+    def greedy(self, num_tokens: int) -> dict[str, list[int]]:
+        """What peft's models generate after `prompts_of`, greedily."""
+        tokens = {}
+        for name, prompt in prompts_of(self).items():
+            ids = list(prompt)
+            for _ in range(num_tokens):
+                ids.append(int(self.logits(name, ids).argmax()))
+            tokens[str(name)] = ids[len(prompt) :]
+        return tokens
 
     def logits(self, name: str | None, ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -118,7 +162,7 @@ def make_engine(world: World) -> Any:
 
     def make(**settings: Any) -> LLMEngine:
         defaults = {"base": str(world.base), "quantization": "none", "device": "cpu", "kv_cache_tokens": 2048,
-                    "block_size": 4, "num_adapter_slots": 16, "max_lora_rank": 256}  # fmt: skip
+                    "block_size": 4, "num_adapter_slots": 32, "max_lora_rank": 256}  # fmt: skip
         engines.append(LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None))
         return engines[-1]
 
@@ -181,14 +225,7 @@ def tokens_of(engine: LLMEngine, world: World, names: list[str | None], **settin
 
 @pytest.fixture(scope="module")
 def wanted(world: World) -> dict[str, list[int]]:
-    """What peft's models generate, greedily."""
-    tokens = {}
-    for name, prompt in prompts_of(world).items():
-        ids = list(prompt)
-        for _ in range(8):
-            ids.append(int(world.logits(name, ids).argmax()))
-        tokens[str(name)] = ids[len(prompt) :]
-    return tokens
+    return world.greedy(8)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.sequence import Sequence
+from gateway.errors import ConfigInvalid
 from tests.gateway.engine.conftest import TinyWorld
 
 MakeEngine = Callable[..., LLMEngine]
@@ -101,20 +103,23 @@ def test_a_loading_adapter_lets_others_pass(world: TinyWorld, make_engine: MakeE
     assert engine.has_work
 
 
-def test_a_request_that_waits_for_a_slot_is_not_overtaken_by_its_neighbours(
+def test_those_whose_adapter_runs_pass_one_that_waits_for_a_slot_sixteen_times(
     world: TinyWorld, make_engine: MakeEngine
 ) -> None:
-    engine = make_engine(num_adapter_slots=1)
-    add(engine, world, "holder", 4, "a4")
+    engine = make_engine(num_adapter_slots=1, max_num_seqs=64)
+    add(engine, world, "first", 4, "a4", max_tokens=40)
     while not engine.scheduler.running:
         engine.step()
     add(engine, world, "blocked", 4, "b20")
     engine.host_cache.get(world.refs["b20"].digest).result()
     engine.step()
     assert engine.residency.is_waiting_for_room(world.refs["b20"].digest)
-    add(engine, world, "later", 4, "a4")
+    for i in range(20):
+        add(engine, world, f"later {i}", 4, "a4")
     add(engine, world, "base", 4)
-    assert set(plan(engine)) == {"holder", "base"}
+    engine.step()
+    assert set(running(engine)) == {"first", "base", *(f"later {i}" for i in range(16))}
+    assert len(finish(engine)) == 23
 
 
 def test_adapters_of_the_queue_come_in_before_their_turn(world: TinyWorld, make_engine: MakeEngine) -> None:
@@ -421,3 +426,30 @@ def test_a_less_urgent_adapter_does_not_pass_one_that_waits_for_pages(
         assert "low" not in running(engine)
         engine.step()
     assert engine.scheduler.num_preemptions == 0
+
+
+def test_a_tenant_at_its_share_of_the_slots_holds_up_nobody_else(world: TinyWorld, make_engine: MakeEngine) -> None:
+    """Of two slots a tenant may have one: its second adapter waits for its first, and what comes next for both."""
+    engine = make_engine(num_adapter_slots=2, tenant_adapter_share=0.5)
+    load(engine, world, "a4", "b20", "c8")
+    names = {"a4": "acme/a:1", "b20": "acme/b:1", "c8": "zeta/c:1"}
+    world = replace(world, refs={key: replace(world.refs[key], name=name) for key, name in names.items()})
+    add(engine, world, "a", 4, "a4", max_tokens=12)
+    while not running(engine):
+        engine.step()
+    for request_id, adapter in (("b", "b20"), ("a again", "a4"), ("c", "c8")):
+        add(engine, world, request_id, 4, adapter)
+    engine.step()
+    assert set(running(engine)) == {"a", "c"}
+    ends: list[str] = []
+    while engine.has_work:
+        ends += [delta.request_id for delta in engine.step().deltas if delta.finish_reason == "length"]
+    assert [end for end in ends if end != "c"] == ["a", "b", "a again"]
+    assert "c" in ends
+    engine.check_integrity()
+
+
+def test_a_share_of_nothing_or_of_more_than_all_is_refused(make_engine: MakeEngine) -> None:
+    for share in (0.0, 1.5):
+        with pytest.raises(ConfigInvalid, match="tenant_adapter_share"):
+            make_engine(tenant_adapter_share=share)

@@ -69,7 +69,9 @@ def assert_same(got: dict[str, list[TokenDelta]], wanted: dict[str, list[TokenDe
 
 
 @pytest.mark.parametrize("overlap_steps", [False, True])
-def test_two_ranks_give_one_rank_s_tokens(world: TinyWorld, build_engine: MakeEngine, overlap_steps: bool) -> None:
+def test_two_ranks_give_one_rank_s_tokens(
+    world: TinyWorld, build_engine: MakeEngine, tmp_path: Path, overlap_steps: bool
+) -> None:
     """Adapters take turns in slots, prompts come in chunks, blocks run out and go to the host, prefixes are reused."""
     settings = {
         "overlap_steps": overlap_steps,
@@ -79,10 +81,12 @@ def test_two_ranks_give_one_rank_s_tokens(world: TinyWorld, build_engine: MakeEn
         "num_adapter_slots": 2,
     }
     one, two = (build_engine(tensor_parallel_size=size, **settings) for size in (1, 2))
-    names = [None, "a4", None, "b20", "c8", "a4", None, "b20", "c8"]
+    bottleneck = shutil.copytree(Path(__file__).parent / "expected" / "bottleneck_double", tmp_path / "bottleneck")
+    refs = world.refs | {"bottleneck": store_adapter(world.base, bottleneck, world.blobs, "t/bottleneck:1")}
+    names = [None, "a4", None, "b20", "c8", "bottleneck", "a4", None, "b20", "c8"]
     for turn in range(2):  # the second finds prefixes
         requests = [
-            request(f"{turn}-{i}", PROMPT[i : i + 9 + 3 * (i % 4)], world.refs[name] if name else None)
+            request(f"{turn}-{i}", PROMPT[i : i + 9 + 3 * (i % 4)], refs[name] if name else None)
             for i, name in enumerate(names)
         ]
         assert_same(serve(two, *requests), serve(one, *requests))

@@ -12,9 +12,11 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
+from peft import LoKrConfig
 
 from gateway.errors import EngineUnavailable, Overloaded
 from gateway.rpc import patchbay_pb2 as pb
@@ -22,6 +24,7 @@ from gateway.rpc import patchbay_pb2_grpc as pb_grpc
 from tests.gateway.server.conftest import TenantClient
 from tests.gateway.server.doors import Doors, bearer, channel
 from tests.gateway.server.test_http_server import TRAINING
+from tests.tiny import edited_adapter, make_prompt_adapter
 
 GREEDY = pb.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -145,12 +148,33 @@ def test_upload_publishes_and_the_adapter_answers(
     assert len(adapters.Get(pb.GetAdapterRequest(name="helper"), metadata=key).versions) == 1
 
 
+def test_what_is_served_with_fewer_ranks_says_how_far_off_it_is_and_is_refused_above_the_limit(
+    new_tenant: Callable[..., TenantClient], adapters: Any, base: Path, tmp_path: Path
+) -> None:
+    tenant = new_tenant(max_rank=32)
+    key = bearer(tenant.key)
+    rough = make_prompt_adapter(base, tmp_path / "rough", LoKrConfig(target_modules=["q_proj"]))  # of rank 64
+    with pytest.raises(grpc.RpcError) as caught:
+        adapters.Upload(_upload("rough", rough), metadata=key)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "rank 64, your limit is 32" in caught.value.details()
+    faint = torch.tensor([1.0, 0.7, 0.5, 0.3, 1e-3, 1e-3, 1e-3, 1e-3])[:, None]
+    smooth = edited_adapter(rough, tmp_path / "smooth", lambda name, tensor: tensor * (faint if "w2" in name else 1))
+    uploaded = adapters.Upload(_upload("smooth", smooth), metadata=key)
+    assert (uploaded.kind, uploaded.rank) == ("LOKR", 32)
+    assert 1e-4 < uploaded.import_error < 0.01
+    assert adapters.Get(pb.GetAdapterRequest(name="smooth"), metadata=key).versions[0] == uploaded
+    found = tenant.http.get(f"/v1/adapters/{tenant.id}/smooth").json()["versions"][0]
+    assert found["import_error"] == uploaded.import_error
+    assert tenant.upload("smooth", smooth).json()["import_error"] == uploaded.import_error
+
+
 def test_tags_are_set_and_taken_away_and_a_version_downloads_as_it_does_over_http(
     tenant: TenantClient, adapters: Any, adapter: Path
 ) -> None:
     key = bearer(tenant.key)
     uploaded = adapters.Upload(_upload("helper", adapter), metadata=key)
-    assert (uploaded.kind, uploaded.num_virtual_tokens) == ("LORA", 0)
+    assert (uploaded.kind, uploaded.num_virtual_tokens, uploaded.import_error) == ("LORA", 0, 0.0)
     adapters.SetTag(pb.SetTagRequest(name="helper", key="team", value="north"), metadata=key)
     tagged = adapters.SetTag(pb.SetTagRequest(name="helper", version=1, key="score", value="0.9"), metadata=key)
     assert (dict(tagged.tags), dict(tagged.versions[0].tags)) == ({"team": "north"}, {"score": "0.9"})

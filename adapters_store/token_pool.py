@@ -1,0 +1,127 @@
+"""Rows of embed_tokens and lm_head that adapters have of their own, on the serving device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapters_store.weights import TokenTable
+
+_NO_KEY: Final = torch.iinfo(torch.int64).max
+
+
+class HeadRows(NamedTuple):
+    """A slot's rows of lm_head, [n, hidden], and of which tokens, int64 [n]."""
+
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The rows [start, stop) of one adapter. embedded: its tokens' ids on the host and where their rows begin."""
+
+    start: int
+    stop: int
+    embedded: tuple[Tensor, int] | None
+    head: HeadRows | None
+
+
+class TokenPool:
+    """Who holds which of `rows` [num_rows, hidden]: each adapter one run, its tables one after the other.
+
+    One thread only. A token's row of embed_tokens is found by slot * vocab_size + id among the sorted `_keys`, whose
+    number is fixed: a step looks up all its tokens at once, whoever's they are.
+    """
+
+    def __init__(
+        self, num_rows: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.rows = torch.zeros(num_rows, hidden_size, dtype=dtype, device=device)
+        self._vocab_size = vocab_size
+        self._keys = torch.full((num_rows,), _NO_KEY, device=device)
+        self._places = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._runs: dict[int, _Run] = {}  # by adapter slot
+
+    @property
+    def num_held(self) -> int:
+        """Adapters that have rows."""
+        return len(self._runs)
+
+    def holds(self, slot: int) -> bool:
+        """Whether the adapter in a slot has rows."""
+        return slot in self._runs
+
+    def head(self, slot: int) -> HeadRows | None:
+        """What the adapter in a slot has of lm_head."""
+        run = self._runs.get(slot)
+        return run.head if run is not None else None
+
+    def has_room(self, num_rows: int, given_back: Collection[int] = ()) -> bool:
+        """Whether so many rows lie free in one run, if these slots were free."""
+        return num_rows == 0 or any(stop - start >= num_rows for start, stop in self._gaps(given_back))
+
+    def take(self, slot: int, tables: tuple[TokenTable, ...]) -> int:
+        """Give the adapter in a slot a run, for which there is room. Returns the first of its rows, to be filled."""
+        num_rows = sum(len(table.ids) for table in tables)
+        start = place = next(start for start, stop in self._gaps() if stop - start >= num_rows)
+        embedded, head = None, None
+        for modules, ids, _ in tables:
+            if "embed_tokens" in modules:
+                embedded = ids, place
+            if "lm_head" in modules:
+                head = HeadRows(_sent(ids, self.rows.device), self.rows[place : place + len(ids)])
+            place += len(ids)
+        self._runs[slot] = _Run(start, place, embedded, head)
+        self._send_keys()
+        return start
+
+    def free(self, slot: int) -> None:
+        """Give back the rows of the adapter in a slot, if it has any."""
+        if self._runs.pop(slot, None) is not None:
+            self._send_keys()
+
+    def embed(self, x: Tensor, ids: Tensor, token_slots: Tensor) -> None:
+        """Overwrite the embeddings x [num_tokens, hidden] of those ids for which the token's slot has a row.
+
+        ids, token_slots: int64 [num_tokens], -1 for the bare base.
+        """
+        keys = token_slots * self._vocab_size + ids
+        found = torch.searchsorted(self._keys, keys).clamp_max_(len(self._keys) - 1)
+        is_own = (self._keys[found] == keys).unsqueeze(1)
+        torch.where(is_own, self.rows[self._places[found]], x, out=x)
+
+    def check_integrity(self) -> None:
+        """Assert that no row is held twice."""
+        stop = 0
+        for run in sorted(self._runs.values(), key=lambda run: run.start):
+            assert stop <= run.start < run.stop <= len(self.rows), "rows of tokens are held twice"
+            stop = run.stop
+
+    def _gaps(self, given_back: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+        """The runs that nobody holds, in order."""
+        held = sorted((run.start, run.stop) for slot, run in self._runs.items() if slot not in given_back)
+        starts = [0, *(stop for _, stop in held)]
+        return zip(starts, [*(start for start, _ in held), len(self.rows)], strict=True)
+
+    def _send_keys(self) -> None:
+        """Steps that were launched before have what they look up; later ones find this."""
+        keys, places = torch.full((len(self._keys),), _NO_KEY), torch.zeros(len(self._keys), dtype=torch.int64)
+        end = 0
+        for slot, run in sorted(self._runs.items(), key=lambda held: held[0]):
+            if run.embedded is not None:
+                ids, place = run.embedded
+                own = slice(end, end := end + len(ids))
+                keys[own] = slot * self._vocab_size + ids
+                places[own] = torch.arange(place, place + len(ids))
+        self._keys.copy_(_sent(keys, self._keys.device))
+        self._places.copy_(_sent(places, self._places.device))
+
+
+def _sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """On the device, without a wait."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
