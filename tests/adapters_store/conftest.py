@@ -102,24 +102,25 @@ def stage(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> Sta
     return staging.validate(base, **{"max_rank": 16, **options})
 
 
-def stage_here(folder: Path, base: BaseSpec, weights_file: str = "adapter_model.safetensors") -> StagedAdapter:
+def stage_here(folder: Path, base: BaseSpec, **options: Any) -> StagedAdapter:
     """`stage` in this process and that folder: a confined one takes a third of a second to start."""
     request = {
         "base": asdict(base),
-        "weights_file": weights_file,
+        "weights_file": "adapter_model.safetensors",
         "max_rank": 16,
         "max_virtual_tokens": 0,
         "max_token_rows": 0,
         "max_import_error": 0.0,
         "base_fingerprint": None,
+        **options,
     }
     return StagedAdapter(AdapterManifest.model_validate(validate(folder, request)), folder / CANONICAL_FILE)
 
 
-def refused_here(folder: Path, base: BaseSpec, weights_file: str = "adapter_model.safetensors") -> AdapterInvalid:
+def refused_here(folder: Path, base: BaseSpec, **options: Any) -> AdapterInvalid:
     """What `stage_here` raises."""
     with pytest.raises(AdapterInvalid) as caught:
-        stage_here(folder, base, weights_file)
+        stage_here(folder, base, **options)
     return caught.value
 
 

@@ -76,7 +76,7 @@ def test_a_folder_is_accepted_kept_whole_and_exported(
     tmp_path: Path, base: BaseSpec, inner: dict[str, Any], sites: Any, reads: str, activation: str, scale: float
 ) -> None:
     folder = save(tmp_path / "adapter", inner)
-    staged = stage_here(folder, base, WEIGHTS)
+    staged = stage_here(folder, base, weights_file=WEIGHTS)
     own = staged.manifest.bottleneck
     assert own is not None
     assert (staged.manifest.kind, staged.manifest.rank) == ("BOTTLENECK", 0)
@@ -91,7 +91,7 @@ def test_a_folder_is_accepted_kept_whole_and_exported(
     assert torch.equal(loaded.tensors[1, "output"].up, scale * up)
     exported = export(staged, base, tmp_path / "export")
     assert {path.name for path in exported.iterdir()} == {"adapter_config.json", WEIGHTS, "patchbay.json"}
-    assert stage_here(exported, base, WEIGHTS).manifest.digest == staged.manifest.digest
+    assert stage_here(exported, base, weights_file=WEIGHTS).manifest.digest == staged.manifest.digest
 
 
 def test_a_folder_is_accepted_under_its_own_names(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
@@ -114,11 +114,11 @@ def test_sizes_are_the_width_over_the_factor_of_each_layer(
     if inner.get("leave_out"):
         tensors = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "layers.1" in name}
         save_file(tensors, folder / WEIGHTS)
-    staged = stage_here(folder, base, WEIGHTS)
+    staged = stage_here(folder, base, weights_file=WEIGHTS)
     assert staged.manifest.bottleneck is not None
     assert [(each.size, each.layers) for each in staged.manifest.bottleneck.sizes] == sizes
     exported = export(staged, base, tmp_path / "export")
-    assert stage_here(exported, base, WEIGHTS).manifest.digest == staged.manifest.digest
+    assert stage_here(exported, base, weights_file=WEIGHTS).manifest.digest == staged.manifest.digest
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_sizes_are_the_width_over_the_factor_of_each_layer(
 def test_a_field_at_fault_is_refused_by_name(
     tmp_path: Path, base: BaseSpec, inner: dict[str, Any], field: str, reason: str
 ) -> None:
-    error = refused_here(save(tmp_path / "adapter", inner), base, WEIGHTS)
+    error = refused_here(save(tmp_path / "adapter", inner), base, weights_file=WEIGHTS)
     assert (error.file, error.field) == ("adapter_config.json", field)
     assert reason in error.reason
 
@@ -174,7 +174,7 @@ def test_a_field_at_fault_is_refused_by_name(
 def test_a_field_around_config_at_fault_is_refused_by_name(
     tmp_path: Path, base: BaseSpec, around: dict[str, Any], field: str, reason: str
 ) -> None:
-    error = refused_here(save(tmp_path / "adapter", around=around), base, WEIGHTS)
+    error = refused_here(save(tmp_path / "adapter", around=around), base, weights_file=WEIGHTS)
     assert (error.file, error.field) == ("adapter_config.json", field)
     assert reason in error.reason
 
@@ -196,7 +196,7 @@ def test_a_tensor_at_fault_is_refused_by_name(
     name = f"model.layers.0.output_adapters.adapters.support.{tensor}"
     tensors = {**load_file(folder / WEIGHTS), name: value}
     save_file({key: each for key, each in tensors.items() if each is not None}, folder / WEIGHTS)
-    error = refused_here(folder, base, WEIGHTS)
+    error = refused_here(folder, base, weights_file=WEIGHTS)
     assert (error.file, error.field) == (WEIGHTS, name)
     assert reason in error.reason
 

@@ -29,9 +29,9 @@ from peft import (
 
 from adapters_store.base_spec import BaseSpec
 from adapters_store.export import PeftTar
-from adapters_store.upload import StagedAdapter, Staging
+from adapters_store.upload import StagedAdapter
 
-from .conftest import save_adapter, save_kind, stage, tiny_model
+from .conftest import save_adapter, save_kind, stage_here, tiny_model
 
 Q0 = "model.layers.0.self_attn.q_proj"
 OPTIONS: list[dict[str, Any]] = [
@@ -101,11 +101,9 @@ def logits(folder: Path, *, tied: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_peft_computes_the_same_from_an_export(
-    staging: Staging, tmp_path: Path, base: BaseSpec, options: dict[str, Any]
-) -> None:
+def test_peft_computes_the_same_from_an_export(tmp_path: Path, base: BaseSpec, options: dict[str, Any]) -> None:
     uploaded = save_adapter(tmp_path / "adapter", **options)
-    exported = export(stage(staging, uploaded, base), base, tmp_path / "export")
+    exported = export(stage_here(uploaded, base), base, tmp_path / "export")
     expected = logits(uploaded)
     with torch.no_grad():
         assert not torch.allclose(expected, tiny_model().eval()(torch.arange(16)[None]).logits, atol=1e-4)
@@ -115,17 +113,15 @@ def test_peft_computes_the_same_from_an_export(
 @pytest.mark.parametrize("options", OPTIONS[:-1], ids=str)
 def test_an_export_uploaded_again_is_the_same_adapter(tmp_path: Path, base: BaseSpec, options: dict[str, Any]) -> None:
     uploaded = save_adapter(tmp_path / "adapter", **options)
-    with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
-        staged = stage(first, uploaded, base)
-        again = stage(second, export(staged, base, tmp_path / "export"), base)
-        assert again.manifest.digest == staged.manifest.digest
+    staged = stage_here(uploaded, base)
+    again = stage_here(export(staged, base, tmp_path / "export"), base)
+    assert again.manifest.digest == staged.manifest.digest
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_exported_and_uploaded_again(tmp_path: Path, base: BaseSpec, kind: str) -> None:
     uploaded = save_kind(tmp_path / "adapter", KINDS[kind])
-    with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
-        staged = stage(first, uploaded, base, max_virtual_tokens=8)
-        exported = export(staged, base, tmp_path / "export")
-        torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
-        assert stage(second, exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest
+    staged = stage_here(uploaded, base, max_virtual_tokens=8)
+    exported = export(staged, base, tmp_path / "export")
+    torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
+    assert stage_here(exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest

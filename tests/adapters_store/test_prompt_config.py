@@ -18,10 +18,9 @@ from adapters_store.base_spec import BaseSpec
 from adapters_store.config_schema import parse_config
 from adapters_store.errors import AdapterInvalid
 from adapters_store.manifest import AdapterSpec, LoRADelta, VirtualTokens
-from adapters_store.upload import StagedAdapter, Staging
 from adapters_store.weights import load_weights
 
-from .conftest import edit_config, stage, tiny_model
+from .conftest import edit_config, refused_here, stage_here, tiny_model
 
 KINDS: dict[str, PromptLearningConfig] = {
     "PROMPT_TUNING": PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -47,16 +46,6 @@ def adapter(request: pytest.FixtureRequest, saved: dict[str, Path], tmp_path: Pa
     return Path(shutil.copytree(saved[request.param], tmp_path / request.param))
 
 
-def staged(staging: Staging, folder: Path, base: BaseSpec, most: int = 8) -> StagedAdapter:
-    return stage(staging, folder, base, max_virtual_tokens=most)
-
-
-def refused(staging: Staging, folder: Path, base: BaseSpec, most: int = 8) -> AdapterInvalid:
-    with pytest.raises(AdapterInvalid) as caught:
-        staged(staging, folder, base, most)
-    return caught.value
-
-
 def parse(kind: str, **changes: Any) -> AdapterConfig:
     return parse_config(json.dumps({"peft_type": kind, "num_virtual_tokens": 5, **changes}).encode())
 
@@ -65,8 +54,8 @@ def sizes(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: fields[name] for name in ("token_dim", "num_layers")}
 
 
-def test_a_peft_folder_is_accepted_and_its_blob_holds_the_rows(staging: Staging, adapter: Path, base: BaseSpec) -> None:
-    result = staged(staging, adapter, base)
+def test_a_peft_folder_is_accepted_and_its_blob_holds_the_rows(adapter: Path, base: BaseSpec) -> None:
+    result = stage_here(adapter, base, max_virtual_tokens=8)
     manifest, kind = result.manifest, adapter.name
     assert (manifest.kind, manifest.rank, manifest.target_modules) == (kind, 0, ())
     assert manifest.num_virtual_tokens == 5
@@ -129,41 +118,37 @@ def test_a_field_that_is_not_served_is_refused_by_name(kind: str, field: str, va
 
 
 @pytest.mark.parametrize("field", ["num_layers", "token_dim"])
-def test_another_base_s_sizes_are_refused(staging: Staging, adapter: Path, base: BaseSpec, field: str) -> None:
+def test_another_base_s_sizes_are_refused(adapter: Path, base: BaseSpec, field: str) -> None:
     edit_config(adapter, **{field: 48})
-    error = refused(staging, adapter, base)
+    error = refused_here(adapter, base, max_virtual_tokens=8)
     assert error.field == field
     assert "48" in error.reason
 
 
-def test_more_tokens_than_the_limit_are_refused_with_it(staging: Staging, adapter: Path, base: BaseSpec) -> None:
-    error = refused(staging, adapter, base, most=4)
+def test_more_tokens_than_the_limit_are_refused_with_it(adapter: Path, base: BaseSpec) -> None:
+    error = refused_here(adapter, base, max_virtual_tokens=4)
     assert error.field == "num_virtual_tokens"
     assert "5 virtual tokens are above the limit of 4" in error.reason
 
 
 @pytest.mark.parametrize("shape", [(4, 32), (5, 33), (5, 2, 32)])
-def test_a_tensor_of_another_shape_is_refused(
-    staging: Staging, adapter: Path, base: BaseSpec, shape: tuple[int, ...]
-) -> None:
+def test_a_tensor_of_another_shape_is_refused(adapter: Path, base: BaseSpec, shape: tuple[int, ...]) -> None:
     save_file({"prompt_embeddings": torch.ones(shape)}, adapter / WEIGHTS)
-    assert refused(staging, adapter, base).field == "prompt_embeddings"
+    assert refused_here(adapter, base, max_virtual_tokens=8).field == "prompt_embeddings"
 
 
 @pytest.mark.parametrize("name", ["prompt_encoder.embedding.weight", "base_model.model.lm_head.weight"])
-def test_another_tensor_beside_it_is_refused(staging: Staging, adapter: Path, base: BaseSpec, name: str) -> None:
+def test_another_tensor_beside_it_is_refused(adapter: Path, base: BaseSpec, name: str) -> None:
     save_file({**load_file(adapter / WEIGHTS), name: torch.ones(1)}, adapter / WEIGHTS)
-    assert refused(staging, adapter, base).field == name
+    assert refused_here(adapter, base, max_virtual_tokens=8).field == name
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
-def test_values_that_no_dtype_of_an_engine_holds_are_refused(
-    staging: Staging, adapter: Path, base: BaseSpec, value: float
-) -> None:
+def test_values_that_no_dtype_of_an_engine_holds_are_refused(adapter: Path, base: BaseSpec, value: float) -> None:
     tensors = load_file(adapter / WEIGHTS)
     tensors["prompt_embeddings"][2, 3] = value
     save_file(tensors, adapter / WEIGHTS)
-    assert refused(staging, adapter, base).field == "prompt_embeddings"
+    assert refused_here(adapter, base, max_virtual_tokens=8).field == "prompt_embeddings"
 
 
 def test_an_adapter_without_virtual_tokens_is_told_as_before_there_were_any() -> None:

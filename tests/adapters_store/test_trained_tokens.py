@@ -12,12 +12,10 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, TrainableTokensConfig
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import AdapterInvalid
 from adapters_store.manifest import TokenRows
-from adapters_store.upload import Staging
 from adapters_store.weights import load_weights
 
-from .conftest import edit_config, save_kind, stage
+from .conftest import edit_config, refused_here, save_kind, stage_here
 from .test_export import export, logits
 
 PREFIX = "base_model.model."
@@ -99,18 +97,17 @@ def test_what_peft_saves_is_kept_exported_and_uploaded_again(tmp_path: Path, bas
     config, tied, wanted = CASES[case]
     base = replace(base, tied=tied)
     uploaded = save_kind(tmp_path / "adapter", config, tied=tied)
-    with Staging(tmp_path / "staging") as first, Staging(tmp_path / "staging") as second:
-        staged = stage(first, uploaded, base, max_token_rows=128)
-        assert staged.manifest.token_rows == wanted
-        assert load_file(staged.path).keys() == load_file(uploaded / "adapter_model.safetensors").keys()
-        exported = export(staged, base, tmp_path / "export")
-        torch.testing.assert_close(logits(exported, tied=tied), logits(uploaded, tied=tied), rtol=1e-6, atol=1e-6)
-        assert stage(second, exported, base, max_token_rows=128).manifest.digest == staged.manifest.digest
+    staged = stage_here(uploaded, base, max_token_rows=128)
+    assert staged.manifest.token_rows == wanted
+    assert load_file(staged.path).keys() == load_file(uploaded / "adapter_model.safetensors").keys()
+    exported = export(staged, base, tmp_path / "export")
+    torch.testing.assert_close(logits(exported, tied=tied), logits(uploaded, tied=tied), rtol=1e-6, atol=1e-6)
+    assert stage_here(exported, base, max_token_rows=128).manifest.digest == staged.manifest.digest
 
 
-def test_rows_are_read_in_the_order_of_their_tokens(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_rows_are_read_in_the_order_of_their_tokens(tmp_path: Path, base: BaseSpec) -> None:
     folder = save_kind(tmp_path / "adapter", lora(trainable_token_indices=[9, 3, 40]))
-    (table,) = load_weights(stage(staging, folder, base, max_token_rows=3).path).token_tables
+    (table,) = load_weights(stage_here(folder, base, max_token_rows=3).path).token_tables
     saved = load_file(folder / "adapter_model.safetensors")[EMBED + DELTA]
     assert table.ids.tolist() == [3, 9, 40]
     assert torch.equal(table.rows, saved[[1, 0, 2]])
@@ -134,38 +131,34 @@ def test_rows_are_read_in_the_order_of_their_tokens(staging: Staging, tmp_path: 
     ],
 )
 def test_a_field_at_fault_is_refused_by_name(
-    staging: Staging, tmp_path: Path, base: BaseSpec, tied: bool, changes: Any, field: str | None, reason: str
+    tmp_path: Path, base: BaseSpec, tied: bool, changes: Any, field: str | None, reason: str
 ) -> None:
     folder = save_kind(tmp_path / "adapter", lora(trainable_token_indices=[9, 3]))
     edit_config(folder, **changes)
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, replace(base, tied=tied), max_token_rows=4)
-    assert (caught.value.file, caught.value.field) == ("adapter_config.json", field)
-    assert reason in caught.value.reason
+    error = refused_here(folder, replace(base, tied=tied), max_token_rows=4)
+    assert (error.file, error.field) == ("adapter_config.json", field)
+    assert reason in error.reason
 
 
-def test_a_vocabulary_of_another_size_is_refused(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path, base: BaseSpec) -> None:
     folder = save_kind(tmp_path / "adapter", lora(modules_to_save=["lm_head"]))
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {f"{HEAD}weight": torch.zeros(66, 32)}, path)
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, base, max_token_rows=64)
-    assert caught.value.field == f"{HEAD}weight"
-    assert "[66, 32]" in caught.value.reason
+    error = refused_here(folder, base, max_token_rows=64)
+    assert error.field == f"{HEAD}weight"
+    assert "[66, 32]" in error.reason
 
 
-def test_tokens_that_the_config_does_not_name_are_refused(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_tokens_that_the_config_does_not_name_are_refused(tmp_path: Path, base: BaseSpec) -> None:
     folder = save_kind(tmp_path / "adapter", lora(trainable_token_indices=[9, 3]))
     edit_config(folder, trainable_token_indices=None)
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, base, max_token_rows=64)
-    assert (caught.value.field, "trained tokens" in caught.value.reason) == (EMBED + DELTA, True)
+    error = refused_here(folder, base, max_token_rows=64)
+    assert (error.field, "trained tokens" in error.reason) == (EMBED + DELTA, True)
 
 
-def test_two_targets_that_the_base_ties_are_refused(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_two_targets_that_the_base_ties_are_refused(tmp_path: Path, base: BaseSpec) -> None:
     """peft saves such a folder with a third tensor."""
     folder = save_kind(tmp_path / "adapter", TrainableTokensConfig(token_indices=[9], task_type="CAUSAL_LM"))
     edit_config(folder, target_modules=["embed_tokens", "lm_head"])
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, replace(base, tied=True), max_token_rows=64)
-    assert caught.value.field == "target_modules"
+    error = refused_here(folder, replace(base, tied=True), max_token_rows=64)
+    assert error.field == "target_modules"

@@ -24,12 +24,10 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import VERA_A, VERA_B, BaseSpec
-from adapters_store.errors import AdapterInvalid
 from adapters_store.manifest import VectorSite
-from adapters_store.upload import Staging
 from adapters_store.weights import load_weights
 
-from .conftest import edit_config, save_kind, stage
+from .conftest import edit_config, refused_here, save_kind, stage_here
 
 WEIGHTS = "adapter_model.safetensors"
 IA3 = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
@@ -49,12 +47,6 @@ PREFIX = "base_model.model.model."
 def edit_weights(folder: Path, **changes: torch.Tensor | None) -> None:
     tensors = {**load_file(folder / WEIGHTS), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
-
-
-def refused(staging: Staging, folder: Path, base: BaseSpec, **options: Any) -> AdapterInvalid:
-    with pytest.raises(AdapterInvalid) as caught:
-        stage(staging, folder, base, **options)
-    return caught.value
 
 
 def site(module: str, role: Any, tensor: str, layers: tuple[int, ...] = (0, 1), scale: float = 1.0) -> VectorSite:
@@ -90,10 +82,10 @@ SAVED_NORMS = tuple(
          "LoKr", "DeLoRA", "MiSS"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
-    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
+    tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
 ) -> None:
     folder = save_kind(tmp_path / "adapter", config)
-    staged = stage(staging, folder, base)
+    staged = stage_here(folder, base)
     assert (staged.manifest.kind, staged.manifest.rank) == (config.peft_type.value, rank)
     assert staged.manifest.vectors == vectors
     original, stored = load_file(folder / WEIGHTS), load_file(staged.path)
@@ -109,24 +101,24 @@ def test_a_peft_folder_is_accepted_and_kept_whole(
     "config", [ADALORA, VERA, LOHA, LOKR, DELORA, MISS, IA3, LN], ids=lambda config: config.peft_type.value
 )
 def test_a_folder_saved_in_16_bits_is_accepted(
-    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
+    tmp_path: Path, base: BaseSpec, config: PeftConfig, dtype: torch.dtype
 ) -> None:
     folder = save_kind(tmp_path / "adapter", config)
     saved = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
     edit_weights(folder, **saved)
-    stored = load_file(stage(staging, folder, base).path)
+    stored = load_file(stage_here(folder, base).path)
     assert all(torch.equal(stored[name], tensor) for name, tensor in saved.items())
 
 
-def test_vera_without_its_matrices_is_kept_with_them(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_vera_without_its_matrices_is_kept_with_them(tmp_path: Path, base: BaseSpec) -> None:
     whole = save_kind(tmp_path / "whole", VERA)
     part = save_kind(tmp_path / "part", replace(VERA, save_projection=False))
     assert VERA_A not in load_file(part / WEIGHTS)
-    stored, wanted = load_file(stage(staging, part, base).path), load_file(whole / WEIGHTS)
+    stored, wanted = load_file(stage_here(part, base).path), load_file(whole / WEIGHTS)
     assert all(torch.equal(stored[name], wanted[name]) for name in (VERA_A, VERA_B))
 
 
-def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: Path, base: BaseSpec) -> None:
+def test_trained_biases_are_those_that_the_base_has(tmp_path: Path, base: BaseSpec) -> None:
     """peft's Llama has none: made up here, as peft writes those of Qwen2."""
     folder = save_kind(tmp_path / "adapter", LoraConfig(r=4, bias="all", target_modules=["q_proj"]))
     edit_weights(folder, **{
@@ -135,11 +127,10 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
         for name, width in (("q_proj.base_layer.bias", 32), ("k_proj.bias", 16))
     })  # fmt: skip
     biased = replace(base, biased=("q_proj", "k_proj"))
-    vectors = stage(staging, folder, biased).manifest.vectors
+    vectors = stage_here(folder, biased).manifest.vectors
     assert vectors == (site("q_proj", "own_bias", "base_layer.bias"), site("k_proj", "own_bias", "bias"))
     edit_config(folder, bias="lora_only")
-    with Staging(tmp_path / "again") as again:
-        error = refused(again, folder, biased)
+    error = refused_here(folder, biased)
     assert error.field == f"{PREFIX}layers.0.self_attn.k_proj.bias"
     assert "bias" in error.reason
 
@@ -164,11 +155,11 @@ def test_trained_biases_are_those_that_the_base_has(staging: Staging, tmp_path: 
     ],
 )  # fmt: skip
 def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
-    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, changes: Any, field: str, reason: str
+    tmp_path: Path, base: BaseSpec, config: PeftConfig, changes: Any, field: str, reason: str
 ) -> None:
     folder = save_kind(tmp_path / "adapter", config)
     edit_config(folder, **changes)
-    error = refused(staging, folder, base)
+    error = refused_here(folder, base)
     assert (error.file, error.field) == ("adapter_config.json", field)
     assert reason in error.reason
 
@@ -206,18 +197,16 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
     ],
 )  # fmt: skip
 def test_a_tensor_at_fault_is_refused_by_name(
-    staging: Staging, tmp_path: Path, base: BaseSpec, config: PeftConfig, tensor: str, value: Any, reason: str
+    tmp_path: Path, base: BaseSpec, config: PeftConfig, tensor: str, value: Any, reason: str
 ) -> None:
     folder = save_kind(tmp_path / "adapter", config)
     edit_weights(folder, **{PREFIX + tensor: value})
-    error = refused(staging, folder, base)
+    error = refused_here(folder, base)
     assert (error.file, error.field) == (WEIGHTS, PREFIX + tensor)
     assert reason in error.reason
 
 
-def test_matrices_that_the_config_says_are_left_out_are_refused(
-    staging: Staging, tmp_path: Path, base: BaseSpec
-) -> None:
+def test_matrices_that_the_config_says_are_left_out_are_refused(tmp_path: Path, base: BaseSpec) -> None:
     folder = save_kind(tmp_path / "adapter", VERA)
     edit_config(folder, save_projection=False)
-    assert refused(staging, folder, base).field == VERA_A
+    assert refused_here(folder, base).field == VERA_A
