@@ -23,7 +23,7 @@ from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 from tests.kernels.test_attention import CASES, Case, _inputs, _meta, _on, _truth, padded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bits_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """`dtype` for tests of many interpreted runs, which one dtype shows as well as two."""
     if device == "cpu" and dtype == torch.float16:

@@ -141,7 +141,10 @@ def test_what_was_sent_before_and_what_changed_make_the_whole(
         for _ in range(i % 3):
             engine.step()
     engine.cancel("1", StepOutput())
-    add(engine, world, "short", 1, None, 8)  # joins as a decode row whose token the host knows
+    for waiting in (5, 0):  # joins as a decode row whose token the host knows, at the latest when nobody else waits
+        while len(engine.scheduler.waiting) > waiting:
+            engine.step()
+        add(engine, world, f"short {waiting}", 1, None, 8)
     while engine.has_work:
         engine.step()
     for kind in ("decode", "ragged"):
