@@ -97,12 +97,21 @@ def adapter_files(rank: int, seed: int, dtype: torch.dtype = torch.float32) -> d
     return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
 
 
-def upload(url: str, key: str, name: str, files: dict[str, bytes]) -> None:
+def upload(url: str, key: str, request: httpx.Request) -> None:
     """Publish an adapter under its alias `default`."""
-    parts = [("files", (file, data)) for file, data in files.items()]
-    headers = {"authorization": f"Bearer {key}"}
-    answer = httpx.post(f"{url}/v1/adapters", data={"name": name}, files=parts, headers=headers, timeout=120)
+    request.headers["authorization"] = f"Bearer {key}"
+    request.url = httpx.URL(f"{url}/v1/adapters")
+    with httpx.Client(timeout=120) as client:
+        answer = client.send(request)
     assert answer.status_code == 200, answer.text
+
+
+def form(name: str, files: dict[str, bytes]) -> httpx.Request:
+    """The whole body of an upload in memory, as it would come from a network."""
+    parts = [("files", (file, data)) for file, data in files.items()]
+    request = httpx.Request("POST", "http://gateway", data={"name": name}, files=parts)
+    request.read()
+    return request
 
 
 def completion(model: str, prompt: list[int], output: int) -> dict[str, object]:
@@ -117,9 +126,9 @@ def measure_upload(folder: Path, megabytes: float, rounds: int) -> None:
     uploaded, first = [], []
     with gateway(folder, rank) as (url, key):
         for number in range(rounds + 1):
-            files = adapter_files(rank, number)
+            request = form("large", adapter_files(rank, number))
             start = time.perf_counter()
-            upload(url, key, "large", files)
+            upload(url, key, request)
             uploaded.append(time.perf_counter() - start)
             stream = asyncio.run(stream_completion(url, key, completion("bench/large", prompts(1, number)[0], 4)))
             assert stream.status == 200
@@ -145,7 +154,7 @@ def measure_known(folder: Path, known: int, rounds: int) -> None:
     rates: dict[int, list[float]] = {FEW: [], known: []}
     with gateway(folder, RANK) as (url, key):
         for number in range(LIVE):
-            upload(url, key, f"live{number}", adapter_files(RANK, number))
+            upload(url, key, form(f"live{number}", adapter_files(RANK, number)))
         database = Database(f"sqlite:///{folder / 'data' / 'patchbay.db'}")
         for round_ in range(rounds + 1):
             for number in (FEW, known):

@@ -77,9 +77,14 @@ class SelfTest:
 
     async def _examine(self, version: AdapterVersion, golden: Sequence[GoldenPrompt]) -> VersionReport:
         adapter = AdapterRef.of(version.ref, version.manifest)
-        base = await self._logprobs(None)  # what fails here is no fault of the adapter
+        runs = self._logprobs(None), self._logprobs(adapter)  # the base while the adapter comes in
+        base, adapted = await asyncio.gather(*runs, return_exceptions=True)
+        if isinstance(base, BaseException):
+            raise base  # which is no fault of the adapter
         try:
-            change = _largest_change(base, await self._logprobs(adapter))
+            if isinstance(adapted, BaseException):
+                raise adapted
+            change = _largest_change(base, adapted)
             if change <= _ROUNDING:
                 return _report(_NO_CHANGE, finite=True, largest_change=change)
             for number, prompt in enumerate(golden):
