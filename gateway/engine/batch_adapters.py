@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Final
 
 from adapters_store.lora_layout import num_pages_for
@@ -15,14 +16,17 @@ _MAX_OVERTAKEN: Final = 16
 class BatchAdapters:
     """Counts pages of adapters that run, and says who may bring in another adapter past those that wait to.
 
-    A sequence that would pass `max_pages`, or that waits for a slot, is overtaken by others of its priority, whose
-    adapters fit or run already, `_MAX_OVERTAKEN` times. Then it is the `holder`: no adapter passes it. (With a holder
-    at once, 8 adapters in 4 slots under Zipf traffic had their first tokens after 608 ms in the median, not 35 ms.)
-    Where it waits for its own tenant's, whose share of the slots is taken, no adapter of that tenant passes it.
+    A sequence that would pass `max_pages` is overtaken by others of its priority, whose adapters fit or run already,
+    `_MAX_OVERTAKEN` times. Then it is the `holder`: no adapter passes it.
+
+    For the first of those that wait for a slot the adapter is drained that will be done the soonest: no more sequences
+    with that one are admitted, and all others are. Where one waits for its own tenant's, whose share of the slots is
+    taken, no adapter of that tenant passes it.
     """
 
     def __init__(self, max_pages: int | None) -> None:
         self.holder: Sequence | None = None
+        self._drained: tuple[str, Sequence] | None = None  # an adapter's digest, and who waits for its slot
         self._max_pages = max_pages
         self._num_pages = 0
         self._num_running: Counter[str] = Counter()
@@ -32,6 +36,7 @@ class BatchAdapters:
     def begin_step(self) -> None:
         """Forget who waits; they will be looked at again."""
         self.holder = None
+        self._drained = None
         self._overtaken.clear()
         self._waiting_tenants.clear()
 
@@ -41,12 +46,29 @@ class BatchAdapters:
             return True
         return self._num_pages + num_pages_for(adapter.rank) <= self._max_pages
 
-    def wait(self, sequence: Sequence) -> None:
+    def wait_for_pages(self, sequence: Sequence) -> None:
         """Note that the sequence found no room in this step, and who may pass it."""
         if sequence.num_overtaken < _MAX_OVERTAKEN:
             self._overtaken.append(sequence)
         else:
             self.holder = sequence
+
+    def wait_for_slot(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+        """Note that the sequence found no slot in this step.
+
+        The first has an adapter of those that run drained: the one whose longest sequence has the fewest tokens left.
+        """
+        left: dict[str, int] = {}
+        for other in running if self._drained is None else ():
+            if other.adapter is not None:
+                digest = other.adapter.digest
+                left[digest] = max(left.get(digest, 0), other.max_tokens - other.num_tokens)
+        if left:
+            self._drained = min(left, key=left.__getitem__), sequence
+
+    def keeps_place(self, sequence: Sequence) -> bool:
+        """Whether nobody of its priority is to be looked at before it in the next step."""
+        return sequence is self.holder or (self._drained is not None and sequence is self._drained[1])
 
     def wait_for_own(self, tenant: str) -> None:
         """Note that a sequence waits for its tenant's own adapters in this step."""
@@ -56,6 +78,10 @@ class BatchAdapters:
         """Whether one before this sequence, which has this adapter, would wait longer if it ran."""
         if self.holder is not None or adapter.tenant in self._waiting_tenants:
             return True
+        if self._drained is not None:
+            digest, waiting = self._drained
+            if digest == adapter.digest and waiting.priority <= sequence.priority:
+                return True
         return bool(self._overtaken) and self._overtaken[0].priority < sequence.priority
 
     def add(self, sequence: Sequence) -> None:

@@ -265,7 +265,7 @@ class Scheduler:
         self._adapters.begin_step()
         while budget > 0 and (sequence := self._next_waiting()) is not None:
             if not self._take_adapter(sequence, step, output):
-                self.waiting.pass_over(sequence, keeps_place=self._adapters.holder is sequence)
+                self.waiting.pass_over(sequence, keeps_place=self._adapters.keeps_place(sequence))
                 continue
             parent, copied, num_cached = _parent(sequence), None, 0
             if parent is None:
@@ -310,7 +310,10 @@ class Scheduler:
             if has_pages and not self.residency.is_waiting_for_room(adapter.digest):
                 return False
             if not self._make_adapter_yield(sequence, step):
-                self._adapters.wait(sequence)
+                if has_pages:
+                    self._adapters.wait_for_slot(sequence, self.running)
+                else:
+                    self._adapters.wait_for_pages(sequence)
                 return False
         return True
 

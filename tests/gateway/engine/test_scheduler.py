@@ -103,23 +103,43 @@ def test_a_loading_adapter_lets_others_pass(world: TinyWorld, make_engine: MakeE
     assert engine.has_work
 
 
-def test_those_whose_adapter_runs_pass_one_that_waits_for_a_slot_sixteen_times(
+def test_of_the_adapters_that_run_the_one_done_soonest_is_drained_for_who_waits_for_a_slot(
     world: TinyWorld, make_engine: MakeEngine
 ) -> None:
-    engine = make_engine(num_adapter_slots=1, max_num_seqs=64)
-    add(engine, world, "first", 4, "a4", max_tokens=40)
-    while not engine.scheduler.running:
+    engine = make_engine(num_adapter_slots=2)
+    load(engine, world, "a4", "b20", "c8")
+    add(engine, world, "long", 4, "a4", max_tokens=40)
+    add(engine, world, "short", 4, "c8", max_tokens=12)
+    while len(running(engine)) < 2:
         engine.step()
-    add(engine, world, "blocked", 4, "b20")
-    engine.host_cache.get(world.refs["b20"].digest).result()
-    engine.step()
+    add(engine, world, "waits", 4, "b20", max_tokens=4)
+    run_two_steps(engine)
     assert engine.residency.is_waiting_for_room(world.refs["b20"].digest)
-    for i in range(20):
-        add(engine, world, f"later {i}", 4, "a4")
-    add(engine, world, "base", 4)
-    engine.step()
-    assert set(running(engine)) == {"first", "base", *(f"later {i}" for i in range(16))}
-    assert len(finish(engine)) == 23
+    for request_id, adapter in (("long again", "a4"), ("short again", "c8"), ("base", None)):
+        add(engine, world, request_id, 4, adapter, max_tokens=4)
+    run_two_steps(engine)
+    assert set(running(engine)) == {"long", "short", "long again", "base"}
+    ends: list[str] = []
+    while engine.has_work:
+        ends += [delta.request_id for delta in engine.step().deltas if delta.finish_reason == "length"]
+    assert ends.index("short") < ends.index("waits") < ends.index("short again")
+    assert len(ends) == 6
+    engine.check_integrity()
+
+
+def test_a_more_urgent_request_runs_with_an_adapter_that_is_drained(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine(num_adapter_slots=1)
+    load(engine, world, "a4", "b20")
+    add(engine, world, "first", 4, "a4", max_tokens=20)
+    while not running(engine):
+        engine.step()
+    add(engine, world, "waits", 4, "b20")
+    run_two_steps(engine)
+    add(engine, world, "urgent", 4, "a4", priority=-1)
+    add(engine, world, "later", 4, "a4")
+    run_two_steps(engine)
+    assert set(running(engine)) == {"first", "urgent"}
+    assert finish(engine) == {"first", "urgent", "waits", "later"}
 
 
 def test_adapters_of_the_queue_come_in_before_their_turn(world: TinyWorld, make_engine: MakeEngine) -> None:
