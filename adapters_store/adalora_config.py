@@ -11,7 +11,7 @@ from adapters_store.adapter_config import LayeredConfig, ManyPatterns, Pattern, 
 from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, tensor_name
 from adapters_store.lora_config import LoRAConfig
-from adapters_store.module_matching import choose, refuse
+from adapters_store.module_matching import refuse
 from adapters_store.trainable_tokens_config import TokenIds, TokensByModule, add_trained_tokens
 
 ADALORA_EPSILON: Final = 1e-5
@@ -39,10 +39,7 @@ class AdaLoRAConfig(LayeredConfig):
 
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
-        layers, layers_pattern = self.layers_to_transform, self.layers_pattern
-        chosen = choose(
-            paths, self.target_modules, exclude=self.exclude_modules, layers=layers, layers_pattern=layers_pattern
-        )
+        chosen = self.chosen(base, self.exclude_modules)
         ranks, scale = self._ranks(chosen), self.lora_alpha / (self.init_r + ADALORA_EPSILON)
         for path, rank in ranks.items():
             layer, linear = paths[path]

@@ -13,11 +13,11 @@ from typing import Annotated, Any, ClassVar, Final, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from adapters_store.adapter_contents import AdapterContents
-from adapters_store.base_spec import BaseSpec
+from adapters_store.base_spec import LINEARS, BaseSpec
 from adapters_store.errors import AdapterInvalid
 from adapters_store.file_names import CONFIG_FILE
 from adapters_store.manifest import Kind
-from adapters_store.module_matching import refuse
+from adapters_store.module_matching import choose, refuse
 from adapters_store.strict_json import shown
 
 Pattern = Annotated[StrictStr, Field(min_length=1, max_length=1024)]
@@ -83,6 +83,12 @@ class LayeredConfig(TargetedConfig):
         if config.layers_pattern and config.layers_to_transform is None:
             raise refuse("layers_pattern", "needs layers_to_transform beside it")
         return config
+
+    def chosen(self, base: BaseSpec, exclude: ManyPatterns | Pattern | None = None) -> list[str]:
+        """The paths of the linears that the fields choose. Raises `AdapterInvalid`."""
+        layers, layers_pattern = self.layers_to_transform, self.layers_pattern
+        paths = base.paths(LINEARS)
+        return choose(paths, self.target_modules, exclude=exclude, layers=layers, layers_pattern=layers_pattern)
 
 
 def _refusal(error: ValidationError, kind: str) -> AdapterInvalid:

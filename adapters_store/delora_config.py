@@ -9,7 +9,7 @@ from pydantic import Field
 from adapters_store.adapter_config import LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, tensor_name
-from adapters_store.module_matching import choose, pattern_lookup
+from adapters_store.module_matching import pattern_lookup
 
 _LARGEST: Final = 1e17  # the product of two such over the smallest norm, 1e-4, is finite in fp32
 
@@ -28,10 +28,7 @@ class DeLoRAConfig(LayeredConfig):
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
         rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
-        layers, layers_pattern = self.layers_to_transform, self.layers_pattern
-        chosen = choose(
-            paths, self.target_modules, exclude=self.exclude_modules, layers=layers, layers_pattern=layers_pattern
-        )
+        chosen = self.chosen(base, self.exclude_modules)
         for path in chosen:
             (layer, linear), rank = paths[path], rank_of(path)
             out_features, in_features = base.linears[linear]

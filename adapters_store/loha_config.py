@@ -10,7 +10,7 @@ from pydantic import Field
 from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, LOHA_A, LOHA_B, BaseSpec, tensor_name
-from adapters_store.module_matching import choose, pattern_lookup
+from adapters_store.module_matching import pattern_lookup
 
 
 class LoHaConfig(LayeredConfig):
@@ -29,13 +29,7 @@ class LoHaConfig(LayeredConfig):
         contents, paths = AdapterContents(), base.paths(LINEARS)
         rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
         alpha_of = pattern_lookup(self.alpha_pattern, "alpha_pattern", self.alpha)
-        for path in choose(
-            paths,
-            self.target_modules,
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-        ):
+        for path in self.chosen(base, self.exclude_modules):
             (layer, linear), rank = paths[path], rank_of(path)
             out_features, in_features = base.linears[linear]
             scale = alpha_of(path) / rank

@@ -11,7 +11,7 @@ from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pa
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, LOKR_FACTORS, BaseSpec, tensor_name
 from adapters_store.manifest import KroneckerSplit
-from adapters_store.module_matching import choose, pattern_lookup
+from adapters_store.module_matching import pattern_lookup
 
 _LARGEST: Final = 1e6  # products of four such, two summed over any rank and times any alpha / r, are finite in fp32
 
@@ -37,13 +37,7 @@ class LoKrConfig(LayeredConfig):
         contents, paths = AdapterContents(kronecker=split), base.paths(LINEARS)
         rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
         alpha_of = pattern_lookup(self.alpha_pattern, "alpha_pattern", self.alpha)
-        for path in choose(
-            paths,
-            self.target_modules,
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-        ):
+        for path in self.chosen(base, self.exclude_modules):
             (layer, linear), r = paths[path], rank_of(path)
             factors = self._factors(*base.linears[linear], r)
             rank = math.prod(min(map(min, parts.values())) for parts in factors)

@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool
 from adapters_store.adapter_config import Alpha, LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, lora_tensor_name
-from adapters_store.module_matching import choose, pattern_lookup, refuse
+from adapters_store.module_matching import pattern_lookup, refuse
 from adapters_store.strict_json import shown
 from adapters_store.trainable_tokens_config import TokenIds, TokensByModule, add_trained_tokens
 
@@ -88,16 +88,9 @@ class LoRAConfig(LayeredConfig):
 
     def targets(self, base: BaseSpec) -> dict[str, LoRATarget]:
         """Rank and scale by module path. Raises `AdapterInvalid`."""
-        chosen = choose(
-            base.paths(LINEARS),
-            self.target_modules,
-            exclude=self.exclude_modules,
-            layers=self.layers_to_transform,
-            layers_pattern=self.layers_pattern,
-        )
         rank_of = pattern_lookup(self.rank_pattern, "rank_pattern", self.r)
         alpha_of = pattern_lookup(self.alpha_pattern, "alpha_pattern", self.lora_alpha)
-        return {path: self._target(rank_of(path), alpha_of(path)) for path in chosen}
+        return {path: self._target(rank_of(path), alpha_of(path)) for path in self.chosen(base, self.exclude_modules)}
 
     def rank_field(self, rank: int) -> str:
         return "r" if rank == self.r else "rank_pattern"

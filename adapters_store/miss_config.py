@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from adapters_store.adapter_config import LayeredConfig, ManyPatterns, Pattern, Rank
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, MISS_BLOCK, BaseSpec, tensor_name
-from adapters_store.module_matching import choose, refuse
+from adapters_store.module_matching import refuse
 from adapters_store.strict_json import shown
 
 _REASONS: Mapping[object, str] = {
@@ -37,10 +37,7 @@ class MiSSConfig(LayeredConfig):
 
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
-        layers, layers_pattern = self.layers_to_transform, self.layers_pattern
-        chosen = choose(
-            paths, self.target_modules, exclude=self.exclude_modules, layers=layers, layers_pattern=layers_pattern
-        )
+        chosen = self.chosen(base, self.exclude_modules)
         for layer, linear in (paths[path] for path in chosen):
             out_features, in_features = base.linears[linear]
             contents.add_delta(layer, linear, self.r, 1.0, in_features=in_features)

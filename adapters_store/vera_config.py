@@ -15,7 +15,6 @@ from pydantic import Field, StrictBool, StrictInt
 from adapters_store.adapter_config import LayeredConfig, Rank
 from adapters_store.adapter_contents import SQRT_LARGEST, AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, VERA_A, VERA_B, VERA_LAMBDA_B, VERA_LAMBDA_D, BaseSpec, tensor_name
-from adapters_store.module_matching import choose
 
 
 class VeRAConfig(LayeredConfig):
@@ -31,9 +30,7 @@ class VeRAConfig(LayeredConfig):
 
     def contents(self, base: BaseSpec) -> AdapterContents:
         contents, paths = AdapterContents(), base.paths(LINEARS)
-        layers, layers_pattern = self.layers_to_transform, self.layers_pattern
-        chosen = choose(paths, self.target_modules, layers=layers, layers_pattern=layers_pattern)
-        targets = {path: paths[path] for path in chosen}
+        targets = {path: paths[path] for path in self.chosen(base)}
         for layer, linear in targets.values():
             contents.add_delta(layer, linear, self.r, 1.0, in_features=base.linears[linear][1])
             lambda_b, lambda_d = (tensor_name(layer, linear, name) for name in (VERA_LAMBDA_B, VERA_LAMBDA_D))
