@@ -223,6 +223,17 @@ def tokens_of(engine: LLMEngine, world: World, names: list[str | None], **settin
     return tokens
 
 
+def outcomes(engine: LLMEngine) -> tuple[set[str], dict[str, str]]:
+    """The requests that end as they should, and the errors of the others."""
+    done: set[str] = set()
+    errors: dict[str, str] = {}
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            errors |= {delta.request_id: str(delta.error)} if delta.error else {}
+            done |= {delta.request_id} if delta.finish_reason == "length" else set()
+    return done, errors
+
+
 @pytest.fixture(scope="module")
 def wanted(world: World) -> dict[str, list[int]]:
     return world.greedy(8)
@@ -298,12 +309,7 @@ def test_without_room_for_vectors_their_adapters_are_refused_and_others_served(
     prompts = prompts_of(world)
     for name in ("ia3", "lora"):
         add(engine, world, name, name, prompts[name])
-    errors: dict[str, str] = {}
-    done: set[str] = set()
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            errors |= {delta.request_id: str(delta.error)} if delta.error else {}
-            done |= {delta.request_id} if delta.finish_reason == "length" else set()
+    done, errors = outcomes(engine)
     assert done == {"lora"}
     assert "num_vector_slots" in errors["ia3"]
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, TrainableTokensConfig
 
 from gateway.engine.llm_engine import LLMEngine
 
-from .test_kinds import TASK, World, add, make_engine, prompts_of, tokens_of
+from .test_kinds import TASK, World, add, make_engine, outcomes, prompts_of, tokens_of
 
 MakeEngine = Callable[..., LLMEngine]
 VOCAB = 320
@@ -79,12 +79,7 @@ def test_without_room_for_rows_their_adapters_are_refused_and_others_served(
     engine = make_engine(num_token_rows=num_rows)
     for name in ("a list", "lora", "both whole"):
         add(engine, world, name, name, prompts_of(world)[name])
-    errors: dict[str, str] = {}
-    done: set[str] = set()
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            errors |= {delta.request_id: str(delta.error)} if delta.error else {}
-            done |= {delta.request_id} if delta.finish_reason == "length" else set()
+    done, errors = outcomes(engine)
     assert done == served
     assert all("num_token_rows" in error for error in errors.values())
     engine.check_integrity()
