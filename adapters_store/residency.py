@@ -208,7 +208,7 @@ class AdapterResidency:
 
         Its tenant's requests wait then, and nobody else's.
         """
-        if adapter.digest in self._resident or adapter.digest in self._copying:
+        if self._share.is_whole or adapter.digest in self._resident or adapter.digest in self._copying:
             return False
         tenant = adapter.tenant
         held = [entry.num_pages for entry in self._resident.values() if entry.tenant == tenant and entry.pins]

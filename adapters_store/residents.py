@@ -94,6 +94,11 @@ class TenantShare:
         """A part of all; the whole is no limit beside that there is no more."""
         return cls(share * num_slots, share * num_pages) if share < 1 else cls(math.inf, math.inf)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is no limit, so that nothing need be counted."""
+        return math.isinf(self.num_slots)
+
     def has_room(self, held: Collection[int], num_pages: int) -> bool:
         """Whether a tenant may have an adapter of so many pages more; held: the pages of each that it has."""
         return not held or (len(held) + 1 <= self.num_slots and sum(held) + num_pages <= self.num_pages)

@@ -20,8 +20,8 @@ class BatchAdapters:
     `_MAX_OVERTAKEN` times. Then it is the `holder`: no adapter passes it.
 
     For the first of those that wait for a slot the adapter is drained that will be done the soonest: no more sequences
-    with that one are admitted, and all others are. Where one waits for its own tenant's, whose share of the slots is
-    taken, no adapter of that tenant passes it.
+    with that one are admitted, nor such as need a slot too, and all others are. Where one waits for its own tenant's,
+    whose share of the slots is taken, no adapter of that tenant passes it.
     """
 
     def __init__(self, max_pages: int | None) -> None:
@@ -54,12 +54,12 @@ class BatchAdapters:
             self.holder = sequence
 
     def wait_for_slot(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
-        """Note that the sequence found no slot in this step.
+        """Note that the sequence found no slot in this step: the first whose adapter does not run.
 
-        The first has an adapter of those that run drained: the one whose longest sequence has the fewest tokens left.
+        Of the adapters that run the one is drained whose longest sequence has the fewest tokens left.
         """
         left: dict[str, int] = {}
-        for other in running if self._drained is None else ():
+        for other in running:
             if other.adapter is not None:
                 digest = other.adapter.digest
                 left[digest] = max(left.get(digest, 0), other.max_tokens - other.num_tokens)
@@ -80,7 +80,8 @@ class BatchAdapters:
             return True
         if self._drained is not None:
             digest, waiting = self._drained
-            if digest == adapter.digest and waiting.priority <= sequence.priority:
+            is_free = adapter.digest in self._num_running and adapter.digest != digest
+            if not is_free and waiting.priority <= sequence.priority:
                 return True
         return bool(self._overtaken) and self._overtaken[0].priority < sequence.priority
 

@@ -141,10 +141,13 @@ def test_what_was_sent_before_and_what_changed_make_the_whole(
         for _ in range(i % 3):
             engine.step()
     engine.cancel("1", StepOutput())
-    for waiting in (5, 0):  # joins as a decode row whose token the host knows, at the latest when nobody else waits
-        while len(engine.scheduler.waiting) > waiting:
-            engine.step()
-        add(engine, world, f"short {waiting}", 1, None, 8)
+    add(engine, world, "short", 1, None, 8)
+    while engine.has_work:
+        engine.step()
+    add(engine, world, "alone", 5, None, 30)
+    for _ in range(4):
+        engine.step()
+    add(engine, world, "joins", 1, None, 8)  # as a decode row whose token the host knows, beside one in flight
     while engine.has_work:
         engine.step()
     for kind in ("decode", "ragged"):
