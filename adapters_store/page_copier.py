@@ -88,8 +88,9 @@ class PageCopier:
                 self._staged_row.copy_(image.vectors, non_blocking=True)
                 self._stream.wait_event(launched)
                 self._place_vectors(self._staged_row, row)
-            self._stream.wait_event(launched)
-            self._place_tokens(image, token_row)
+            if image.token_tables:
+                self._stream.wait_event(launched)
+                self._place_tokens(image, token_row)
             return PageCopy(image, self._stream.record_event())
 
     def wait(self) -> None:
