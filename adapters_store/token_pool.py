@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -47,14 +49,13 @@ class TokenPool:
         self._places = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._runs: dict[int, _Run] = {}  # by adapter slot
 
-    @property
-    def num_held(self) -> int:
-        """Adapters that have rows."""
-        return len(self._runs)
-
     def holds(self, slot: int) -> bool:
         """Whether the adapter in a slot has rows."""
         return slot in self._runs
+
+    def holders(self, token_slots: npt.NDArray[np.int32]) -> list[int]:
+        """Those of a step's slots whose adapters have rows."""
+        return [slot for slot in self._runs if (token_slots == slot).any()]
 
     def head(self, slot: int) -> HeadRows | None:
         """What the adapter in a slot has of lm_head."""

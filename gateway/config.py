@@ -120,6 +120,11 @@ class EngineConfig:
         """0 where no adapter is served."""
         return self.num_bottleneck_pages if self.num_adapter_slots else 0
 
+    @property
+    def num_usable_token_rows(self) -> int:
+        """0 where no adapter is served."""
+        return self.num_token_rows if self.num_adapter_slots else 0
+
 
 @dataclass(frozen=True)
 class StoreConfig:

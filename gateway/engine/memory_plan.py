@@ -55,8 +55,9 @@ class MemoryPlan:
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
             # Adapters come in through a page of their own, and blocks through staging.
             usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
-            usable -= _vector_bytes(engine, decoder) + _token_bytes(engine, decoder)
+            usable -= _vector_bytes(engine, decoder)
             usable -= engine.num_usable_bottleneck_pages * decoder.bottleneck_layout.page_bytes
+            usable -= engine.num_usable_token_rows * config.hidden_size * decoder.dtype.itemsize
         plan = cls.of(engine, page_bytes, per_block, usable)
         return replace(plan, num_host_blocks=num_host_blocks, least_fetch=least or 1)
 
@@ -82,8 +83,7 @@ class MemoryPlan:
             raise ConfigInvalid(
                 f"The device has {_gib(free_bytes)} left beside the base; {plan} need more. Lower num_adapter_pages, "
                 "num_adapter_slots, num_vector_slots, num_bottleneck_pages, num_token_rows, max_lora_rank or "
-                "kv_cache_tokens, or raise "
-                "gpu_memory_utilization.",
+                "kv_cache_tokens, or raise gpu_memory_utilization.",
                 param="engine",
             )
         return plan
@@ -133,12 +133,6 @@ def _vector_bytes(engine: EngineConfig, decoder: Decoder) -> int:
     """Of all rows for adapters' vectors, and of the one that they come in through."""
     rows = engine.num_vector_rows
     return (rows + 1) * decoder.vector_layout.row_bytes if rows else 0
-
-
-def _token_bytes(engine: EngineConfig, decoder: Decoder) -> int:
-    """Of all rows of embed_tokens and lm_head that adapters may have."""
-    rows = engine.num_token_rows if engine.num_adapter_slots else 0
-    return rows * decoder.config.hidden_size * decoder.dtype.itemsize
 
 
 def _operations(config: DecoderConfig) -> int:

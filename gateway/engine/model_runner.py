@@ -75,7 +75,7 @@ class ModelRunner:
         cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, kv_dtype)
         layers = [layer.tensors for layer in cache.layers]
         host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
-        pages = config.num_usable_bottleneck_pages
+        pages, token_rows = config.num_usable_bottleneck_pages, config.num_usable_token_rows
         slots = AdapterSlots(
             decoder.lora_layout,
             config.num_adapter_slots,
@@ -84,8 +84,8 @@ class ModelRunner:
             device,
             VectorSlots(decoder.vector_layout, config.num_vector_rows, device) if config.num_vector_rows else None,
             BottleneckSlots(decoder.bottleneck_layout, pages, device) if pages else None,
-            TokenPool(config.num_token_rows, decoder.config.hidden_size, decoder.config.vocab_size, dtype, device)
-            if config.num_token_rows and config.num_adapter_slots
+            TokenPool(token_rows, decoder.config.hidden_size, decoder.config.vocab_size, dtype, device)
+            if token_rows
             else None,
         )
         runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
@@ -137,7 +137,7 @@ class ModelRunner:
             return self._execute_by_token(output, pending)
         tokens = StepTokens.of(output, pending, self.cache.block_size)
         virtual = self._virtual_rows(output.scheduled, tokens.ids)
-        may_replay = virtual is None and not self._has_bottlenecks(tokens) and not self._holders(tokens)
+        may_replay = virtual is None and not self._has_bottlenecks(tokens) and not self._token_holders(tokens)
         logits = self._graphs.run(tokens, pending) if self._graphs is not None and may_replay else None
         return self._forward(tokens, virtual, pending) if logits is None else logits
 
@@ -213,15 +213,11 @@ class ModelRunner:
             own_tokens=self._own_tokens(tokens),
         )
 
-    def _holders(self, tokens: StepTokens) -> list[int]:
-        """The slots of a step whose adapters have rows of embed_tokens or lm_head."""
-        pool = self.slots.tokens
-        if pool is None or not pool.num_held:
-            return []
-        return [slot for slot in np.unique(tokens.adapter_slots).tolist() if pool.holds(slot)]
+    def _token_holders(self, tokens: StepTokens) -> list[int]:
+        return self.slots.tokens.holders(tokens.adapter_slots) if self.slots.tokens is not None else []
 
     def _own_tokens(self, tokens: StepTokens) -> OwnTokens | None:
-        holders, pool, device = self._holders(tokens), self.slots.tokens, self.decoder.device
+        holders, pool, device = self._token_holders(tokens), self.slots.tokens, self.decoder.device
         if pool is None or not holders:
             return None
         sampled = tokens.adapter_slots[tokens.last_rows]
