@@ -88,7 +88,7 @@ def record_rounds(case: str, rounds: Sequence[Sequence[float]], target: float | 
     for metric, of in (("p50", 50), ("p99", 99), ("mean", None)):
         values = [float(np.mean(r) if of is None else np.percentile(r, of)) * 1e3 for r in rounds]
         spread = f"{note}; median of {len(values)} rounds, from {min(values):.0f} to {max(values):.0f}"
-        limit = target if metric == "p50" else None
+        limit = round(target, 4) if target is not None and metric == "p50" else None
         record("zipf", case, f"ttft_{metric}", statistics.median(values), "ms", target=limit, note=spread)
         median = statistics.median(values) if metric == "p50" else median
     return median

@@ -38,8 +38,7 @@ _ENVIRONMENT: Final = {
     "RAY_DEDUP_LOGS": "0",
     # Engine, trainer and front door share the cores: threads that spin at OpenMP's barriers would starve each other.
     "OMP_WAIT_POLICY": "PASSIVE",
-    # NumPy's only heavy work is the decomposition of many small matrices (LoKr): with more threads it took ten times as
-    # long on a busy machine.
+    # NumPy only decomposes many small matrices (LoKr), in which more threads would wait for each other.
     "OPENBLAS_NUM_THREADS": "1",
 }
 

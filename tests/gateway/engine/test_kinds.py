@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def make_engine(world: World) -> Any:
-    engines: list[LLMEngine] = []
-
-    def make(**settings: Any) -> LLMEngine:
-        defaults = {"base": str(world.base), "quantization": "none", "device": "cpu", "kv_cache_tokens": 2048,
-                    "block_size": 4, "num_adapter_slots": 32, "max_lora_rank": 256}  # fmt: skip
-        engines.append(LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
+def make_engine(build_engine: MakeEngine) -> MakeEngine:
+    return partial(build_engine, num_adapter_slots=32, max_lora_rank=256)
 
 
 def add(engine: LLMEngine, world: World, key: str, adapter: str | None, prompt: list[int], max_tokens: int = 4) -> None:
@@ -232,6 +223,18 @@ def outcomes(engine: LLMEngine) -> tuple[set[str], dict[str, str]]:
             errors |= {delta.request_id: str(delta.error)} if delta.error else {}
             done |= {delta.request_id} if delta.finish_reason == "length" else set()
     return done, errors
+
+
+def batches_of(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[ForwardBatch]:
+    """The batches of the steps from now on, as they come."""
+    make_batch, batches = engine.runner._batch, []
+
+    def kept(*args: Any) -> ForwardBatch:
+        batches.append(make_batch(*args))
+        return batches[-1]
+
+    monkeypatch.setattr(engine.runner, "_batch", kept)
+    return batches
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +322,7 @@ def test_a_batch_without_vectors_runs_as_if_there_were_none(
 ) -> None:
     engine = make_engine()
     tokens_of(engine, world, ["ia3", "lora"])
-    make_batch, rows = engine.runner._batch, []
-    monkeypatch.setattr(engine.runner, "_batch", lambda *args: rows.append(make_batch(*args)) or rows[-1])
+    rows = batches_of(engine, monkeypatch)
     tokens_of(engine, world, [None, "lora"])
     assert rows
     assert all(batch.vector_rows is None for batch in rows)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
 
 from adapters_store.blobs import BlobStore
-from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
@@ -24,7 +24,7 @@ from gateway.engine.scheduler import SchedulerOutput
 from tests.tiny import load_oracle, make_tokenizer, store_adapter
 
 from .expected.base import PROMPT, generate, write_base
-from .test_kinds import save_random
+from .test_kinds import batches_of, outcomes, save_random
 
 MakeEngine = Callable[..., LLMEngine]
 EXPECTED = Path(__file__).parent / "expected"
@@ -65,18 +65,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def make_engine(world: World) -> Any:
-    engines: list[LLMEngine] = []
-
-    def make(**settings: Any) -> LLMEngine:
-        defaults = {"base": str(world.base), "quantization": "none", "device": "cpu", "kv_cache_tokens": 2048,
-                    "block_size": 4, "num_adapter_slots": 16, "max_lora_rank": 64}  # fmt: skip
-        engines.append(LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        engine.close()
+def make_engine(build_engine: MakeEngine) -> MakeEngine:
+    return partial(build_engine, num_adapter_slots=16, max_lora_rank=64)
 
 
 def tokens_of(engine: LLMEngine, world: World, names: list[str]) -> dict[str, list[int]]:
@@ -169,12 +159,7 @@ def test_without_room_for_bottlenecks_their_adapters_are_refused_and_others_serv
         sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         request = GenerateRequest(name, sampling, prompt=list(PROMPT), adapter=world.refs[name])
         engine.add(request, engine.encode(request))
-    errors: dict[str, str] = {}
-    done: set[str] = set()
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            errors |= {delta.request_id: str(delta.error)} if delta.error else {}
-            done |= {delta.request_id} if delta.finish_reason == "length" else set()
+    done, errors = outcomes(engine)
     assert done == {"lora"}
     assert "engine.num_bottleneck_pages" in errors["bottleneck_double"]
 
@@ -184,8 +169,7 @@ def test_a_batch_without_bottlenecks_runs_as_if_there_were_none(
     world: World, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
-    make_batch, batches = engine.runner._batch, []
-    monkeypatch.setattr(engine.runner, "_batch", lambda *args: batches.append(make_batch(*args)) or batches[-1])
+    batches = batches_of(engine, monkeypatch)
     tokens_of(engine, world, ["bottleneck_double", "base"])
     assert [rows.site for batch in batches[-2:] for rows in batch.bottlenecks] == ["attention", "output"] * 2
     assert all(batch.segments is None for batch in batches)

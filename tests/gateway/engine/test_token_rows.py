@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, TrainableTokensConfig
 
 from gateway.engine.llm_engine import LLMEngine
 
-from .test_kinds import TASK, World, add, make_engine, outcomes, prompts_of, tokens_of
+from .test_kinds import TASK, World, add, batches_of, make_engine, outcomes, prompts_of, tokens_of
 
 MakeEngine = Callable[..., LLMEngine]
 VOCAB = 320
@@ -90,8 +90,7 @@ def test_a_batch_without_rows_runs_as_if_there_were_none(
 ) -> None:
     engine = make_engine()
     tokens_of(engine, world, ["a list", "lora"])
-    make_batch, seen = engine.runner._batch, []
-    monkeypatch.setattr(engine.runner, "_batch", lambda *args: seen.append(make_batch(*args)) or seen[-1])
+    seen = batches_of(engine, monkeypatch)
     tokens_of(engine, world, [None, "lora"])
     assert seen
     assert all(batch.own_tokens is None for batch in seen)
