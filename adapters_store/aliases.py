@@ -96,6 +96,13 @@ def remove_alias(connection: Connection, adapter_id: int, alias: str) -> bool:
     return removed[-1] == 1
 
 
+def names_newer(connection: Connection, adapter_id: int, alias: str, version: int) -> bool:
+    """Whether the alias names a version above this one, itself or as its canary."""
+    is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)
+    is_newer = or_(aliases.c.version > version, aliases.c.canary_version > version)
+    return connection.execute(select(aliases.c.version).where(is_alias, is_newer)).one_or_none() is not None
+
+
 def has_canary(connection: Connection, adapter_id: int, alias: str) -> bool:
     """Whether part of the alias's requests go to a canary."""
     is_alias = and_(aliases.c.adapter_id == adapter_id, aliases.c.alias == alias)

@@ -17,6 +17,7 @@ from adapters_store.aliases import (
     has_canary,
     history_of,
     is_named,
+    names_newer,
     point_alias,
     remove_alias,
     set_alias,
@@ -92,10 +93,10 @@ class AdapterRegistry:
         """Store a validated adapter as the next version, test it, and point `alias` at it.
 
         The blob is made durable first, then the version is added as staged. After `test` one transaction makes it
-        ready, moves the alias and does what `also` does. Killed at any point, the alias names the old version or the
-        new one, whole; at worst a staged version is left, which `expire` ends, or an unreferenced blob. Raises
-        `InvalidName` or `TenantNotFound`; `SelfTestFailed`, the version then being quarantined; and what `test` and
-        `also` raise, of which nothing is left.
+        ready, moves the alias (unless it names a later version by then) and does what `also` does. Killed at any point,
+        the alias names the old version or the new one, whole; at worst a staged version is left, which `expire` ends,
+        or an unreferenced blob. Raises `InvalidName` or `TenantNotFound`; `SelfTestFailed`, the version then being
+        quarantined; and what `test` and `also` raise, of which nothing is left.
         """
         check_name("name", name)
         check_name("alias", alias)
@@ -136,7 +137,8 @@ class AdapterRegistry:
             adapter_id = lock_adapter(connection, staged.tenant, staged.name)
             if not move_version(connection, adapter_id, staged.version, ("staged",), "ready", report):
                 raise AdapterNotFound(staged.ref)
-            point_alias(connection, adapter_id, alias, staged.version, int(time.time()))
+            if not names_newer(connection, adapter_id, alias, staged.version):
+                point_alias(connection, adapter_id, alias, staged.version, int(time.time()))
             if also is not None:
                 also(connection, released)
         return released

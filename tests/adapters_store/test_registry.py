@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 
 from adapters_store.accounts import Accounts
+from adapters_store.aliases import Canary
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import (
@@ -19,7 +20,9 @@ from adapters_store.errors import (
 )
 from adapters_store.names import AdapterRef
 from adapters_store.registry import AdapterRegistry
+from adapters_store.reports import VersionReport
 from adapters_store.upload import StagedAdapter
+from adapters_store.versions import AdapterVersion
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +201,33 @@ def test_concurrent_publishes_get_distinct_versions(registry: AdapterRegistry, s
     assert sorted(version.version for version in published) == list(range(1, 25))
     info = registry.get("acme", "support")
     assert [version.version for version in info.versions] == list(range(1, 25))
-    assert info.aliases["default"] in range(1, 25)
+    assert info.aliases == {"default": 24}
+
+
+def test_a_version_that_is_ready_after_a_later_one_leaves_the_alias_there(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    def overtaken(version: AdapterVersion) -> VersionReport:
+        registry.publish("acme", "support", staged)
+        return VersionReport(passed=True, tested_at=0)
+
+    assert registry.publish("acme", "support", staged, test=overtaken).version == 1
+    info = registry.get("acme", "support")
+    assert (info.aliases, [version.status for version in info.versions]) == ({"default": 2}, ["ready", "ready"])
+
+
+def test_a_version_that_is_ready_after_a_later_ones_canary_leaves_the_canary(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    def overtaken(version: AdapterVersion) -> VersionReport:
+        registry.publish("acme", "support", staged, alias="next")
+        registry.set_alias("acme", "support", "default", 1, Canary(3, 10))
+        return VersionReport(passed=True, tested_at=0)
+
+    registry.publish("acme", "support", staged)
+    assert registry.publish("acme", "support", staged, test=overtaken).version == 2
+    info = registry.get("acme", "support")
+    assert (info.aliases["default"], info.canaries["default"]) == (1, Canary(3, 10))
 
 
 def test_publishing_and_deleting_one_blob_at_once_never_loses_it(
