@@ -77,6 +77,18 @@ class LoRALayout:
         """Bytes that one page takes over all layers and groups, with its scales where `dtype` is int8."""
         return sum(sum(self._array_bytes(group, dtype)) for group in self.groups)
 
+    def new_pools(self, num_pages: int, dtype: torch.dtype, device: torch.device | str) -> list[PagePools]:
+        """Of each group, in new memory: zeros, [num_layers, num_pages, ...]."""
+        return [
+            PagePools(
+                *(
+                    torch.zeros(self.num_layers, num_pages, *shape, dtype=kind, device=device)
+                    for shape, kind in group.page_arrays(dtype)
+                )
+            )
+            for group in self.groups
+        ]
+
     def split(self, page: Tensor, dtype: torch.dtype) -> list[PagePools]:
         """A page, uint8 [page_bytes], as its groups' arrays: views [num_layers, ...]."""
         parts = iter(page.split_with_sizes([size for group in self.groups for size in self._array_bytes(group, dtype)]))

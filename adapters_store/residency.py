@@ -187,6 +187,7 @@ class AdapterResidency:
         that a cancelled request keeps no memory. A failure is reported to all who ask until the next poll.
         """
         self._failed.clear()
+        self._slots.pages.begin_step()
         for digest in list(self._copying):
             self._settle(digest)
         for digest, loading in list(self._loading.items()):
@@ -194,6 +195,17 @@ class AdapterResidency:
                 if not loading.wanted:
                     self._let_go(digest)
                 loading.wanted = False
+
+    def give_up_pages(self, since: float) -> bool:
+        """Evict, of the adapters with pages that nobody has used since then, the first to go. False if there is none.
+
+        since: on the monotonic clock.
+        """
+        idle = self._resident.idle(since=since)
+        digest = next((d for d in idle if self._slots.pages_of(self._resident[d].slot).ids), None)
+        if digest is not None:
+            self._evict(digest)
+        return digest is not None
 
     def is_waiting_for_room(self, digest: str) -> bool:
         """Whether the adapter is in host memory and only pinned neighbours keep it from a slot.
@@ -315,7 +327,12 @@ class AdapterResidency:
         """Evict until there is room for the image, nothing that would give none; nothing at all when it cannot be."""
         idle = self._resident.idle(keep)
         exchanged = self._to_exchange(image, tenant, idle)
-        if exchanged is None or not self._slots.would_have_room(image, [self._resident[d].slot for d in idle]):
+        if exchanged is None:
+            return False
+        slots = [self._resident[digest].slot for digest in idle]
+        if not self._slots.would_have_room(image, slots):
+            if not keep:
+                self._slots.recall_pages(image, slots)
             return False
         for digest in exchanged:
             self._evict(digest)

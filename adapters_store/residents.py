@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, ItemsView, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,11 @@ _FROM_HOST: Final = 1.0
 
 @dataclass(slots=True)
 class Resident:
-    """An adapter in a slot. pins: by those who use it. used_at: what had been evicted then, as `Residents` counts."""
+    """An adapter in a slot.
+
+    pins: by those who use it. used_at: when it was used last, on the monotonic clock. clock: what had been evicted
+    then, as `Residents` counts.
+    """
 
     name: str
     tenant: str
@@ -23,6 +29,7 @@ class Resident:
     num_pages: int
     pins: int = 0
     used_at: float = 0.0
+    clock: float = 0.0
 
 
 class Residents:
@@ -65,7 +72,8 @@ class Residents:
 
     def touch(self, digest: str) -> None:
         """Note that an adapter is used."""
-        self._entries[digest].used_at = self._clock
+        entry = self._entries[digest]
+        entry.used_at, entry.clock = time.monotonic(), self._clock
         self._entries.move_to_end(digest)
 
     def evict(self, digest: str) -> Resident:
@@ -73,13 +81,14 @@ class Residents:
         self._clock = max(self._clock, self._worth(digest))
         return self._entries.pop(digest)
 
-    def idle(self, keep: Collection[str] = ()) -> list[str]:
-        """Those that may leave, but for some to `keep`: the first to go first."""
-        idle = (digest for digest, entry in self._entries.items() if entry.pins == 0 and digest not in keep)
+    def idle(self, keep: Collection[str] = (), since: float = math.inf) -> list[str]:
+        """Those that may leave and have not been used since then, but for some to `keep`: the first to go first."""
+        old = itertools.takewhile(lambda item: item[1].used_at < since, self._entries.items())
+        idle = (digest for digest, entry in old if entry.pins == 0 and digest not in keep)
         return sorted(idle, key=self._worth)
 
     def _worth(self, digest: str) -> float:
-        return self._entries[digest].used_at + (_FROM_HOST if self._in_host(digest) else _FROM_STORE)
+        return self._entries[digest].clock + (_FROM_HOST if self._in_host(digest) else _FROM_STORE)
 
 
 @dataclass(frozen=True)

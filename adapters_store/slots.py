@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
@@ -22,6 +22,7 @@ from adapters_store.bottleneck_slots import BottleneckSlots
 from adapters_store.lora_layout import LoRAGroup, LoRALayout, PagePools
 from adapters_store.page_copier import PageCopier, PageCopy
 from adapters_store.page_image import PageImage
+from adapters_store.page_supply import PageSupply
 from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from lora_kernels.segments import AdapterPages
@@ -59,7 +60,7 @@ class AdapterSlots:
     The pools of each layer and group are in `dtype` on `device`; int8 halves the bytes that the kernels read, at one
     scale a rank. Rows beyond an adapter's rank, and linears that it lacks, are zero. Bytes arrive beside what the
     device computes (`PageCopier`). vectors, bottlenecks, tokens: for those adapters that have any; without it none can
-    be loaded.
+    be loaded. pools: of each group, [num_layers, num_pages, ...]; by default in memory of their own.
     """
 
     def __init__(
@@ -72,24 +73,17 @@ class AdapterSlots:
         vectors: VectorSlots | None = None,
         bottlenecks: BottleneckSlots | None = None,
         tokens: TokenPool | None = None,
+        pools: Sequence[PagePools] | None = None,
     ) -> None:
         self.layout = layout
         self.vectors = vectors
         self.bottlenecks = bottlenecks
         self.tokens = tokens
         self.num_slots = num_slots
-        self.num_pages = num_pages
         self.dtype = dtype
+        self.pages = PageSupply(num_pages)
         # A page of all layers is one strided piece of each tensor, and so a few copies bring it.
-        self._all_layers = [
-            PagePools(
-                *(
-                    torch.zeros(layout.num_layers, num_pages, *shape, dtype=kind, device=device)
-                    for shape, kind in group.page_arrays(dtype)
-                )
-            )
-            for group in layout.groups
-        ]
+        self._all_layers = pools if pools is not None else layout.new_pools(num_pages, dtype, device)
         self._pools = {
             (layer, group.name): PagePools(*(array[layer] for array in pools.arrays))
             for group, pools in zip(layout.groups, self._all_layers, strict=True)
@@ -97,7 +91,6 @@ class AdapterSlots:
         }
         self._copier = PageCopier(layout, dtype, self._all_layers, vectors, bottlenecks, tokens)
         self._free_slots = list(reversed(range(num_slots)))
-        self._free_pages = list(range(num_pages))  # ascending
         self._slot_pages: dict[int, AdapterPages] = {}
         self._virtual_tokens: dict[int, Tensor] = {}
         self._generations = [0] * num_slots
@@ -109,9 +102,14 @@ class AdapterSlots:
         return len(self._free_slots)
 
     @property
+    def num_pages(self) -> int:
+        """Pages of ranks, free or not."""
+        return self.pages.num_pages
+
+    @property
     def num_free_pages(self) -> int:
-        """Pages that belong to no slot."""
-        return len(self._free_pages)
+        """Pages that can be taken for another slot."""
+        return self.pages.num_free
 
     def has_room(self, image: PageImage) -> bool:
         """Whether the adapter can be loaded now."""
@@ -122,6 +120,12 @@ class AdapterSlots:
         room = functools.reduce(Room.plus, map(self.held_room, given_back), self.free_room)
         has_run = self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back)
         return room.covers(Room.needed(image)) and has_run
+
+    def recall_pages(self, image: PageImage, given_back: Collection[int]) -> None:
+        """Have pages that are lent emptied, where the adapter would lack some even if these slots were free."""
+        missing = image.num_pages - sum(len(self.pages_of(slot)) for slot in given_back)
+        if missing > self.num_free_pages:
+            self.pages.recall(missing)
 
     def lacks_for(self, image: PageImage, slot: int) -> bool:
         """Whether anything that there is no room for now would come free with this slot."""
@@ -209,17 +213,19 @@ class AdapterSlots:
             a, b = a * a_scales[..., None], b * torch.cat(columns, dim=-1)
         return a.transpose(1, 2).flatten(2, 3), b.flatten(1, 2)
 
-    def load(self, slot: int, image: PageImage) -> PageCopy:
+    def load(self, slot: int, image: PageImage, pages: tuple[int, ...] | None = None) -> PageCopy:
         """Start to copy an adapter into a free slot and fresh pages, for which the caller has made room.
 
+        pages: which, of the free ones; None leaves the choice to the supply.
         No step may use the slot, nor may it be freed, before the copy is done or the steps' stream waits for it; steps
         that were launched before may still read what lay in these pages.
         """
-        num_pages = image.num_pages
         assert slot in self._free_slots, f"slot {slot} is taken"
         assert self.has_room(image), f"{Room.needed(image)} asked for, {self.free_room} free"
-        # The lowest ids, ascending: adapters loaded in turn lie in one run of pages, which the kernels like.
-        pages = tuple(self._free_pages[:num_pages])
+        if pages is None:
+            pages = self.pages.take(image.num_pages)
+        else:
+            self.pages.take_these(pages)
         row = -1
         if image.vectors is not None and self.vectors is not None:
             row = self.vectors.take(slot, image.raw)
@@ -230,7 +236,6 @@ class AdapterSlots:
         if image.token_tables and self.tokens is not None:
             token_row = self.tokens.take(slot, image.token_tables)
         copy = self._copier.start(image, pages or bottleneck_pages, row, token_row)
-        del self._free_pages[:num_pages]
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)
         if image.virtual_tokens is not None:
@@ -245,7 +250,7 @@ class AdapterSlots:
 
     def free(self, slot: int) -> None:
         """Give a loaded slot, its pages and its row back. The bytes stay until the next load overwrites them."""
-        self._free_pages = sorted([*self._free_pages, *self._slot_pages.pop(slot).ids])
+        self.pages.give_back(tuple(self._slot_pages.pop(slot).ids))
         self._virtual_tokens.pop(slot, None)
         if self.vectors is not None:
             self.vectors.free(slot)
@@ -257,8 +262,7 @@ class AdapterSlots:
 
     def check_integrity(self) -> None:
         """Assert that every slot and every page is either free or used, exactly once."""
-        pages = self._free_pages + [page for held in self._slot_pages.values() for page in held.ids]
-        assert sorted(pages) == list(range(self.num_pages)), "pages are lost or held twice"
+        self.pages.check_integrity([page for held in self._slot_pages.values() for page in held.ids])
         assert self._virtual_tokens.keys() <= self._slot_pages.keys(), "a free slot holds virtual tokens"
         assert sorted([*self._free_slots, *self._slot_pages]) == list(range(self.num_slots)), (
             "slots are lost or held twice"

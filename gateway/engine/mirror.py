@@ -39,10 +39,10 @@ class StepNews:
     """A step for the ranks that have no scheduler, in few arrays, which are sent and read in no time.
 
     rows: int64 [num_chunks, 8], each a `RowNews`. token_ids, blocks: int64, what the rows' sequences have grown by, row
-    after row. ended: keys of sequences that come no more. freed, loaded: slots, and digests for slots, whose adapters
-    have changed since the last step that used any, to be done in this order before the step. drafts: by key, where a
-    sequence has any in the step. saves, loads, copies: the step's, of cache blocks. prefixes: the step's, as (key,
-    start, num_tokens). num_pending, sources: of its `PendingTokens`, where it has any.
+    after row. ended: keys of sequences that come no more. freed, loaded: slots, and for slots digests and pages, whose
+    adapters have changed since the last step that used any, to be done in this order before the step. drafts: by key,
+    where a sequence has any in the step. saves, loads, copies: the step's, of cache blocks. prefixes: the step's, as
+    (key, start, num_tokens). num_pending, sources: of its `PendingTokens`, where it has any.
     """
 
     number: int
@@ -51,7 +51,7 @@ class StepNews:
     blocks: IntArray
     ended: list[int]
     freed: list[int]
-    loaded: list[tuple[int, str]]
+    loaded: list[tuple[int, str, tuple[int, ...]]]
     drafts: dict[int, list[int]]
     saves: list[BlockCopy]
     loads: list[BlockCopy]
@@ -118,7 +118,9 @@ class Announcer:
         blocks += new_blocks
         return RowNews(told.key, start, num_tokens, sequence.slot, samples, is_new, len(new_tokens), len(new_blocks))
 
-    def _slot_changes(self, chunks: Iterable[Chunk], slots: AdapterSlots) -> tuple[list[int], list[tuple[int, str]]]:
+    def _slot_changes(
+        self, chunks: Iterable[Chunk], slots: AdapterSlots
+    ) -> tuple[list[int], list[tuple[int, str, tuple[int, ...]]]]:
         """The others load what a step uses, when it does; what has left here is freed there to make room for it."""
         adapters = {chunk.sequence.slot: chunk.sequence.adapter for chunk in chunks}
         news = {
@@ -133,7 +135,7 @@ class Announcer:
         for slot in freed:
             del self._generations[slot]
         self._generations |= {slot: generation for slot, (generation, _) in news.items()}
-        return freed, [(slot, digest) for slot, (_, digest) in news.items()]
+        return freed, [(slot, digest, slots.pages_of(slot).ids) for slot, (_, digest) in news.items()]
 
     def _forget_ended(self) -> list[int]:
         ended = [sequence for sequence in self._told if sequence.finished]

@@ -119,8 +119,8 @@ class _Worker:
         self._copies = [copy for copy in self._copies if not copy.is_done]
         for slot in news.freed:
             slots.free(slot)
-        for slot, digest in news.loaded:
-            copy = slots.load(slot, host.get(digest).result())
+        for slot, digest, pages in news.loaded:
+            copy = slots.load(slot, host.get(digest).result(), pages)
             copy.hold_stream()
             self._copies.append(copy)
 

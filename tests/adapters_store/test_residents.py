@@ -45,6 +45,16 @@ def test_what_would_come_from_the_store_stays_longer_but_not_for_ever() -> None:
     assert evicted == 50  # as many pages as come from host memory in the time of one from the store
 
 
+def test_of_those_that_were_not_used_since_then_the_same_goes_first() -> None:
+    made = residents(lambda digest: digest != "a", *"abc")
+    since = made["c"].used_at
+    assert set(made.idle(since=since)) <= {"a", "b"}  # a clock may not tell two of them apart
+    made.touch("b")
+    assert "b" not in made.idle(since=since)
+    assert made.idle() == ["c", "b", "a"]
+    assert made.idle(since=0.0) == []
+
+
 def test_what_is_pinned_or_kept_does_not_leave() -> None:
     made = residents(lambda _: True, *"abc")
     made["a"].pins = 1

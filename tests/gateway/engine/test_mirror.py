@@ -51,8 +51,8 @@ class OtherRank:
     def _load(self, news: StepNews) -> None:
         for slot in news.freed:
             self.slots.free(slot)
-        for slot, digest in news.loaded:
-            self.slots.load(slot, self.engine.host_cache.get(digest).result())
+        for slot, digest, pages in news.loaded:
+            self.slots.load(slot, self.engine.host_cache.get(digest).result(), pages)
         self.slots.check_integrity()
 
     def _compare(self, got: SchedulerOutput, wanted: SchedulerOutput) -> None:
@@ -71,7 +71,7 @@ class OtherRank:
     def _compare_sequences(self, mine: Sequence, theirs: Sequence) -> None:
         assert (mine.token_ids, mine.block_table, mine.slot) == (theirs.token_ids, theirs.block_table, theirs.slot)
         if theirs.slot >= 0:
-            assert self.slots.pages_of(mine.slot).rank == self.engine.runner.slots.pages_of(theirs.slot).rank
+            assert self.slots.pages_of(mine.slot) == self.engine.runner.slots.pages_of(theirs.slot)
         # Step inputs tell by the list whether what they have sent of it still holds.
         mine_before, theirs_before = self.tables.get(theirs, ([], []))
         assert (mine.block_table is mine_before) == (theirs.block_table is theirs_before)
