@@ -103,7 +103,7 @@ def _batch(model: LoadedModel, ids: Tensor) -> ForwardBatch:
 
 
 def _pages(decoder: Decoder, length: int, dtype: torch.dtype) -> KVCache:
-    return KVCache(decoder.config, _num_blocks(length), BLOCK_SIZE, decoder.device, dtype)
+    return KVCache.zeros(decoder.config, _num_blocks(length), BLOCK_SIZE, decoder.device, dtype)
 
 
 def _num_blocks(length: int) -> int:

@@ -42,6 +42,7 @@ def main() -> None:
             max_num_batched_tokens=8192,
             max_lora_rank=16,
             kv_host_bytes=4 << 30,
+            lend_adapter_pages=False,
         )
         engine = LLMEngine(config, BlobStore(f"file://{folder / 'blobs'}"), lambda: None)
         measure(engine, args.tokens, f"{args.tokens} tokens, {args.layers} layers")

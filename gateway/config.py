@@ -32,13 +32,16 @@ class EngineConfig:
     block_size: tokens of a page of the KV cache.
     kv_cache_dtype: keys and values in the cache; "fp8" (e4m3, a scale for each token and head) takes half the bytes of
         bfloat16, on CUDA with Ada, Hopper or later cards. "auto" is the dtype of activations.
-    kv_cache_tokens: room of the KV cache in tokens; None takes what memory allows (CUDA) or 65,536 (CPU).
+    kv_cache_tokens: room of the KV cache in tokens, beside the adapters' pages; None takes what memory allows (CUDA) or
+        65,536 (CPU).
     kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
         takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
-        a third of the memory beside the base at most (CUDA).
+        half of the memory beside the base at most (CUDA).
+    lend_adapter_pages: what adapters leave of their room is the KV cache's while sequences would wait or be preempted
+        without it. Adapters that nobody uses give theirs up for that; one that is asked for has pages emptied again.
     adapter_dtype: how adapters' weights are kept; "auto" is dtype, "int8" has one scale a rank and matrix: twice the
         adapters in as much memory.
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
@@ -86,6 +89,7 @@ class EngineConfig:
     num_adapter_slots: int = 64
     max_lora_rank: int = 64
     num_adapter_pages: int | None = None
+    lend_adapter_pages: bool = True
     adapter_dtype: Literal["auto", "int8"] = "auto"
     num_vector_slots: int = 16
     num_bottleneck_pages: int = 32

@@ -50,6 +50,8 @@ _GAUGES: Final[Mapping[str, tuple[str, str]]] = {
     "kv_host_usage": ("patchbay_kv_host_usage_perc", "Share of the KV cache's host tier in use; 1 is all of it."),
     "resident_adapters": ("patchbay_resident_adapters", "Adapters in the engine's slots."),
     "adapter_slots": ("patchbay_adapter_slots", "Slots for adapters."),
+    "adapter_pages": ("patchbay_adapter_pages", "Pages of 16 ranks for adapters."),
+    "lent_pages": ("patchbay_lent_adapter_pages", "Pages of 16 ranks that the KV cache uses until an adapter does."),
 }
 _COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "prefix_queries": ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache."),
@@ -63,7 +65,10 @@ _COUNTERS: Final[Mapping[str, tuple[str, str]]] = {
     "prompt_tokens": ("vllm:prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("vllm:generation_tokens", "Tokens generated."),
     "adapter_loads": ("patchbay_adapter_loads", "Adapters copied into a slot."),
-    "adapter_evictions": ("patchbay_adapter_evictions", "Adapters that lost their slot to another."),
+    "adapter_evictions": (
+        "patchbay_adapter_evictions",
+        "Adapters that gave their slot up.",
+    ),
     "adapter_load_seconds": ("patchbay_adapter_load_seconds", "Time spent loading adapters."),
 }
 _FINISHED_REASON: Final = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}

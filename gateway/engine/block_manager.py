@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import time
 from array import array
 from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 
 from gateway.engine.host_blocks import BlockCopy, HostBlocks
@@ -34,22 +37,28 @@ class BlockManager:
 
     A free block keeps its content until it is handed out again, so a prefix survives its sequences; with a second tier
     (`host`), also after that: the next step saves it to the host before it writes to the block.
+    own: the numbers of its blocks. Before it drops a prefix, and where too few blocks are free, it asks `borrow` to
+    `add` others, saying when the prefix was used last (on the monotonic clock), or infinity. Those may be withdrawn:
+    what sequences have there then `move`s to others in the next step.
     Invariant: blocks with a holder + free blocks = num_blocks (`check_integrity`).
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool, host: HostBlocks | None = None
+        self, own: range, block_size: int, *, enable_prefix_caching: bool, host: HostBlocks | None = None
     ) -> None:
-        self.num_blocks = num_blocks
+        self.num_blocks = len(own)
         self.block_size = block_size
+        self.borrow: Callable[[float], bool] = _borrow_nothing
         self.enable_prefix_caching = enable_prefix_caching
         self.host = host or HostBlocks(0)
         self.prefix_queries = 0
         self.prefix_hits = 0
-        self._num_holders = [0] * num_blocks
-        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._num_holders = [0] * own.stop
+        self._hash_of: list[bytes | None] = [None] * own.stop
         self._block_of: dict[bytes, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(own)
+        self._freed_at = [0.0] * own.stop
+        self._leaving: set[int] = set()  # withdrawn while they are held
         self._left: dict[bytes, int] = {}  # links dropped since the last step; their blocks hold them until the next
 
     @property
@@ -106,15 +115,68 @@ class BlockManager:
             self.prefix_hits += first
         return parent.block_table[shared] if first % self.block_size else None
 
-    def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0) -> bool:
+    def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0, may_borrow: bool = True) -> bool:
         """Make the sequence hold blocks for `num_tokens`. False, taking nothing, if fewer than `leave` would stay."""
         missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         if missing <= 0:
             return True
-        if missing + leave > self.num_free:
-            return False
+        while missing + leave > self.num_free:
+            if not may_borrow or not self.borrow(math.inf):
+                return False
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
+
+    def holds_any(self, blocks: Iterable[int]) -> bool:
+        """Whether a sequence has one of these."""
+        return any(map(self._num_holders.__getitem__, blocks))
+
+    def used_at(self, block: int) -> float:
+        """When the prefix that a free block holds was used last, on the monotonic clock; 0 where it holds none."""
+        return self._freed_at[block] if self._hash_of[block] is not None else 0.0
+
+    def add(self, block: int) -> None:
+        """Use a block that is not its own; what it holds is nobody's."""
+        if block in self._leaving:
+            self._leaving.remove(block)
+        elif block not in self._free and not self._num_holders[block]:
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+            self.num_blocks += 1
+
+    def withdraw(self, block: int) -> None:
+        """Use a block that is not its own no more, from when nobody holds it; what it holds is nobody's then."""
+        self._forget(block)
+        if self._num_holders[block]:
+            self._leaving.add(block)
+        elif block in self._free:
+            del self._free[block]
+            self.num_blocks -= 1
+
+    def move(self, sequences: Iterable[Sequence], spared: Collection[int]) -> list[tuple[int, int]]:
+        """Give sequences other blocks for those that were withdrawn, as far as any are free, but for some `spared`.
+
+        Returns the copies, (source, target), with which the step begins that is scheduled: to be called last.
+        """
+        targets: dict[int, int] = {}
+        for sequence in sequences if self._leaving else ():
+            if self._leaving.isdisjoint(sequence.block_table):
+                continue
+            table = list(sequence.block_table)  # a table of its own only grows: who has sent it would not look again
+            for place, block in enumerate(table):
+                if block not in self._leaving or block in spared:
+                    continue
+                if block in targets:
+                    self._num_holders[targets[block]] += 1
+                elif self._free:
+                    targets[block] = self._take()
+                else:
+                    continue
+                table[place] = targets[block]
+                if place < sequence.num_sealed:
+                    self._offer(targets[block], sequence.block_hashes[place])
+                self._release(block)
+            sequence.block_table = table
+        return list(targets.items())
 
     def loads(self, sequence: Sequence, num_cached: int) -> list[BlockCopy]:
         """What the next step brings from the host to the blocks of a sequence just admitted.
@@ -148,17 +210,16 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back from a sequence; its last blocks are reused first."""
         for block in reversed(sequence.block_table):
-            self._num_holders[block] -= 1
-            if self._num_holders[block] == 0:
-                self._free[block] = None
+            self._release(block)
         sequence.block_table = []
         sequence.num_computed = sequence.num_sealed = 0
 
     def check_integrity(self) -> None:
         """Assert that held and free blocks add up, and that each offered link leads to its block."""
-        held = sum(1 for holders in self._num_holders if holders)
-        assert held + self.num_free == self.num_blocks, (held, self.num_free, self.num_blocks)
+        held = [block for block, holders in enumerate(self._num_holders) if holders]
+        assert len(held) + self.num_free == self.num_blocks, (len(held), self.num_free, self.num_blocks)
         assert all(self._num_holders[block] == 0 for block in self._free)
+        assert self._leaving <= set(held)
         assert all(self._hash_of[block] == link for link, block in self._block_of.items())
         self.host.check_integrity()
 
@@ -170,7 +231,7 @@ class BlockManager:
 
     def _offer(self, block: int, link: bytes) -> None:
         # Two sequences may compute the same block side by side; the first stays the one that is found.
-        if link not in self._block_of:
+        if link not in self._block_of and block not in self._leaving:
             self._hash_of[block] = link
             self._block_of[link] = block
 
@@ -179,13 +240,40 @@ class BlockManager:
             del self._free[block]
         self._num_holders[block] += 1
 
+    def _release(self, block: int) -> None:
+        self._num_holders[block] -= 1
+        if self._num_holders[block]:
+            return
+        if block in self._leaving:
+            self._leaving.remove(block)
+            self.num_blocks -= 1
+        else:
+            self._free[block] = None
+            self._freed_at[block] = time.monotonic()
+
     def _take(self) -> int:
+        if used_at := self.used_at(next(iter(self._free))):
+            self.borrow(used_at)
         block, _ = self._free.popitem(last=False)
-        link = self._hash_of[block]
-        if link is not None:
-            del self._block_of[link]
-            self._hash_of[block] = None
-            if self.host.num_blocks:
-                self._left[link] = block
+        link = self._unlink(block)
+        if link is not None and self.host.num_blocks:
+            self._left[link] = block
         self._num_holders[block] = 1
         return block
+
+    def _unlink(self, block: int) -> bytes | None:
+        """Have a block found no more by the link whose content it holds."""
+        link, self._hash_of[block] = self._hash_of[block], None
+        if link is not None:
+            del self._block_of[link]
+        return link
+
+    def _forget(self, block: int) -> None:
+        """Have a block's content found no more, nor saved to the host by the next step."""
+        self._unlink(block)
+        if block in self._left.values():
+            self._left = {link: left for link, left in self._left.items() if left != block}
+
+
+def _borrow_nothing(since: float) -> bool:
+    return False

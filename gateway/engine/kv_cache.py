@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Self
 
 import torch
 
@@ -15,26 +16,26 @@ _FP8_CAPABILITY: Final = (8, 9)  # of the first cards that convert e4m3
 
 
 class KVCache:
-    """Keys and values of every layer: pages of num_blocks + 1 blocks each."""
+    """Keys and values of every layer.
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        num_blocks: int,
-        block_size: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        # The last block belongs to no sequence: rows that only pad a batch write there.
-        self.scratch_slot = num_blocks * block_size
-        self.layers: tuple[LayerCache, ...] = tuple(
-            LayerCache.zeros(
-                num_blocks + 1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device=device
-            )
-            for _ in range(config.num_layers)
-        )
+    scratch_block: belongs to no sequence; rows that only pad a batch write there.
+    """
+
+    def __init__(self, layers: Sequence[LayerCache], scratch_block: int) -> None:
+        self.layers = tuple(layers)
+        self.block_size = layers[0].k.shape[1]
+        self.scratch_slot = scratch_block * self.block_size
+
+    @classmethod
+    def zeros(
+        cls, config: DecoderConfig, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
+    ) -> Self:
+        """Blocks that are numbered from 0 on, in memory of their own."""
+        shape = block_size, config.num_kv_heads, config.head_dim
+        layers = [
+            LayerCache.zeros(num_blocks + 1, *shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        return cls(layers, scratch_block=num_blocks)
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copy blocks into others, in every layer: one gather and one scatter for each tensor, in stream order.
@@ -65,7 +66,13 @@ def cache_dtype(config: EngineConfig, compute: torch.dtype, device: torch.device
     return FP8
 
 
+def half_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes of a block's keys, or of its values, in one layer."""
+    return block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
 def block_bytes(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one block in all layers."""
-    block = LayerCache.zeros(1, block_size, config.num_kv_heads, config.head_dim, dtype=dtype, device="meta")
-    return config.num_layers * sum(tensor.nbytes for tensor in block.tensors)
+    """Bytes of one block in all layers, with the scales that fp8 has beside it."""
+    memory = torch.empty(2 * half_bytes(config, block_size, dtype), dtype=torch.uint8, device="meta")
+    block = LayerCache.interleaved(memory, block_size, config.num_kv_heads, config.head_dim, dtype)
+    return config.num_layers * (memory.nbytes + (block.scales.nbytes if block.scales is not None else 0))

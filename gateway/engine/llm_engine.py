@@ -18,6 +18,7 @@ from gateway.engine.block_manager import BlockManager, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import HostBlocks
 from gateway.engine.in_flight import StepInFlight
+from gateway.engine.lent_pages import LentPages
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
@@ -75,12 +76,16 @@ class LLMEngine:
             token_dtype=slots.tokens.rows.dtype if slots.tokens is not None else None,
         )
         self.residency = AdapterResidency(slots, self.host_cache, on_adapter_ready, share=config.tenant_adapter_share)
+        arena = self.runner.arena
         self.blocks = BlockManager(
-            plan.num_blocks,
+            arena.own_blocks,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
             host=HostBlocks(plan.num_host_blocks, plan.least_fetch),
         )
+        if config.lend_adapter_pages:
+            under = [arena.blocks_under(page) for page in range(slots.num_pages)]
+            LentPages(under, self.blocks, slots.pages, self.residency)
         self.scheduler = Scheduler(
             self.blocks,
             self.residency,
@@ -237,6 +242,8 @@ class LLMEngine:
             waiting_adapters=_adapter_names(self.scheduler.waiting),
             resident_adapters=len(residency.resident),
             adapter_slots=self._slots.num_slots,
+            adapter_pages=self._slots.num_pages,
+            lent_pages=self._slots.pages.num_lent,
             adapter_loads=residency.loads,
             adapter_evictions=residency.evictions,
             adapter_load_seconds=residency.load_seconds,

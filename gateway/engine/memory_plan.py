@@ -1,4 +1,4 @@
-"""How an engine shares out its device's memory between adapters and the KV cache, once the base is there."""
+"""How much of its device's memory an engine gives to adapters and the KV cache, once the base is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adapters_store.lora_layout import num_pages_for
 from gateway.config import EngineConfig
 from gateway.engine.host_blocks import least_fetch
 from gateway.engine.host_tier import STAGING_BYTES
-from gateway.engine.kv_cache import block_bytes, cache_dtype
+from gateway.engine.kv_cache import block_bytes, cache_dtype, half_bytes
 from gateway.errors import ConfigInvalid
 from gateway.models.config import DecoderConfig
 from gateway.models.decoder import Decoder
@@ -23,14 +23,15 @@ _CPU_TOKENS: Final = 65_536
 _RESERVED_BYTES: Final = 4 << 30
 # At 8B in bf16 32,768 tokens, many times what is preempted at once; pinned memory is lost to all else on the machine.
 _HOST_BYTES: Final = 4 << 30
-_ADAPTERS_SHARE: Final = 3  # adapters take a third of what is free, unless a number of pages is asked for
+_ADAPTERS_SHARE: Final = 2  # adapters take half of what is free at most, unless a number of pages is asked for
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Pages of adapters, blocks of the KV cache, the bytes of one of each, and a block's tokens.
+    """Pages of adapters, blocks of the KV cache beside them, the bytes of one of each, and a block's tokens.
 
-    num_host_blocks: of the cache's second tier; least_fetch: the fewest that are fetched from there.
+    page_bytes: with the scales of blocks that take a page's place. num_host_blocks: of the cache's second tier;
+    least_fetch: the fewest that are fetched from there.
     """
 
     num_adapter_pages: int
@@ -45,8 +46,11 @@ class MemoryPlan:
     def measure(cls, engine: EngineConfig, decoder: Decoder) -> Self:
         """The plan for what is free on the device now. Raises `ConfigInvalid` when what is asked for does not fit."""
         config, device = decoder.config, decoder.device
-        page_bytes = decoder.lora_layout.page_bytes(resolve_adapter_dtype(engine, decoder.dtype))
-        per_block = block_bytes(config, engine.block_size, cache_dtype(engine, decoder.dtype, device))
+        adapter_dtype = resolve_adapter_dtype(engine, decoder.dtype)
+        kv_dtype = cache_dtype(engine, decoder.dtype, device)
+        per_block = block_bytes(config, engine.block_size, kv_dtype)
+        bare_block = 2 * config.num_layers * half_bytes(config, engine.block_size, kv_dtype)
+        page_bytes = decoder.lora_layout.page_bytes(adapter_dtype) * per_block // bare_block
         least = least_fetch(per_block, _operations(config) * engine.block_size, device.type)
         num_host_blocks = _host_bytes(engine, device) // per_block if least is not None else 0
         usable = None
@@ -54,7 +58,7 @@ class MemoryPlan:
             free, total = torch.cuda.mem_get_info(device)
             usable = free - _RESERVED_BYTES - int(total * (1 - engine.gpu_memory_utilization))
             # Adapters come in through a page of their own, and blocks through staging.
-            usable -= page_bytes + (2 * STAGING_BYTES if num_host_blocks else 0)
+            usable -= decoder.lora_layout.page_bytes(adapter_dtype) + (2 * STAGING_BYTES if num_host_blocks else 0)
             usable -= _vector_bytes(engine, decoder)
             usable -= engine.num_usable_bottleneck_pages * decoder.bottleneck_layout.page_bytes
             usable -= engine.num_usable_token_rows * config.hidden_size * decoder.dtype.itemsize
@@ -63,7 +67,7 @@ class MemoryPlan:
 
     @classmethod
     def of(cls, engine: EngineConfig, page_bytes: int, block_bytes: int, free_bytes: int | None) -> Self:
-        """What is configured as it is; of the rest, adapters what all slots may need, a third at most; the cache all.
+        """What is configured as it is; of the rest, adapters what all slots may need, half at most; the cache all.
 
         free_bytes: what they share; None where it is not measured (on the CPU). Raises `ConfigInvalid` when they are
         more than that, or leave no room for an adapter of the highest rank or for a block.

@@ -15,8 +15,9 @@ from adapters_store.slots import AdapterSlots
 from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
 from gateway.config import EngineConfig
+from gateway.engine.arena import Arena
 from gateway.engine.host_tier import HostTier
-from gateway.engine.kv_cache import KVCache, cache_dtype
+from gateway.engine.kv_cache import cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.raw_vectors import RawVectors
@@ -40,7 +41,7 @@ class ModelRunner:
     def __init__(
         self,
         decoder: Decoder,
-        cache: KVCache,
+        arena: Arena,
         slots: AdapterSlots,
         max_model_len: int,
         host_tier: HostTier | None = None,
@@ -49,7 +50,8 @@ class ModelRunner:
     ) -> None:
         self.decoder = decoder
         self.invariant = invariant
-        self.cache = cache
+        self.arena = arena
+        self.cache = arena.cache
         self.host_tier = host_tier
         self.slots = slots
         self.max_model_len = max_model_len
@@ -71,24 +73,25 @@ class ModelRunner:
         cache_tokens = plan.num_blocks * plan.block_size
         max_model_len = _max_model_len(config, decoder.config.max_position_embeddings, cache_tokens)
         device, dtype = decoder.device, decoder.dtype
-        kv_dtype = cache_dtype(config, dtype, device)
-        cache = KVCache(decoder.config, plan.num_blocks, config.block_size, device, kv_dtype)
-        layers = [layer.tensors for layer in cache.layers]
+        adapter_dtype = resolve_adapter_dtype(config, dtype)
+        arena = Arena(decoder, plan, adapter_dtype, cache_dtype(config, dtype, device))
+        layers = [layer.tensors for layer in arena.cache.layers]
         host_tier = HostTier(layers, plan.num_host_blocks) if plan.num_host_blocks else None
         pages, token_rows = config.num_usable_bottleneck_pages, config.num_usable_token_rows
         slots = AdapterSlots(
             decoder.lora_layout,
             config.num_adapter_slots,
             plan.num_adapter_pages,
-            resolve_adapter_dtype(config, dtype),
+            adapter_dtype,
             device,
             VectorSlots(decoder.vector_layout, config.num_vector_rows, device) if config.num_vector_rows else None,
             BottleneckSlots(decoder.bottleneck_layout, pages, device) if pages else None,
             TokenPool(token_rows, decoder.config.hidden_size, decoder.config.vocab_size, dtype, device)
             if token_rows
             else None,
+            arena.pools,
         )
-        runner = cls(decoder, cache, slots, max_model_len, host_tier, invariant=config.batch_invariant)
+        runner = cls(decoder, arena, slots, max_model_len, host_tier, invariant=config.batch_invariant)
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture_graphs(
                 config.max_rows,

@@ -382,7 +382,7 @@ class Scheduler:
     def _take_drafts(self, sequence: Sequence, most: int) -> None:
         assert sequence.lookup is not None
         drafts = sequence.lookup.guess()[:most]
-        if not self.blocks.grow(sequence, sequence.num_tokens + len(drafts), leave=self._reserve):
+        if not self.blocks.grow(sequence, sequence.num_tokens + len(drafts), leave=self._reserve, may_borrow=False):
             del drafts[len(sequence.block_table) * self.blocks.block_size - sequence.num_tokens :]
         sequence.drafts[:] = drafts
         sequence.request.num_drafts += len(drafts)
@@ -392,6 +392,7 @@ class Scheduler:
         """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
         self._num_scheduled = output.number
         output.num_tokens = sum(step.values())
+        output.copies += self.blocks.move(self.running, spared={target for _, target in output.copies})
         output.saves = self.blocks.saves(output.loads)
         # Rows of one adapter lie together: kernels need not gather what is in a row already. Those whose number changes
         # from step to step lie behind, so that the others stay where they are.

@@ -29,6 +29,8 @@ class EngineStats:
     waiting_adapters: tuple[str, ...] = ()
     resident_adapters: int = 0
     adapter_slots: int = 0
+    adapter_pages: int = 0
+    lent_pages: int = 0
     adapter_loads: int = 0
     adapter_evictions: int = 0
     adapter_load_seconds: float = 0.0

@@ -1,5 +1,6 @@
 """One layer's pages of keys and values, in the compute dtype or in fp8, and plain PyTorch's way in and out."""
 
+import math
 from typing import NamedTuple, Self
 
 import torch
@@ -38,6 +39,20 @@ class LayerCache(NamedTuple):
         if dtype != FP8:
             return cls(k, v)
         return cls(k, v, torch.zeros(num_blocks, num_kv_heads, block_size, 2, dtype=torch.bfloat16, device=device))
+
+    @classmethod
+    def interleaved(cls, memory: Tensor, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Self:
+        """Pages in memory, uint8 [num_bytes], that is there: a block's keys, its values, the next block's keys.
+
+        k, v and the scales that fp8 has count halves of blocks then, of which k's at n and v's at n belong together
+        where n is even.
+        """
+        shape = block_size, num_kv_heads, head_dim
+        half = math.prod(shape) * dtype.itemsize
+        k, v = (part.view(dtype).view(-1, *shape) for part in (memory, memory[half:]))
+        if dtype != FP8:
+            return cls(k, v)
+        return cls(k, v, memory.new_zeros(len(k), num_kv_heads, block_size, 2, dtype=torch.bfloat16))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

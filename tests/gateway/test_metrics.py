@@ -78,6 +78,13 @@ def test_the_second_tier_of_the_cache_is_told_apart() -> None:
     assert engine.sample("patchbay_kv_host_loaded_blocks_total") == 6
 
 
+def test_the_pages_of_adapters_and_those_that_are_lent_are_told() -> None:
+    engine = Engine()
+    engine.stats = EngineStats(adapter_pages=64, lent_pages=24)
+    assert engine.sample("patchbay_adapter_pages") == 64
+    assert engine.sample("patchbay_lent_adapter_pages") == 24
+
+
 def test_lora_requests_info_keeps_one_label_set() -> None:
     engine = Engine()
     for adapters in (("a/x:1",), ("a/x:1", "b/y:2"), ()):

@@ -115,6 +115,7 @@ SETTINGS: dict[str, Draw] = {
     "max_num_batched_tokens": lambda rng: rng.choice([8, 24, 256]),
     "max_waiting": lambda rng: rng.choice([8, 4096]),
     "num_adapter_slots": lambda rng: rng.choice([1, 2, 4]),
+    "lend_adapter_pages": lambda rng: rng.random() < 0.5,
     "num_adapter_pages": lambda rng: rng.choice([None, 4, 7]),
     "max_adapter_pages_per_step": lambda rng: rng.choice([None, None, 2, 6]),
     "adapter_dtype": lambda rng: rng.choice(["auto", "auto", "int8"]),

@@ -55,6 +55,7 @@ def build_engine(world: TinyWorld) -> Iterator[Callable[..., LLMEngine]]:
             "block_size": 4,
             "kv_cache_tokens": 2048,
             "num_adapter_slots": 4,
+            "lend_adapter_pages": False,
         }
         engine = LLMEngine(EngineConfig(**(defaults | settings)), world.blobs, lambda: None)  # type: ignore[arg-type]
         engines.append(engine)

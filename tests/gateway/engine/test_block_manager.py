@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as Seq
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,7 @@ def compute(blocks: BlockManager, seq: Sequence) -> int:
 
 
 def test_a_second_sequence_reuses_the_full_blocks_of_the_first(table: TokenTable) -> None:
-    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(16), 4, enable_prefix_caching=True)
     tokens = list(range(10))
     first, second = sequence(table, tokens), sequence(table, tokens)
     assert compute(blocks, first) == 0
@@ -51,7 +52,7 @@ def test_a_second_sequence_reuses_the_full_blocks_of_the_first(table: TokenTable
 
 
 def test_the_last_token_is_always_computed(table: TokenTable) -> None:
-    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(16), 4, enable_prefix_caching=True)
     compute(blocks, sequence(table, list(range(8))))
     assert compute(blocks, sequence(table, list(range(8)))) == 4
 
@@ -61,7 +62,7 @@ def test_the_last_token_is_always_computed(table: TokenTable) -> None:
 def test_a_fork_leaves_the_last_token_and_the_block_it_is_written_into(
     table: TokenTable, caching: bool, length: int, shared: int, is_copied: bool
 ) -> None:
-    blocks = BlockManager(16, 4, enable_prefix_caching=caching)
+    blocks = BlockManager(range(16), 4, enable_prefix_caching=caching)
     parent, child = (sequence(table, list(range(length))) for _ in range(2))
     compute(blocks, parent)
     assert blocks.fork(parent, child) == (parent.block_table[shared] if is_copied else None)
@@ -77,7 +78,7 @@ def test_a_fork_leaves_the_last_token_and_the_block_it_is_written_into(
 
 
 def test_a_fork_offers_only_what_its_parent_has_not(table: TokenTable) -> None:
-    blocks = BlockManager(16, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(16), 4, enable_prefix_caching=True)
     parent, child, third = (sequence(table, list(range(10))) for _ in range(3))
     blocks.adopt_prefix(parent)
     blocks.grow(parent, 10)  # computed, and not yet told
@@ -96,7 +97,7 @@ def test_versions_and_tenants_never_share_pages(table: TokenTable) -> None:
         for digest in (None, "d1", "d2")
         for salt in ("", "t1", "t2")
     ]
-    blocks = BlockManager(256, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(256), 4, enable_prefix_caching=True)
     for root in roots:
         assert compute(blocks, sequence(table, list(range(12)), root)) == 0
     for root in roots:
@@ -123,7 +124,7 @@ def test_a_block_hash_depends_on_all_before_it() -> None:
 
 
 def test_growing_past_what_is_free_takes_nothing(table: TokenTable) -> None:
-    blocks = BlockManager(2, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(2), 4, enable_prefix_caching=True)
     seq = sequence(table, list(range(12)))
     assert not blocks.grow(seq, 12)
     assert blocks.num_free == 2
@@ -132,7 +133,7 @@ def test_growing_past_what_is_free_takes_nothing(table: TokenTable) -> None:
 
 
 def test_an_overwritten_block_is_no_longer_found(table: TokenTable) -> None:
-    blocks = BlockManager(3, 4, enable_prefix_caching=True)
+    blocks = BlockManager(range(3), 4, enable_prefix_caching=True)
     first = sequence(table, list(range(12)))
     compute(blocks, first)
     blocks.release(first)
@@ -145,7 +146,7 @@ def test_an_overwritten_block_is_no_longer_found(table: TokenTable) -> None:
 
 
 def test_without_prefix_caching_nothing_is_shared(table: TokenTable) -> None:
-    blocks = BlockManager(16, 4, enable_prefix_caching=False)
+    blocks = BlockManager(range(16), 4, enable_prefix_caching=False)
     compute(blocks, sequence(table, list(range(12))))
     assert compute(blocks, sequence(table, list(range(12)))) == 0
 
@@ -153,7 +154,7 @@ def test_without_prefix_caching_nothing_is_shared(table: TokenTable) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_random_use_keeps_the_books(table: TokenTable, data: st.DataObject) -> None:
-    blocks = BlockManager(12, 2, enable_prefix_caching=True)
+    blocks = BlockManager(range(12), 2, enable_prefix_caching=True)
     live: list[Sequence] = []
     for _ in range(data.draw(st.integers(1, 30))):
         if live and data.draw(st.booleans()):
@@ -174,20 +175,133 @@ def test_random_use_keeps_the_books(table: TokenTable, data: st.DataObject) -> N
     assert blocks.num_free == blocks.num_blocks
 
 
-class Tiers:
-    """A block manager with a second tier, and what its blocks hold after each step: the links that were computed."""
+def lending(num_own: int, num_lent: int, host: HostBlocks | None = None) -> BlockManager:
+    """With blocks of 2 tokens, of which the first are lent."""
+    own = range(num_lent, num_lent + num_own)
+    blocks = BlockManager(own, 2, enable_prefix_caching=True, host=host)
+    for block in range(num_lent):
+        blocks.add(block)
+    return blocks
 
-    def __init__(self, num_blocks: int, num_host_blocks: int) -> None:
+
+def test_what_is_withdrawn_is_used_no_more_when_nobody_holds_it(table: TokenTable) -> None:
+    blocks = lending(num_own=2, num_lent=2)
+    seq = sequence(table, list(range(8)))
+    assert blocks.grow(seq, 8)
+    first, second, *_ = seq.block_table
+    assert {first, second} == {0, 1}
+    blocks.withdraw(second)
+    assert (blocks.num_blocks, blocks.holds_any([second])) == (4, True)
+    blocks.seal(seq, 8)
+    blocks.release(seq)
+    assert (blocks.num_blocks, blocks.num_free, blocks.holds_any([second])) == (3, 3, False)
+    again = sequence(table, list(range(8)))
+    assert blocks.adopt_prefix(again) == 2  # the first block's
+    blocks.release(again)
+    blocks.withdraw(first)
+    assert (blocks.num_blocks, blocks.num_free) == (2, 2)
+    assert not blocks.grow(sequence(table, list(range(5))), 5)
+    blocks.check_integrity()
+
+
+def test_a_block_that_was_withdrawn_may_be_added_again_while_it_is_held(table: TokenTable) -> None:
+    blocks = lending(num_own=1, num_lent=1)
+    seq = sequence(table, [1, 2, 3])
+    assert blocks.grow(seq, 3)
+    blocks.withdraw(0)
+    blocks.add(0)
+    blocks.release(seq)
+    assert (blocks.num_blocks, blocks.num_free) == (2, 2)
+    blocks.check_integrity()
+
+
+def test_a_sequence_goes_on_in_other_blocks_and_its_prefix_is_found_there(table: TokenTable) -> None:
+    blocks = lending(num_own=6, num_lent=2)
+    first, second = (sequence(table, [*range(4), *end]) for end in ((7,), (8, 9)))
+    compute(blocks, first)
+    assert compute(blocks, second) == 4
+    before = first.block_table
+    for block in (0, 1):
+        blocks.withdraw(block)
+    copies = blocks.move([first, second], spared=())
+    assert [source for source, _ in copies] == before[:2]
+    assert min(first.block_table) >= 2
+    assert first.block_table[:2] == second.block_table[:2] == [target for _, target in copies]
+    assert first.block_table is not before  # by which others know that it is not the one that they have sent
+    assert blocks.num_blocks == 6
+    assert compute(blocks, sequence(table, [0, 1, 2, 3, 5])) == 4
+    blocks.check_integrity()
+
+
+def test_nothing_moves_without_free_blocks_nor_what_is_spared(table: TokenTable) -> None:
+    blocks = lending(num_own=1, num_lent=2)
+    seq = sequence(table, list(range(4)))
+    compute(blocks, seq)
+    for block in (0, 1):
+        blocks.withdraw(block)
+    spared, other = seq.block_table
+    ((source, target),) = blocks.move([seq], spared={spared})
+    assert (source, target) == (other, 2)
+    assert seq.block_table == [spared, 2]
+    assert blocks.move([seq], spared=()) == []
+    blocks.release(seq)
+    assert blocks.num_blocks == blocks.num_free == 1
+
+
+def test_what_an_adapter_may_have_overwritten_is_not_saved_to_the_host(table: TokenTable) -> None:
+    blocks = lending(num_own=1, num_lent=1, host=HostBlocks(4))
+    seq = sequence(table, [1, 2])
+    compute(blocks, seq)
+    blocks.release(seq)
+    other = sequence(table, [3, 4, 5])
+    assert blocks.grow(other, 3)  # drops the prefix, which the next step is to save
+    blocks.release(other)
+    blocks.withdraw(0)
+    assert blocks.saves([]) == []
+
+
+class Tiers:
+    """A block manager with a second tier, and what its blocks hold after each step: the links that were computed.
+
+    The first blocks may be lent; nobody knows what they hold then, nor when they are taken back.
+    """
+
+    def __init__(self, num_blocks: int, num_host_blocks: int, num_lent: int = 0) -> None:
         self.manager = BlockManager(
-            num_blocks, 2, enable_prefix_caching=True, host=HostBlocks(num_host_blocks) if num_host_blocks else None
+            range(num_lent, num_lent + num_blocks),
+            2,
+            enable_prefix_caching=True,
+            host=HostBlocks(num_host_blocks) if num_host_blocks else None,
         )
-        self.device: list[bytes | None] = [None] * num_blocks
+        self.device: list[bytes | None] = [None] * (num_lent + num_blocks)
+        self.lent: dict[int, bool] = {}  # whether it is withdrawn
         self.host: list[bytes | None] = [None] * num_host_blocks
         self._last: list[Sequence] = []
 
-    def step(self, admitted: list[Sequence], *, overlapping: bool) -> list[Sequence]:
-        """Run sequences whole in one step; those that found room. The step before ends first, or just after."""
+    def lend(self, block: int) -> None:
+        """Have the manager use a block, which may be one that was withdrawn."""
+        self.manager.add(block)
+        self.lent[block] = False
+
+    def withdraw(self, block: int) -> None:
+        self.manager.withdraw(block)
+        self.lent[block] = True
+
+    def _take_back(self) -> None:
+        """Overwrite what was withdrawn as soon as nobody holds it."""
+        for block in [block for block, is_withdrawn in self.lent.items() if is_withdrawn]:
+            if not self.manager.holds_any([block]):
+                self.manager.withdraw(block)
+                del self.lent[block]
+                self.device[block] = b"an adapter's"
+
+    def step(self, admitted: list[Sequence], live: Seq[Sequence] = (), *, overlapping: bool) -> list[Sequence]:
+        """Run sequences whole in one step; those that found room. The step before ends first, or just after.
+
+        live: others that hold blocks.
+        """
         manager, loads, running = self.manager, list[BlockCopy](), list[Sequence]()
+        self._take_back()
         if not overlapping:
             self._land()
         for seq in admitted:
@@ -198,7 +312,11 @@ class Tiers:
             else:
                 manager.release(seq)
         if running:
+            copies = manager.move([*live, *running], spared=())
+            assert not {source for source, _ in copies} & {target for _, target in copies}
             self._copy(manager.saves(loads), loads)
+            for source, target in copies:
+                self.device[target] = self.device[source]
         self._land()
         for seq in running:
             num_cached, num_full = seq.num_computed // 2, seq.num_tokens // 2
@@ -240,7 +358,8 @@ def chain(seq: Sequence) -> list[bytes]:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_block_adopted_from_either_tier_holds_what_its_link_says(table: TokenTable, data: st.DataObject) -> None:
-    tiers = Tiers(8, data.draw(st.sampled_from([0, 1, 3, 16])))
+    num_lent = data.draw(st.sampled_from([0, 4, 8]))
+    tiers = Tiers(8, data.draw(st.sampled_from([0, 1, 3, 16])), num_lent)
     roots = [prefix_root("base", None, salt) for salt in ("t1", "t2")]
     tokens, live = st.lists(st.integers(0, 1), min_size=1, max_size=11), list[Sequence]()
     for _ in range(data.draw(st.integers(1, 12))):
@@ -251,8 +370,16 @@ def test_a_block_adopted_from_either_tier_holds_what_its_link_says(table: TokenT
         new = [
             sequence(table, ids, data.draw(st.sampled_from(roots))) for ids in data.draw(st.lists(tokens, max_size=4))
         ]
-        live += tiers.step(new, overlapping=data.draw(st.booleans()))
+        for block in data.draw(st.lists(st.integers(0, num_lent - 1), unique=True)) if num_lent else ():
+            if tiers.lent.get(block, True):
+                tiers.lend(block)
+            else:
+                tiers.withdraw(block)
+        live += tiers.step(new, live, overlapping=data.draw(st.booleans()))
         tiers.manager.check_integrity()
+        for seq in live:
+            links = chain(seq)
+            assert [tiers.device[block] for block in seq.block_table[: len(links)]] == links
     for seq in live:
         tiers.manager.release(seq)
     assert tiers.manager.num_free == tiers.manager.num_blocks

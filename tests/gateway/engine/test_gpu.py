@@ -544,7 +544,7 @@ def test_two_gpus_swap_adapters_and_blocks_and_give_one_gpu_s_tokens(
         config = EngineConfig(
             base=four_layers, device="cuda", dtype="float32", tensor_parallel_size=size, kv_cache_tokens=tokens,
             kv_host_bytes=1 << 30, num_adapter_slots=slots, host_cache_bytes=256 << 20, max_num_seqs=16,
-            max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+            max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager, lend_adapter_pages=False,
         )  # fmt: skip
         return LLMEngine(config, blobs, lambda: None)
 
@@ -596,6 +596,7 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
         config = EngineConfig(
             base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=host_bytes,
             max_num_seqs=16, max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+            lend_adapter_pages=False,
         )  # fmt: skip
         return LLMEngine(config, BlobStore(f"file://{tmp_path / 'blobs'}"), lambda: None)
 
@@ -623,13 +624,41 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
         engine.close()
 
 
+@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_pages_that_move_between_adapters_and_the_cache_change_no_token(
+    tmp_path: Path, four_layers: str, overlap_steps: bool, enforce_eager: bool
+) -> None:
+    blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
+
+    def engine_of(tokens: int, pages: int, *, lends: bool) -> LLMEngine:
+        config = EngineConfig(
+            base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=1 << 28,
+            max_num_seqs=16, max_lora_rank=16, num_adapter_slots=8, num_adapter_pages=pages, lend_adapter_pages=lends,
+            overlap_steps=overlap_steps, enforce_eager=enforce_eager,
+        )  # fmt: skip
+        return LLMEngine(config, blobs, lambda: None)
+
+    ample, lending = engine_of(32_768, 8, lends=False), engine_of(1024, 4, lends=True)
+    refs = [write_adapter(blobs, tmp_path, ample.model.spec, 16, i) for i in range(6)]
+    served: list[Seq[AdapterRef | None]] = [(None,), refs, (None, *refs), (None, None, None, refs[0]), refs]
+    for turn in served:
+        prompts = random_prompts(24, 300)
+        assert serve(lending, prompts, 80, turn) == serve(ample, prompts, 80, turn)
+        assert (lending.stats().lent_pages > 0) or turn is refs
+    assert lending.stats().adapter_evictions > 0
+    for engine in (ample, lending):
+        engine.close()
+
+
 def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
     tmp_path: Path, four_layers: str
 ) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
     config = EngineConfig(
-        base=four_layers, device="cuda", kv_cache_tokens=2048, kv_host_bytes=1 << 30, max_num_seqs=16, max_lora_rank=16
-    )
+        base=four_layers, device="cuda", kv_cache_tokens=2048, kv_host_bytes=1 << 30, max_num_seqs=16, max_lora_rank=16,
+        lend_adapter_pages=False,
+    )  # fmt: skip
     engine = LLMEngine(config, blobs, lambda: None)
     serve(engine, random_prompts(16, 200), 2)  # from here on each block that is taken holds a prefix
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
@@ -677,8 +706,9 @@ def test_batch_invariant_mode_gives_a_request_s_bits_alone_and_in_any_batch(tmp_
     def engine_of(**settings: Any) -> LLMEngine:
         chosen: dict[str, Any] = {"kv_cache_tokens": 65_536, "kv_host_bytes": 0, "num_adapter_slots": 24} | settings
         config = EngineConfig(
-            base=four_layers, device="cuda", batch_invariant=True, max_num_seqs=64, max_lora_rank=32, **chosen
-        )
+            base=four_layers, device="cuda", batch_invariant=True, max_num_seqs=64, max_lora_rank=32,
+            lend_adapter_pages=False, **chosen,
+        )  # fmt: skip
         return LLMEngine(config, blobs, lambda: None)
 
     def answers(engine: LLMEngine, asked: Iterable[int]) -> dict[str, list[TokenLogprob]]:

@@ -26,10 +26,10 @@ def test_adapters_take_what_all_slots_may_need_and_the_cache_the_rest() -> None:
     assert 0 <= 100 * GIB - made.adapter_bytes - made.cache_bytes < BLOCK
 
 
-def test_adapters_take_a_third_at_most_unless_a_number_is_asked_for() -> None:
+def test_adapters_take_half_at_most_unless_a_number_is_asked_for() -> None:
     made = plan(12 * GIB, num_adapter_slots=64, max_lora_rank=64)
-    assert made.num_adapter_pages == 4 * GIB // PAGE
-    assert made.cache_bytes > 7.9 * GIB
+    assert made.num_adapter_pages == 6 * GIB // PAGE
+    assert made.cache_bytes > 5.9 * GIB
     assert plan(12 * GIB, num_adapter_pages=100).num_adapter_pages == 100
 
 

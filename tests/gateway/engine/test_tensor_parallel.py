@@ -68,9 +68,11 @@ def assert_same(got: dict[str, list[TokenDelta]], wanted: dict[str, list[TokenDe
             )
 
 
-@pytest.mark.parametrize("overlap_steps", [False, True])
+@pytest.mark.parametrize(
+    ("overlap_steps", "lends"), [(False, False), (True, False), (True, True)], ids=["in turn", "overlapping", "lending"]
+)
 def test_two_ranks_give_one_rank_s_tokens(
-    world: TinyWorld, build_engine: MakeEngine, tmp_path: Path, overlap_steps: bool
+    world: TinyWorld, build_engine: MakeEngine, tmp_path: Path, overlap_steps: bool, lends: bool
 ) -> None:
     """Adapters take turns in slots, prompts come in chunks, blocks run out and go to the host, prefixes are reused."""
     settings = {
@@ -79,6 +81,8 @@ def test_two_ranks_give_one_rank_s_tokens(
         "kv_cache_tokens": 80,
         "kv_host_bytes": 1 << 20,
         "num_adapter_slots": 2,
+        "num_adapter_pages": 2,
+        "lend_adapter_pages": lends,
     }
     one, two = (build_engine(tensor_parallel_size=size, **settings) for size in (1, 2))
     bottleneck = shutil.copytree(Path(__file__).parent / "expected" / "bottleneck_double", tmp_path / "bottleneck")
@@ -90,7 +94,8 @@ def test_two_ranks_give_one_rank_s_tokens(
             for i, name in enumerate(names)
         ]
         assert_same(serve(two, *requests), serve(one, *requests))
-    assert two.stats().num_preemptions > 0
+    assert two.stats().num_preemptions > 0 or lends
+    assert (two.stats().lent_pages > 0) == lends
     assert two.stats().prefix_hits > 0
     assert two.stats().kv_host_loaded > 0
     assert two.stats().adapter_evictions > 0
