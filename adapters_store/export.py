@@ -245,7 +245,9 @@ def _ranked(spec: AdapterSpec, ranks: Modules[int], alpha_field: str, num_layers
 
 def _miss_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     modules = {(layer, delta.linear) for delta in spec.deltas for layer in delta.layers}
-    return {"bias": _own_biases(spec, "MiSS_only"), "r": spec.rank, **_targets(modules, num_layers)}
+    mini_r, rank = spec.deltas[0].mini_r, spec.deltas[0].peft_rank or spec.rank
+    mini = {} if mini_r is None else {"init_weights": "mini", "mini_r": mini_r}
+    return {"bias": _own_biases(spec, "MiSS_only"), "r": rank, **mini, **_targets(modules, num_layers)}
 
 
 def _vera_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:

@@ -51,9 +51,10 @@ bias, is DoRA's magnitude (an output scale once divided by the rows' norms), or 
 class LoRADelta(BaseModel):
     """One linear's delta, alike in each of `layers`: y += scale * B(A x), A [rank, in], B [out, rank].
 
-    rank: 0 where AdaLoRA left nothing. in_features: of the linear, where no tensor of its own has it (VeRA and MiSS).
-    peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r, LoKr's r). exact_rank: of a
-    Kronecker product, of which `rank` may be fewer, the largest singular values.
+    rank: 0 where AdaLoRA left nothing. in_features, out_features: of the linear, where no tensor of its own has them
+    (VeRA and MiSS). peft_rank: the rank in peft's config where a delta may have another (AdaLoRA's init_r, LoKr's r,
+    that of MiSS's "mini"). exact_rank: of a Kronecker product, of which `rank` may be fewer, the largest singular
+    values. mini_r: of MiSS's "mini", how many outputs have columns of their own, which the others repeat.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +66,8 @@ class LoRADelta(BaseModel):
     in_features: int | None = None
     peft_rank: int | None = None
     exact_rank: int | None = None
+    out_features: int | None = None
+    mini_r: int | None = None
 
 
 class VectorSite(BaseModel):

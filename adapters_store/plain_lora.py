@@ -98,12 +98,19 @@ def _read_delora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple
 
 
 def _read_miss(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
-    """As plain LoRA: A of zeros and ones adds up every r-th input."""
+    """As plain LoRA, where B A repeats the block over inputs and outputs: its smaller side is the rank.
+
+    The other matrix is of zeros and ones: A adds up every r-th input, or B gives every `mini_r`-th output the same.
+    """
     for layer, delta in _by_layer(deltas):
         block: torch.Tensor = file.get_tensor(tensor_name(layer, delta.linear, MISS_BLOCK))
-        assert delta.in_features is not None, "every delta of MiSS has it"
-        sums = torch.eye(delta.rank, dtype=block.dtype).repeat(1, -(-delta.in_features // delta.rank))
-        yield (layer, delta.linear), (sums[:, : delta.in_features], block.T)
+        in_features, out_features = delta.in_features, delta.out_features or block.shape[1]
+        assert in_features is not None, "every delta of MiSS has it"
+        ones = torch.eye(delta.rank, dtype=block.dtype)
+        if delta.rank == len(block):
+            yield (layer, delta.linear), (_repeated(ones, in_features), _repeated(block, out_features).T)
+        else:
+            yield (layer, delta.linear), (_repeated(block.T, in_features), _repeated(ones, out_features).T)
 
 
 def _read_loretta(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
@@ -130,6 +137,11 @@ _READERS: Final = {
     "MISS": _read_miss,
     "VERA": _read_vera,
 }
+
+
+def _repeated(columns: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """So many columns: these, again and again."""
+    return columns.repeat(1, -(-num_columns // columns.shape[1]))[:, :num_columns]
 
 
 def _by_layer(deltas: Iterable[LoRADelta]) -> Iterator[tuple[int, LoRADelta]]:

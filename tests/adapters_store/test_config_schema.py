@@ -199,7 +199,6 @@ def test_every_field_of_another_kind_is_known_and_no_field_of_lora_is(config: Pe
         (6, "bias", "lora_only"),
         (6, "r", 0),
         (7, "init_weights", "bat"),
-        (7, "init_weights", "mini"),
         (7, "init_weights", ["mini"]),
         (7, "bias", "miss_only"),
     ],

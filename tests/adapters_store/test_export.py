@@ -71,6 +71,8 @@ KINDS: dict[str, PeftConfig] = {
         r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 2}, lambda_pattern={"q_proj": 4},
         init_weights=False,
     ),
+    "MiSS mini of few outputs": MissConfig(r=7, init_weights="mini", mini_r=4, target_modules=["q_proj", "down_proj"]),
+    "MiSS mini of few inputs": MissConfig(r=4, init_weights="mini", mini_r=8, target_modules=["q_proj"]),
     "MiSS": MissConfig(r=7, target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
     "VeRA": VeraConfig(r=6, target_modules=["q_proj", "down_proj"], save_projection=False),
     "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),

@@ -40,6 +40,7 @@ LOHA = LoHaConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 DELORA = DeloraConfig(r=3, target_modules=["q_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
 LOKR = LoKrConfig(r=2, alpha=8, target_modules=["q_proj", "down_proj"])
 MISS = MissConfig(r=6, target_modules=["q_proj"])
+MINI = MissConfig(r=6, init_weights="mini", mini_r=2, target_modules=["q_proj"])
 VERA = VeraConfig(r=6, target_modules=["q_proj", "down_proj"])
 PREFIX = "base_model.model.model."
 
@@ -77,9 +78,11 @@ SAVED_NORMS = tuple(
         (LOKR, 8, ()),
         (DELORA, 3, ()),
         (MISS, 6, ()),
+        (MINI, 2, ()),
+        (replace(MINI, r=2, mini_r=32), 2, ()),
     ],
     ids=["IA3", "BEFT", "LN", "DoRA", "lora_bias", "norm is the end of all norms", "one norm", "VeRA", "AdaLoRA",
-         "LoKr", "DeLoRA", "MiSS"],
+         "LoKr", "DeLoRA", "MiSS", "MiSS mini of few outputs", "MiSS mini of all outputs"],
 )  # fmt: skip
 def test_a_peft_folder_is_accepted_and_kept_whole(
     tmp_path: Path, base: BaseSpec, config: PeftConfig, rank: int, vectors: tuple[VectorSite, ...]
@@ -150,6 +153,9 @@ def test_trained_biases_are_those_that_the_base_has(tmp_path: Path, base: BaseSp
         (LN, {"target_modules": ".*q_norm"}, "target_modules", "matches no norm"),
         (VERA, {"target_modules": "lm_head"}, "target_modules", "matches no linear"),
         (VERA, {"r": 17}, "r", "limit of 16"),
+        (MINI, {"mini_r": 5}, "mini_r", "32 outputs of q_proj"),
+        (MINI, {"mini_r": 0}, "mini_r", "greater"),
+        (MINI, {"mini_r": 32, "r": 17}, "r", "limit of 16"),
         (ADALORA, {"rank_pattern": {}, "init_r": 17}, "init_r", "limit of 16"),
         (ADALORA, {"rank_pattern": {E0: [True] * 17 + [False]}, "init_r": 18}, "rank_pattern", "limit of 16"),
     ],
@@ -192,6 +198,7 @@ def test_a_field_that_the_base_cannot_follow_is_refused_by_name(
         (DELORA, "layers.0.self_attn.q_proj.delora_w_norm", torch.ones(1), "[32]"),  # of weights in 4 bits
         (DELORA, "layers.0.self_attn.q_proj.delora_lambda", torch.tensor([1e18]), "overflows"),
         (MISS, "layers.0.self_attn.q_proj.miss_block", torch.ones(6, 6), "[6, 32]"),
+        (MINI, "layers.0.self_attn.q_proj.miss_block", torch.ones(6, 32), "[6, 2]"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w1_a", torch.full((32, 2), 1e19), "overflows"),
         (LOHA, "layers.0.self_attn.q_proj.hada_w2_b", torch.full((2, 32), 1.9e19), "overflows"),
     ],

@@ -96,6 +96,10 @@ KINDS: dict[str, PeftConfig] = {
         r=4, use_dora=True, target_modules=["o_proj"], modules_to_save=["norm", "lm_head"], **TASK
     ),
     "trainable_tokens": TrainableTokensConfig(token_indices=[60, 58, 61], **TASK),
+    "miss mini of few outputs": MissConfig(r=21, init_weights="mini", mini_r=4, target_modules=LINEARS, **TASK),
+    "miss mini of few inputs": MissConfig(
+        r=4, init_weights="mini", mini_r=16, bias="MiSS_only", target_modules=["q_proj", "down_proj"], **TASK
+    ),
 }  # fmt: skip
 
 
