@@ -15,7 +15,7 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr
 from adapters_store.adapter_config import AdapterConfig, Alpha
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import BOTTLENECK_TENSORS, BaseSpec, bottleneck_tensor_name
-from adapters_store.manifest import BOTTLENECK_SITES, Bottleneck, BottleneckActivation, BottleneckReads, BottleneckSize
+from adapters_store.manifest import Bottleneck, BottleneckActivation, BottleneckReads, BottleneckSite, BottleneckSize
 from adapters_store.module_matching import refuse
 from adapters_store.strict_json import shown
 
@@ -139,12 +139,12 @@ class BottleneckConfig(AdapterConfig):
 
     def _bottleneck(self, sizes: Mapping[int, int]) -> Bottleneck:
         assert isinstance(self.scaling, float)
-        which = self.mh_adapter, self.output_adapter
+        sites: dict[BottleneckSite, bool] = {"attention": self.mh_adapter, "output": self.output_adapter}
         by_size = {size: tuple(layer for layer, own in sizes.items() if own == size) for size in sizes.values()}
         return Bottleneck(
             name=self.name,
             hidden_size=self.hidden_size,
-            sites=tuple(site for site, has in zip(BOTTLENECK_SITES, which, strict=True) if has),
+            sites=tuple(site for site, has in sites.items() if has),
             sizes=tuple(BottleneckSize(size=size, layers=layers) for size, layers in sorted(by_size.items())),
             reads=self._reads,
             activation=ACTIVATIONS[self.non_linearity.lower()],

@@ -1,4 +1,4 @@
-"""How bottleneck adapters lie in memory: pages of 16 units of one block's output, over all layers."""
+"""How bottleneck adapters lie in memory: pages of 16 units of one site, over all layers."""
 
 from __future__ import annotations
 

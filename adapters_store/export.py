@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 from adapters_store.adalora_config import ADALORA_EPSILON
 from adapters_store.base_spec import LINEARS, BaseSpec, module_path
 from adapters_store.file_names import ADAPTERHUB_WEIGHTS_FILE, CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
-from adapters_store.manifest import AdapterManifest, AdapterSpec, Bottleneck
+from adapters_store.manifest import LORETTA_LINEARS, AdapterManifest, AdapterSpec, Bottleneck
 
 _CHUNK: Final = 1 << 20
 _ADAPTERHUB_VERSION: Final = "adapters.1.3.0"
@@ -184,16 +184,15 @@ def _loretta_rep_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
 def _loretta_adp_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     """As loretta writes it, under a kind of its own name."""
     assert spec.bottleneck is not None
-    (own,) = spec.bottleneck.sizes
     return {
         "peft_type": "BOTTLENECK",
-        "bottleneck_size": own.size,
+        "bottleneck_size": spec.bottleneck.size,
         "non_linearity": _ACTIVATIONS.get(spec.bottleneck.activation, spec.bottleneck.activation),
         "scaling": spec.bottleneck.scale,
         "bias": "none",
         "tensorized": True,
         "tensor_rank": spec.tensor_rank,
-        "target_modules": [module_path(layer, "down_proj") for layer in own.layers],
+        "target_modules": [module_path(layer, LORETTA_LINEARS[site]) for layer, site, _ in spec.bottleneck.places],
     }
 
 

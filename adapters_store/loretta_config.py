@@ -14,12 +14,13 @@ from adapters_store.adapter_config import Alpha, Rank, TargetedConfig
 from adapters_store.adapter_contents import AdapterContents, TensorRule
 from adapters_store.base_spec import LINEARS, BaseSpec, factors_name, tensor_name
 from adapters_store.bottleneck_config import ACTIVATIONS, check_activation
-from adapters_store.manifest import Bottleneck, BottleneckSize
+from adapters_store.manifest import LORETTA_LINEARS, Bottleneck, BottleneckSite, BottleneckSize
 from adapters_store.module_matching import choose, refuse
 from adapters_store.tensor_train import TensorTrain
 
 # What is made on the way to a matrix is at most 64 times as large as the matrix.
 TensorRank = Annotated[StrictInt, Field(ge=1, le=64)]
+Sites = tuple[BottleneckSite, ...]
 _NO_BIAS: Final = "trained biases beside tensor trains are not served in this release"
 _NO_SAVED: Final = "fully trained modules beside tensor trains are not served in this release"
 
@@ -59,12 +60,15 @@ class LorettaRepConfig(TargetedConfig):
 
 
 class LorettaAdpConfig(TargetedConfig):
-    """y += scaling * up(f(down(y))) on the outputs of down_proj, which are those of the feed-forward block."""
+    """y += scaling * up(f(down(y))) on the outputs of down_proj, and so on the inputs of gate_proj and up_proj, each.
+
+    The outputs of down_proj are those of the feed-forward block; what gate or up reads is changed for that alone.
+    """
 
     kind = "LORETTA_ADP"
     inert: ClassVar = frozenset({"adapter_dropout", "init_weights", "use_adapterp"})
     refused: ClassVar[Mapping[str, str]] = {
-        "use_parallel_adapter": "parallel adapters on linears are not served in this release",
+        "use_parallel_adapter": "parallel adapters on linears are not served in this release, and loretta makes none",
         "bias": _NO_BIAS,
         "modules_to_save": _NO_SAVED,
     }
@@ -84,38 +88,46 @@ class LorettaAdpConfig(TargetedConfig):
         return config
 
     def contents(self, base: BaseSpec) -> AdapterContents:
-        paths, layers = base.paths(LINEARS), []
-        for path in choose(paths, self.target_modules):
-            layer, linear = paths[path]
-            if linear != "down_proj":
-                reason = (
-                    f"an adapter before {linear} changes what that alone reads, which is not served in this release"
-                )
-                raise refuse("target_modules", f"{reason}; down_proj is")
-            layers.append(layer)
+        sites, sizes = self._sites(base)
         assert isinstance(self.scaling, float)
         bottleneck = Bottleneck(
             hidden_size=base.hidden_size,
-            sites=("output",),
-            sizes=(BottleneckSize(size=self.bottleneck_size, layers=tuple(sorted(layers))),),
+            sites=sites,
+            sizes=sizes,
             reads="block",
             activation=ACTIVATIONS[self.non_linearity],
             scale=self.scaling,
         )
         contents = AdapterContents(bottleneck=bottleneck, tensor_rank=self.tensor_rank)
-        for layer in layers:
-            for matrix, width, scale in (
-                ("adapter_down", self.bottleneck_size, 1.0),
-                ("adapter_up", base.hidden_size, self.scaling),
-            ):
-                size, factors = self.bottleneck_size * base.hidden_size, factors_name(layer, "down_proj", matrix)
-                contents.trains.append(TensorTrain(factors, size, self.tensor_rank, scale))
-                bias = tensor_name(layer, "down_proj", f"{matrix}.layer.bias")
+        for layer, site, units in bottleneck.places:
+            for matrix, width, scale in (("adapter_down", units, 1.0), ("adapter_up", base.hidden_size, self.scaling)):
+                factors = factors_name(layer, LORETTA_LINEARS[site], matrix)
+                contents.trains.append(TensorTrain(factors, units * base.hidden_size, self.tensor_rank, scale))
+                bias = tensor_name(layer, LORETTA_LINEARS[site], f"{matrix}.layer.bias")
                 contents.tensors[bias] = TensorRule((width,), abs(scale))
         return contents
 
     def rank_field(self, rank: int) -> str:
         return "bottleneck_size"
+
+    def _sites(self, base: BaseSpec) -> tuple[Sites, tuple[BottleneckSize, ...]]:
+        """The sites in any layer, and the layers, those of the same sites together."""
+        paths = base.paths(LINEARS)
+        targets = {paths[path] for path in choose(paths, self.target_modules)}
+        if others := sorted({linear for _, linear in targets} - set(LORETTA_LINEARS.values())):
+            reason = f"loretta has no such adapters on {others[0]}; these may have some: "
+            raise refuse("target_modules", reason + ", ".join(LORETTA_LINEARS.values()))
+        by_sites: dict[Sites, list[int]] = {}
+        for layer in range(base.num_layers):
+            own = tuple(site for site, linear in LORETTA_LINEARS.items() if (layer, linear) in targets)
+            if own:
+                by_sites.setdefault(own, []).append(layer)
+        sites = tuple(site for site in LORETTA_LINEARS if any(site in own for own in by_sites))
+        sizes = (
+            BottleneckSize(size=self.bottleneck_size, layers=tuple(layers), sites=own if own != sites else None)
+            for own, layers in by_sites.items()
+        )
+        return sites, tuple(sizes)
 
 
 def _without_no_bias(raw: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -121,29 +122,35 @@ class TokenRows(BaseModel):
     ids: tuple[int, ...] | None = None
 
 
-BottleneckSite = Literal["attention", "output"]
-"""A block of a layer that a bottleneck adapter follows; "output" is the feed-forward block, in AdapterHub's words."""
+BottleneckSite = Literal["attention", "gate", "up", "output"]
+"""Where in a layer a bottleneck adapter is: behind the block of attention or of feed-forward ("output", in AdapterHub's
+words), or before gate_proj or up_proj, whose inputs it changes for that linear alone."""
 
-BOTTLENECK_SITES: Final[tuple[BottleneckSite, ...]] = ("attention", "output")
+BOTTLENECK_SITES: Final[tuple[BottleneckSite, ...]] = ("attention", "gate", "up", "output")
+
+LORETTA_LINEARS: Final[Mapping[BottleneckSite, str]] = {"gate": "gate_proj", "up": "up_proj", "output": "down_proj"}
+"""The linears that LoRETTA_adp may target, by where it then has a bottleneck: behind down_proj, before the others."""
 
 BottleneckReads = Literal["block", "stream", "sum"]
-"""What a bottleneck adapter reads: what its block gives, the residual stream before that is added to it, or after."""
+"""What a bottleneck adapter reads: what comes to its site, or of a block also the residual stream before that is added
+to it, or after."""
 
 BottleneckActivation = Literal["none", "relu", "gelu", "silu", "tanh"]
 """What stands between its two linears (gelu: the exact one)."""
 
 
 class BottleneckSize(BaseModel):
-    """The width between the two linears, in each of `layers`."""
+    """The width between the two linears, in each of `layers`. sites: where; None: at all of the adapter's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: int = Field(ge=1)
     layers: tuple[int, ...]
+    sites: tuple[BottleneckSite, ...] | None = None
 
 
 class Bottleneck(BaseModel):
-    """Bottleneck adapters at `sites`: the residual stream gets scale * up(activation(down(x))), with biases, beside.
+    """Bottleneck adapters at `sites`: what is there gets scale * up(activation(down(x))), with biases, beside.
 
     name: AdapterHub's, which is part of its tensors' names; LoRETTA's have none. hidden_size: the base's.
     """
@@ -162,6 +169,13 @@ class Bottleneck(BaseModel):
     def size(self) -> int:
         """The largest in any layer."""
         return max(each.size for each in self.sizes)
+
+    @property
+    def places(self) -> list[tuple[int, BottleneckSite, int]]:
+        """Layer, site and size of each."""
+        return [
+            (layer, site, own.size) for own in self.sizes for layer in own.layers for site in own.sites or self.sites
+        ]
 
 
 class AdapterSpec(BaseModel):

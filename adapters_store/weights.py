@@ -15,6 +15,7 @@ from adapters_store.base_spec import BOTTLENECK_TENSORS, bottleneck_tensor_name,
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
+    LORETTA_LINEARS,
     PROMPT_TENSOR,
     AdapterSpec,
     Bottleneck,
@@ -117,22 +118,22 @@ def _read_table(file: Any, spec: TokenRows) -> TokenTable:
 
 def _read_bottleneck(file: Any, bottleneck: Bottleneck) -> BottleneckWeights:
     tensors = {}
-    for size, layer in ((each.size, layer) for each in bottleneck.sizes for layer in each.layers):
-        for site in bottleneck.sites:
-            if bottleneck.name is None:
-                down, down_bias, up, up_bias = _read_loretta_bottleneck(file, layer, size)
-            else:
-                down, down_bias, up, up_bias = (
-                    file.get_tensor(bottleneck_tensor_name(layer, site, bottleneck.name, tensor))
-                    for tensor in BOTTLENECK_TENSORS
-                )
-            up, up_bias = fold_scale(up, bottleneck.scale), fold_scale(up_bias, bottleneck.scale)
-            tensors[layer, site] = BottleneckTensors(down, down_bias, up, up_bias)
+    for layer, site, size in bottleneck.places:
+        if bottleneck.name is None:
+            down, down_bias, up, up_bias = _read_loretta_bottleneck(file, layer, site, size)
+        else:
+            down, down_bias, up, up_bias = (
+                file.get_tensor(bottleneck_tensor_name(layer, site, bottleneck.name, tensor))
+                for tensor in BOTTLENECK_TENSORS
+            )
+        up, up_bias = fold_scale(up, bottleneck.scale), fold_scale(up_bias, bottleneck.scale)
+        tensors[layer, site] = BottleneckTensors(down, down_bias, up, up_bias)
     return BottleneckWeights(bottleneck.reads, bottleneck.activation, tensors)
 
 
-def _read_loretta_bottleneck(file: Any, layer: int, size: int) -> Iterator[torch.Tensor]:
+def _read_loretta_bottleneck(file: Any, layer: int, site: BottleneckSite, size: int) -> Iterator[torch.Tensor]:
     """Each matrix and its bias: a tensor train makes the transpose of a matrix."""
+    linear = LORETTA_LINEARS[site]
     for matrix, shape in (("adapter_down", (-1, size)), ("adapter_up", (size, -1))):
-        yield read_train(file, factors_name(layer, "down_proj", matrix)).view(shape).T
-        yield file.get_tensor(tensor_name(layer, "down_proj", f"{matrix}.layer.bias"))
+        yield read_train(file, factors_name(layer, linear, matrix)).view(shape).T
+        yield file.get_tensor(tensor_name(layer, linear, f"{matrix}.layer.bias"))

@@ -47,8 +47,8 @@ class EngineConfig:
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
         Llama-3.1-8B's shape, taken at the start; as many as adapters' slots at most. 0 refuses them. They also take a
         sixteenth of host_cache_bytes.
-    num_bottleneck_pages: room on the device for bottleneck adapters, in pages of 16 units of one block's output: 8.9 MB
-        each at Llama-3.1-8B's shape, taken at the start. 0 refuses them.
+    num_bottleneck_pages: room on the device for bottleneck adapters, in pages of 16 units at one place of all layers:
+        8.9 MB each at Llama-3.1-8B's shape, taken at the start. 0 refuses them.
     num_token_rows: room on the device for what adapters have of embed_tokens and lm_head, in rows of a token: one for
         each that is trained, as many as the vocabulary for a whole module (`modules_to_save`). Taken at the start; a
         row is 8 KB at Llama-3.1-8B's shape, a whole module there 1.05 GB. 0 refuses them.

@@ -202,6 +202,29 @@ def save_bottleneck(folder: Path, hidden_size: int, num_layers: int, size: int, 
     return folder
 
 
+def save_loretta_bottleneck(
+    folder: Path, hidden_size: int, target_modules: list[str], modules: Sequence[str], size: int, seed: int
+) -> Path:
+    """A random LoRETTA_adp, as `loretta` saves it but for the pickle; modules: the targets, as "0.mlp.down_proj"."""
+    folder.mkdir(parents=True)
+    config = {
+        "adapter_dropout": 0.0, "base_model_name_or_path": None, "bias": "none", "bottleneck_size": size,
+        "inference_mode": True, "init_weights": "bert", "modules_to_save": None, "non_linearity": "tanh",
+        "peft_type": "BOTTLENECK", "scaling": 0.3, "target_modules": target_modules, "task_type": "CAUSAL_LM",
+        "tensor_rank": 3, "tensorized": True, "use_adapterp": False, "use_parallel_adapter": False,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for module in modules:
+        for matrix, width in (("adapter_down", size), ("adapter_up", hidden_size)):
+            name = f"base_model.model.model.layers.{module}.{matrix}.layer"
+            tensors[f"{name}.bias"] = 0.3 * torch.randn(width, generator=generator)
+            for i, shape in enumerate(((1, hidden_size // 8, 3), (3, 8, 3), (3, size, 1))):
+                tensors[f"{name}.tensor.factors.{i}"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
 def load_oracle(base: Path, adapter: Path | None = None) -> torch.nn.Module:
     """The base, or `peft`'s model of an adapter on it, in fp32: what our logits are compared with."""
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Bottleneck adapters at a block's output (arXiv 1902.00751)."""
+"""Bottleneck adapters at a block's output, or before gate and up (arXiv 1902.00751)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class BottleneckRows:
     def add(self, stream: torch.Tensor, block: torch.Tensor, pools: BottleneckPools) -> None:
         """block += up(activation(down(x))) in place for these rows, x as `reads` says; up has its scale already.
 
-        stream, block: [num_tokens, hidden], the residual stream and what will be added to it. pools: of the layer.
+        stream, block: [num_tokens, hidden], the residual stream and what will be added to it; before gate or up both
+        are what that linear reads. pools: of the layer.
         """
         x = {"block": block, "stream": stream}[self.reads] if self.reads != "sum" else stream + block
         h = sgmv_shrink(x, pools.down, self.segments)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from adapters_store.manifest import BottleneckSite
@@ -60,6 +62,15 @@ class ForwardBatch:
     own_tokens: OwnTokens | None = None
     bottlenecks: tuple[BottleneckRows, ...] = ()
 
+    @cached_property
+    def split_rows(self) -> torch.Tensor | None:
+        """The rows whose adapters change what gate or up reads, ascending: int64 [n]; None where there are none."""
+        own = [rows.segments.segments for rows in self.bottlenecks if rows.site in ("gate", "up")]
+        if not own:
+            return None
+        tokens = np.unique(np.concatenate([segment.tokens for segments in own for segment in segments]))
+        return torch.from_numpy(tokens).to(self.input_ids.device, non_blocking=True)
+
     def output_vectors(self, layer: int, group: str) -> SlotVectors | None:
         """What scales and shifts the outputs of a group of linears."""
         vectors = self.adapters.vectors
@@ -90,3 +101,8 @@ class ForwardBatch:
                 assert self.adapters.bottlenecks is not None
                 rows.add(stream, block, self.adapters.bottlenecks.pools(layer))
         return block
+
+    def inputs_of(self, site: Literal["gate", "up"], x: torch.Tensor, layer: int) -> torch.Tensor:
+        """What gate or up reads of x, which both read where no row's own adapter comes between; x stays as it is."""
+        has_own = any(rows.site == site for rows in self.bottlenecks)
+        return self.with_bottlenecks(x.clone(), x, layer, site) if has_own else x

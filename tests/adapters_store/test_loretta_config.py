@@ -15,6 +15,7 @@ from adapters_store.errors import AdapterLoadFailed
 from adapters_store.manifest import ADAPTER_METADATA_KEY
 from adapters_store.upload import Staging
 from adapters_store.weights import load_weights
+from tests.tiny import save_loretta_bottleneck
 
 from .conftest import edit_config, refused_here, stage, stage_here
 from .test_export import export
@@ -139,51 +140,48 @@ def test_a_stored_file_without_a_factor_fails_to_load(adapter: Path, base: BaseS
 
 
 D0 = "base_model.model.model.layers.0.mlp.down_proj"
-ADP_CONFIG = {
-    "adapter_dropout": 0.0, "base_model_name_or_path": None, "bias": "none", "bottleneck_size": 4,
-    "inference_mode": True, "init_weights": "bert", "modules_to_save": None, "non_linearity": "tanh",
-    "peft_type": "BOTTLENECK", "scaling": 0.3, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM",
-    "tensor_rank": 3, "tensorized": True, "use_adapterp": False, "use_parallel_adapter": False,
-}  # fmt: skip
 
 
 @pytest.fixture
 def bottleneck(tmp_path: Path) -> Path:
-    folder = tmp_path / "loretta_adp"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(ADP_CONFIG))
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for layer in (0, 1):
-        for matrix, width in (("adapter_down", 4), ("adapter_up", 32)):
-            name = f"base_model.model.model.layers.{layer}.mlp.down_proj.{matrix}.layer"
-            tensors[f"{name}.bias"] = torch.randn(width, generator=generator)
-            for i, shape in enumerate(((1, 4, 3), (3, 8, 3), (3, 4, 1))):
-                tensors[f"{name}.tensor.factors.{i}"] = torch.randn(shape, generator=generator)
-    save_file(tensors, folder / WEIGHTS)
-    return folder
+    modules = ["0.mlp.down_proj", "1.mlp.down_proj"]
+    return save_loretta_bottleneck(tmp_path / "loretta_adp", 32, ["down_proj"], modules, 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("target_modules", "places"),
+    [
+        (["down_proj"], {(0, "output"): "0.mlp.down_proj", (1, "output"): "1.mlp.down_proj"}),
+        (["gate_proj", "1.mlp.up_proj", "0.mlp.down_proj"],
+         {(0, "gate"): "0.mlp.gate_proj", (0, "output"): "0.mlp.down_proj", (1, "gate"): "1.mlp.gate_proj",
+          (1, "up"): "1.mlp.up_proj"}),
+    ],
+    ids=["behind down", "before gate and up, of some layers"],
+)  # fmt: skip
 def test_factors_of_a_bottleneck_become_matrices_and_are_exported(
-    bottleneck: Path, base: BaseSpec, tmp_path: Path
+    base: BaseSpec, tmp_path: Path, target_modules: list[str], places: dict[tuple[int, str], str]
 ) -> None:
-    staged = stage_here(bottleneck, base)
+    folder = save_loretta_bottleneck(tmp_path / "loretta_adp", 32, target_modules, list(places.values()), 4, 0)
+    staged = stage_here(folder, base)
     assert (staged.manifest.kind, staged.manifest.tensor_rank) == ("LORETTA_ADP", 3)
-    files, weights = load_file(bottleneck / WEIGHTS), load_weights(staged.path).bottleneck
+    files, weights = load_file(folder / WEIGHTS), load_weights(staged.path).bottleneck
     assert weights is not None
-    assert (weights.reads, weights.activation, list(weights.tensors)) == (
-        "block",
-        "tanh",
-        [(0, "output"), (1, "output")],
-    )
-    down, down_bias, up, up_bias = weights.tensors[0, "output"]
-    made = {
-        matrix: torch.einsum("aib,bjc,ckd->ijk", *(files[f"{D0}.{matrix}.layer.tensor.factors.{i}"] for i in range(3)))
-        for matrix in ("adapter_down", "adapter_up")
-    }
-    torch.testing.assert_close(down, made["adapter_down"].reshape(32, 4).T)
-    torch.testing.assert_close(up, 0.3 * made["adapter_up"].reshape(4, 32).T)
-    assert torch.equal(down_bias, files[f"{D0}.adapter_down.layer.bias"])
-    assert torch.equal(up_bias, 0.3 * files[f"{D0}.adapter_up.layer.bias"])
+    assert (weights.reads, weights.activation, weights.tensors.keys()) == ("block", "tanh", places.keys())
+    for place, module in places.items():
+        down, down_bias, up, up_bias = weights.tensors[place]  # type: ignore[index]
+        own = {
+            name.removeprefix(f"base_model.model.model.layers.{module}."): tensor
+            for name, tensor in files.items()
+            if module in name
+        }
+        wanted_down, wanted_up = (
+            torch.einsum("aib,bjc,ckd->ijk", *(own[f"{matrix}.layer.tensor.factors.{i}"] for i in range(3)))
+            for matrix in ("adapter_down", "adapter_up")
+        )
+        torch.testing.assert_close(down, wanted_down.reshape(32, 4).T)
+        torch.testing.assert_close(up, 0.3 * wanted_up.reshape(4, 32).T)
+        assert torch.equal(down_bias, own["adapter_down.layer.bias"])
+        assert torch.equal(up_bias, 0.3 * own["adapter_up.layer.bias"])
     exported = export(staged, base, tmp_path / "export")
     assert (exported / WEIGHTS).exists()
     assert stage_here(exported, base).manifest.digest == staged.manifest.digest
@@ -192,7 +190,7 @@ def test_factors_of_a_bottleneck_become_matrices_and_are_exported(
 @pytest.mark.parametrize(
     ("changes", "field", "reason"),
     [
-        ({"target_modules": ["gate_proj", "up_proj", "down_proj"]}, "target_modules", "what that alone reads"),
+        ({"target_modules": ["down_proj", "q_proj"]}, "target_modules", "no such adapters on q_proj"),
         ({"use_parallel_adapter": True}, "use_parallel_adapter", "parallel"),
         ({"bias": "adapter_only"}, "bias", "trained biases"),
         ({"modules_to_save": ["norm"]}, "modules_to_save", "not served"),
@@ -215,6 +213,7 @@ def test_a_field_of_a_bottleneck_at_fault_is_refused_by_name(
     ("tensor", "value", "reason"),
     [
         ("adapter_up.layer.bias", None, "missing"),
+        ("adapter_up.layer.tensor.factors.0", None, "missing"),
         ("adapter_down.layer.bias", torch.ones(5), "[4]"),
         ("adapter_up.layer.tensor.factors.1", torch.ones(3, 8, 2), "need [3, 8, 3]"),
     ],

@@ -34,7 +34,7 @@ from gateway.layers import norm as norm_layer
 from gateway.models.loader import load_model
 from lora_kernels import activation, attention, nf4, nf4_lora, norm, rotary, sgmv, vectors
 from tests.gateway.engine.test_kinds import World
-from tests.tiny import save_bottleneck, store_adapter, uploaded_virtual_tokens
+from tests.tiny import save_bottleneck, save_loretta_bottleneck, store_adapter, uploaded_virtual_tokens
 
 pytestmark = pytest.mark.gpu
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
@@ -772,6 +772,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def engine_of_kinds(kinds: World, **settings: Any) -> LLMEngine:
     defaults = {"device": "cuda", "dtype": "float32", "max_lora_rank": 256, "num_adapter_slots": 16}
+    defaults |= {"num_bottleneck_pages": 40}
     config = EngineConfig(base=str(kinds.base), kv_cache_tokens=8192, max_num_seqs=24, **defaults | settings)
     return LLMEngine(config, kinds.blobs, lambda: None)
 
@@ -833,7 +834,7 @@ def test_kinds_in_a_batch_leave_a_request_s_bits_under_batch_invariance(kinds: W
 
 @pytest.fixture(scope="module")
 def bottlenecks(kinds: World, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
-    """Bottleneck adapters of each activation and of each thing to read, of one page and of several."""
+    """Bottleneck adapters of each activation, of each thing to read and at each site, of one page and of several."""
     root = tmp_path_factory.mktemp("bottlenecks")
     configs: list[tuple[int, dict[str, Any]]] = [
         (16, {"non_linearity": "relu", "original_ln_before": True}),
@@ -844,6 +845,9 @@ def bottlenecks(kinds: World, tmp_path_factory: pytest.TempPathFactory) -> list[
         (8, {"non_linearity": "linear"}),
     ]
     folders = [save_bottleneck(root / str(i), 256, 2, size, i, **config) for i, (size, config) in enumerate(configs)]
+    for i, targets in enumerate((["gate_proj", "up_proj", "down_proj"], ["up_proj"])):
+        modules = [f"{layer}.mlp.{target}" for layer in (0, 1) for target in targets]
+        folders.append(save_loretta_bottleneck(root / f"loretta{i}", 256, targets, modules, 20, i))
     return [store_adapter(kinds.base, folder, kinds.blobs, f"t/b{i}:1") for i, folder in enumerate(folders)]
 
 

@@ -30,13 +30,18 @@ MakeEngine = Callable[..., LLMEngine]
 EXPECTED = Path(__file__).parent / "expected"
 OTHERS = {
     "llama": (
-        "loretta_rep", "loretta_adp", "bottleneck_seq", "bottleneck_double", "bottleneck_parallel", "bottleneck_around",
+        "loretta_rep", "loretta_adp", "loretta_adp_of_all", "loretta_adp_of_some", "bottleneck_seq",
+        "bottleneck_double", "bottleneck_parallel", "bottleneck_around",
     ),
     "mistral": ("bottleneck_mistral",),
 }  # fmt: skip
 PEFT = {
-    "lora": LoraConfig(r=20, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
-    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "lora": LoraConfig(
+        r=20, lora_alpha=8, target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM"
+    ),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "up_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    ),
 }
 
 
@@ -121,7 +126,7 @@ def test_the_answers_are_far_from_the_bases(family: str, tmp_path: Path) -> None
     "settings",
     [
         {"overlap_steps": True},
-        # The largest takes four.
+        # The largest takes six.
         {"num_bottleneck_pages": 6, "num_adapter_slots": 4},
         {"num_bottleneck_pages": 8, "host_cache_bytes": 0},
         {"max_num_batched_tokens": 16},
@@ -144,7 +149,7 @@ def test_other_formats_together_generate_what_their_packages_do(
 @pytest.mark.parametrize("world", ["llama"], indirect=True)
 def test_bottlenecks_are_exact_beside_matrices_in_8_bits(world: World, make_engine: MakeEngine) -> None:
     engine = make_engine(adapter_dtype="int8")
-    names = [name for name in world.refs if name.startswith("bottleneck")]
+    names = [name for name in world.refs if name.startswith(("bottleneck", "loretta_adp"))]
     tokens = {name: world.wanted[name]["token_ids"].tolist() for name in names}
     assert tokens_of(engine, world, names) == tokens
 
@@ -173,6 +178,11 @@ def test_a_batch_without_bottlenecks_runs_as_if_there_were_none(
     tokens_of(engine, world, ["bottleneck_double", "base"])
     assert [rows.site for batch in batches[-2:] for rows in batch.bottlenecks] == ["attention", "output"] * 2
     assert all(batch.segments is None for batch in batches)
+    assert all(batch.split_rows is None for batch in batches)
+    tokens_of(engine, world, ["loretta_adp_of_some", "base"])
+    split = batches[-1].split_rows
+    assert split is not None
+    assert split.tolist() == [0]  # once, though one layer's gate and the other's up are changed
     batches.clear()
     tokens_of(engine, world, ["base", "lora", "ia3"])
     assert batches

@@ -85,9 +85,11 @@ def test_two_ranks_give_one_rank_s_tokens(
         "lend_adapter_pages": lends,
     }
     one, two = (build_engine(tensor_parallel_size=size, **settings) for size in (1, 2))
-    bottleneck = shutil.copytree(Path(__file__).parent / "expected" / "bottleneck_double", tmp_path / "bottleneck")
-    refs = world.refs | {"bottleneck": store_adapter(world.base, bottleneck, world.blobs, "t/bottleneck:1")}
-    names = [None, "a4", None, "b20", "c8", "bottleneck", "a4", None, "b20", "c8"]
+    refs = dict(world.refs)
+    for name in ("bottleneck_double", "loretta_adp_of_all"):
+        folder = shutil.copytree(Path(__file__).parent / "expected" / name, tmp_path / name)
+        refs[name] = store_adapter(world.base, folder, world.blobs, f"t/{name}:1")
+    names = [None, "a4", None, "b20", "c8", "bottleneck_double", "a4", "loretta_adp_of_all", None, "b20", "c8"]
     for turn in range(2):  # the second finds prefixes
         requests = [
             request(f"{turn}-{i}", PROMPT[i : i + 9 + 3 * (i % 4)], refs[name] if name else None)

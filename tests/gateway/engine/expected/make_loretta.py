@@ -25,7 +25,7 @@ from tests.gateway.engine.expected.base import generate, write_base
 
 HERE: Final = Path(__file__).parent
 # The package's table has no widths as small as the base's: what a linear of this width and its rank multiply to.
-SHAPES: Final = {8: {32: [4, 8, 8], 64: [8, 8, 8], 128: [8, 8, 4, 4]}}
+SHAPES: Final = {8: {32: [4, 8, 8], 64: [8, 8, 8], 128: [8, 8, 4, 4]}, 20: {64: [8, 8, 20]}}
 ADAPTERS: Final = {
     "loretta_rep": LorettaRepConfig(
         r=8, lora_alpha=16, lora_dropout=0.0, tensor_rank=5, target_modules=["q_proj", "v_proj", "down_proj"],
@@ -34,6 +34,14 @@ ADAPTERS: Final = {
     "loretta_adp": LorettaAdpConfig(
         bottleneck_size=8, non_linearity="tanh", tensor_rank=5, scaling=2.5, target_modules=["down_proj"],
         task_type="CAUSAL_LM",
+    ),
+    "loretta_adp_of_all": LorettaAdpConfig(
+        bottleneck_size=20, non_linearity="tanh", tensor_rank=4, scaling=1.5,
+        target_modules=["gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM",
+    ),
+    "loretta_adp_of_some": LorettaAdpConfig(
+        bottleneck_size=8, non_linearity="gelu", tensor_rank=5, scaling=0.5,
+        target_modules=["0.mlp.gate_proj", "1.mlp.up_proj"], task_type="CAUSAL_LM",
     ),
 }  # fmt: skip
 
