@@ -23,7 +23,8 @@ _WRITES = "patchbay_writes"
 class Database:
     """One metadata database, named by an SQLAlchemy URL. Safe to use from any thread.
 
-    A SQLite file is opened in WAL mode with full fsync; its folder is made when absent.
+    A SQLite file is opened in WAL mode with full fsync; its folder is made when absent. No error's text has the values
+    that were to be written, which are a tenant's.
     """
 
     def __init__(self, url: str) -> None:
@@ -122,10 +123,10 @@ def _unavailable() -> Iterator[None]:
 def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(parsed, connect_args={"timeout": 30.0})
+    engine = create_engine(parsed, connect_args={"timeout": 30.0}, hide_parameters=True)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine

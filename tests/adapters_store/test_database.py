@@ -58,6 +58,13 @@ def test_foreign_keys_are_enforced(database: Database) -> None:
         connection.execute(insert(adapters).values(values))
 
 
+def test_no_errors_text_has_what_was_to_be_written(database: Database) -> None:
+    values = {"tenant": "nobody", "name": "a tenant's text", "last_version": 0, "created_at": 0}
+    with pytest.raises(IntegrityError) as caught, database.write() as connection:
+        connection.execute(insert(adapters).values(values))
+    assert "a tenant's text" not in str(caught.value)
+
+
 def test_a_write_that_raises_leaves_nothing(database: Database) -> None:
     def fail() -> None:
         with database.write() as connection:
