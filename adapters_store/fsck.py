@@ -15,7 +15,8 @@ from sqlalchemy import Column, Row, Table, Text, and_, cast, delete, func, selec
 
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
-from adapters_store.errors import AdapterLoadFailed
+from adapters_store.errors import AdapterInvalid, AdapterLoadFailed
+from adapters_store.golden import parse_golden
 from adapters_store.manifest import ADAPTER_METADATA_KEY, AdapterManifest, AdapterSpec
 from adapters_store.references import delete_unreferenced, is_referenced
 from adapters_store.tables import adapter_versions, adapters, aliases, metadata, training_files
@@ -69,6 +70,7 @@ class StoreCheck:
         yield from self._check_numbers()
         for column in _naming_columns():
             yield from self._check_names(column)
+        yield from self._check_golden()
         stored = set(self._blobs.digests())  # before the rows: what is published meanwhile is no leftover
         named = self._named()
         for digest, owners in named.items():
@@ -119,6 +121,19 @@ class StoreCheck:
         )
         for row in self._rows(query):
             yield _dangling(table, row)
+
+    def _check_golden(self) -> Iterator[Finding]:
+        """Golden prompts that cannot be read; those of one version at a time, as they may be long."""
+        query = (
+            select(adapters.c.tenant, adapters.c.name, adapter_versions.c.version, adapter_versions.c.id)
+            .join(adapter_versions, adapter_versions.c.adapter_id == adapters.c.id)
+            .where(adapter_versions.c.golden.is_not(None))
+        )
+        for row in self._rows(query):
+            text = select(cast(adapter_versions.c.golden, Text).label("golden"))  # it may be no JSON any more
+            for kept in self._rows(text.where(adapter_versions.c.id == row.id)):
+                if not _is_golden(kept.golden):
+                    yield Finding("golden-prompts", _ref(row), "its golden prompts cannot be read", _FROM_BACKUP)
 
     def _named(self) -> dict[str, _Owners]:
         """The digests that rows name, each with its owners."""
@@ -236,6 +251,14 @@ def _check_row(row: Row[Any], stored: _Stored) -> Iterator[Finding]:
     }
     for name in (name for name, wrong in differs.items() if wrong):
         yield Finding("manifest", _ref(row), f"its manifest has another {name} than its row or its bytes", _FROM_BACKUP)
+
+
+def _is_golden(text: str) -> bool:
+    try:
+        parse_golden(text.encode())
+    except AdapterInvalid:
+        return False
+    return True
 
 
 def _unfinished(files: Sequence[Row[Any]]) -> Iterator[Finding]:

@@ -35,6 +35,7 @@ from adapters_store.errors import (
     StoreError,
     TenantNotFound,
 )
+from adapters_store.golden import GoldenPrompt
 from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
 from adapters_store.references import delete_unreferenced, lock_blob
 from adapters_store.reports import VersionReport
@@ -122,7 +123,7 @@ class AdapterRegistry:
                 self._blobs.put(manifest.digest, staged.path)
             adapter_id, version = next_version(connection, tenant, name, now)
             created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now, "staged")
-            insert_version(connection, adapter_id, created)
+            insert_version(connection, adapter_id, created, staged.golden)
         return created
 
     def _release(
@@ -246,6 +247,14 @@ class AdapterRegistry:
         if found.status == "staged":
             raise RetestConflict(ref, "is being tested by its upload; wait for what comes of that")
         return found
+
+    def golden(self, version: AdapterVersion) -> tuple[GoldenPrompt, ...]:
+        """The golden prompts of a version's upload, which no other look-up reads; none where it was deleted."""
+        query = versions_query().with_only_columns(adapter_versions.c.golden)
+        query = query.where(adapters.c.tenant == version.tenant, adapters.c.name == version.name)
+        with self._database.read() as connection:
+            found = connection.execute(query.where(adapter_versions.c.version == version.version)).scalar_one_or_none()
+        return tuple(GoldenPrompt(**prompt) for prompt in found or ())
 
     def record_test(self, tested: AdapterVersion, report: VersionReport) -> AdapterVersion:
         """Record what came of testing a version again: it is ready or quarantined from then on, and no alias moves.

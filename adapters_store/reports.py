@@ -12,8 +12,8 @@ class VersionReport:
 
     reason: why it did not pass. tested_at: unix seconds. finite: whether all logits were, None where none were seen.
     all_tensors_used: true of every version, as uploads whose tensors are not exactly those of their configuration are
-    refused. largest_change: of a log-probability in nats, beside the base's on the same tokens. num_golden: prompts of
-    golden.json, or of the call, whose completions came out.
+    refused. largest_change: of a log-probability in nats, beside the base's on the same tokens. num_golden: golden
+    prompts, of the upload or of the call, whose completions came out.
     """
 
     passed: bool

@@ -69,6 +69,7 @@ adapter_versions: Final = Table(
     Column("status", Text, nullable=False, server_default="ready"),  # adapters_store.registry.VersionStatus
     Column("report", JSON(none_as_null=True)),
     Column("created_at", BigInteger, nullable=False),
+    Column("golden", JSON(none_as_null=True)),  # adapters_store.golden.GoldenPrompt of its upload, null without any
     UniqueConstraint("adapter_id", "version"),
     Index(None, "digest"),
     Index(None, "status"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, Select, and_, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from adapters_store.errors import AdapterNotFound, TenantNotFound, VersionNotReady
+from adapters_store.golden import GoldenPrompt
 from adapters_store.manifest import AdapterManifest
 from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters
@@ -108,8 +109,10 @@ def _increment_version(connection: Connection, tenant: str, name: str) -> tuple[
     return None if row is None else (row.id, row.last_version)
 
 
-def insert_version(connection: Connection, adapter_id: int, version: AdapterVersion) -> None:
-    """Add one whose number `next_version` gave."""
+def insert_version(
+    connection: Connection, adapter_id: int, version: AdapterVersion, golden: Sequence[GoldenPrompt]
+) -> None:
+    """Add one whose number `next_version` gave, with the golden prompts of its upload."""
     values = {
         "adapter_id": adapter_id,
         "version": version.version,
@@ -118,6 +121,7 @@ def insert_version(connection: Connection, adapter_id: int, version: AdapterVers
         "manifest": version.manifest.model_dump(mode="json"),
         "created_at": version.created_at,
         "status": version.status,
+        "golden": [prompt.model_dump() for prompt in golden] or None,
     }
     connection.execute(insert(adapter_versions).values(values))
 

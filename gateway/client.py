@@ -167,7 +167,7 @@ class GatewayClient:
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})
 
     def test_version(self, name: str, version: int, golden: Sequence[Mapping[str, str]] = ()) -> Json:
-        """Run a version's self-test again, with golden prompts where some are given. The version after it."""
+        """Run a version's self-test again, with these golden prompts or its upload's. The version after it."""
         return self._json("POST", f"/v1/adapters/{name}/versions/{version}/test", json={"golden": list(golden)})
 
     def download_adapter(self, name: str, version: int, folder: str | Path) -> None:

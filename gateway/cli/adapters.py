@@ -112,7 +112,7 @@ def run_self_test(
 ) -> None:
     """Run a version's self-test again: one that is quarantined serves again if it passes, one that fails does not.
 
-    Golden prompts of the upload are not kept: give them again. No alias is moved. Exits with 7 where it failed.
+    Golden prompts are those of the option, else those of the upload. No alias is moved. Exits with 7 where it failed.
     """
     name, number = split_version(version)
     prompts = _golden(golden) if golden is not None else []

@@ -88,13 +88,15 @@ class AdapterService:
     ) -> AdapterVersion:
         """Run a version's self-test again, and make it ready or quarantined by what comes of it.
 
+        golden: none means those of the version's upload.
         Raises `AdapterNotFound` or `RetestConflict`. What keeps the test from running changes nothing: then it raises
         `EngineUnavailable`, `AdapterLoadFailed` or, for golden prompts that the model cannot take, `GatewayError`.
         """
         _check_reach(principal, tenant, name)
         async with self._tests:
             tested = await asyncio.to_thread(self._registry.testable, tenant, name, version)
-            report = await self._context.self_test.run(tested, golden)
+            asked = golden or await asyncio.to_thread(self._registry.golden, tested)
+            report = await self._context.self_test.run(tested, asked)
             return await asyncio.to_thread(self._registry.record_test, tested, report)
 
     async def set_tag(

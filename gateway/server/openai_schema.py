@@ -325,7 +325,7 @@ class RollbackRequest(_Closed):
 
 
 class SelfTestRequest(_Closed):
-    """POST /v1/adapters/{tenant}/{name}/versions/{version}/test. golden: as in an upload's golden.json."""
+    """POST /v1/adapters/{tenant}/{name}/versions/{version}/test. golden: in the place of its upload's, if any."""
 
     golden: Annotated[list[GoldenPrompt], Field(max_length=MAX_GOLDEN)] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from adapters_store.accounts import Accounts
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.fsck import Finding, StoreCheck
+from adapters_store.golden import GoldenPrompt
 from adapters_store.registry import AdapterRegistry
 from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, training_files
 from adapters_store.upload import StagedAdapter, Staging
@@ -88,6 +90,20 @@ def test_a_manifest_that_differs_from_its_bytes_is_named(
     (finding,) = check.findings()
     assert (finding.kind, finding.subject) == ("manifest", "acme/support:2")
     assert word in finding.problem
+
+
+@pytest.mark.parametrize("damaged", ['[{"prompt": "a"}]', "3"])
+def test_golden_prompts_that_cannot_be_read_are_named(
+    check: StoreCheck, registry: AdapterRegistry, database: Database, staged: StagedAdapter, damaged: str
+) -> None:
+    for _ in range(2):
+        golden = (GoldenPrompt(prompt="2 + 2 =", completion=" 4"),)
+        registry.publish("acme", "support", replace(staged, golden=golden))
+    assert found(check) == []
+    with database.write() as connection:
+        is_last = adapter_versions.c.version == 4
+        connection.execute(update(adapter_versions).where(is_last).values(golden=json.loads(damaged)))
+    assert found(check) == [("golden-prompts", "acme/support:4")]
 
 
 def test_names_of_versions_that_do_not_exist_are_named(check: StoreCheck, database: Database) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection
+from sqlalchemy import Connection, select
 
 from adapters_store.accounts import Accounts
 from adapters_store.aliases import Canary
@@ -28,6 +29,7 @@ from adapters_store.errors import (
 from adapters_store.golden import GoldenPrompt
 from adapters_store.registry import AdapterRegistry
 from adapters_store.reports import VersionReport
+from adapters_store.tables import adapter_versions
 from adapters_store.upload import StagedAdapter, Staging
 from adapters_store.versions import AdapterVersion
 
@@ -334,16 +336,70 @@ def test_bad_golden_prompts_are_refused_by_field(
     assert (caught.value.file, caught.value.field) == ("golden.json", field)
 
 
+PROMPTS = (
+    GoldenPrompt(prompt="2 + 2 =", completion=" 4"),
+    GoldenPrompt(prompt="'\0 \u2603 \U0001f600\n" + 8000 * "x", completion='"'),
+)
+
+
+def test_golden_prompts_are_kept_with_their_version_and_not_in_its_bytes(
+    registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter
+) -> None:
+    uploads = PROMPTS, (), PROMPTS[:1]
+    kept = [registry.publish("acme", "support", replace(staged, golden=golden)) for golden in uploads]
+    assert tuple(map(registry.golden, kept)) == uploads
+    assert list(blobs.digests()) == [staged.manifest.digest]
+    assert registry.get("acme", "support").versions == tuple(kept)
+
+
+def test_a_version_that_is_quarantined_or_tested_again_keeps_its_golden_prompts(
+    registry: AdapterRegistry, staged: StagedAdapter
+) -> None:
+    with pytest.raises(SelfTestFailed):
+        registry.publish("acme", "support", replace(staged, golden=PROMPTS), test=lambda _: BAD)
+    for report in (AGAIN, WORSE):
+        registry.record_test(registry.testable("acme", "support", 1), report)
+        assert registry.golden(registry.testable("acme", "support", 1)) == PROMPTS
+
+
+def test_golden_prompts_go_with_their_version(
+    registry: AdapterRegistry, database: Database, staged: StagedAdapter
+) -> None:
+    for golden in (PROMPTS, ()):
+        registry.publish("acme", "support", replace(staged, golden=golden))
+    deleted = registry.testable("acme", "support", 1)
+    registry.delete("acme", "support", 1)
+    assert registry.golden(deleted) == ()
+    registry.purge(deleted)
+    with database.read() as connection:
+        assert connection.execute(select(adapter_versions.c.golden)).scalars().all() == [None]
+
+
+def downgrade(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", "adapters_store:migrations")
+    with database.write() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+
 def test_versions_of_the_first_schema_are_ready_in_the_second(
     sqlite: Database, blobs: BlobStore, staged: StagedAdapter
 ) -> None:
     registry = AdapterRegistry(sqlite, blobs)
     Accounts(sqlite).create_tenant("initech")
     registry.publish("initech", "support", staged)
-    config = Config()
-    config.set_main_option("script_location", "adapters_store:migrations")
-    with sqlite.write() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0001")
+    downgrade(sqlite, "0001")
     sqlite.upgrade()
     assert registry.resolve("initech", "initech/support").status == "ready"
+
+
+def test_versions_of_a_schema_without_golden_prompts_have_none(
+    registry: AdapterRegistry, database: Database, staged: StagedAdapter
+) -> None:
+    before = registry.publish("acme", "support", replace(staged, golden=PROMPTS))
+    downgrade(database, "0003")
+    database.upgrade()
+    assert (registry.resolve("acme", "acme/support"), registry.golden(before)) == (before, ())
+    after = registry.publish("acme", "support", replace(staged, golden=PROMPTS))
+    assert registry.golden(after) == PROMPTS

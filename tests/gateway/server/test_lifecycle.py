@@ -92,6 +92,7 @@ def test_golden_prompts_must_come_out_word_for_word(tenant: TenantClient, adapte
     folder = Path(shutil.copytree(adapter, tmp_path / "golden"))
     (folder / "golden.json").write_text(json.dumps([{"prompt": "the quick", "completion": said}]))
     assert tenant.upload("helper", folder).json()["report"]["num_golden"] == 1
+    assert [retest(tenant, number).json()["report"]["num_golden"] for number in (1, 2)] == [0, 1]
     (folder / "golden.json").write_text(json.dumps([{"prompt": "the quick", "completion": f"{said[:-1]}~"}]))
     error = tenant.upload("helper", folder).json()["error"]
     assert error["code"] == "self_test_failed"
@@ -171,8 +172,25 @@ def doubtful(tenant: TenantClient, adapter: Path, tmp_path: Path) -> TenantClien
     return tenant
 
 
-def test_a_quarantined_version_that_passes_again_is_ready(doubtful: TenantClient) -> None:
-    answer = doubtful.http.post(f"/v1/adapters/{doubtful.id}/helper/versions/2/test")  # without a body
+def test_without_golden_prompts_of_its_own_a_test_has_those_of_the_upload(doors: Doors, doubtful: TenantClient) -> None:
+    without_body = doubtful.http.post(f"/v1/adapters/{doubtful.id}/helper/versions/2/test").json()
+    with_none = retest(doubtful, 2, golden=[]).json()
+    with channel(doors) as wire:
+        request = pb.TestAdapterRequest(name="helper", version=2)
+        over_grpc = pb_grpc.AdaptersStub(wire).Test(request, metadata=bearer(doubtful.key))
+    assert [without_body["status"], with_none["status"], over_grpc.status] == ["quarantined"] * 3
+    for report in (without_body["report"], with_none["report"], over_grpc.report):
+        assert report["reason"].startswith("golden prompt 1")
+        assert "'~~~' was to come" in report["reason"]
+
+
+def test_a_quarantined_version_that_passes_again_is_ready(
+    doubtful: TenantClient, adapter: Path, tmp_path: Path
+) -> None:
+    same = edited_adapter(adapter, tmp_path / "same", lambda _, tensor: 0.85 * tensor)
+    assert doubtful.upload("twin", same).json()["digest"] == versions(doubtful)[1]["digest"]
+    golden = [{"prompt": "the quick", "completion": ask(doubtful, "twin")[1]}]
+    answer = retest(doubtful, 2, golden=golden)  # alone: the upload's would fail
     assert answer.status_code == 200, answer.text
     version = answer.json()
     assert (version["status"], version["report"]["passed"], version["report"]["reason"]) == ("ready", True, None)
