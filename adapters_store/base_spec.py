@@ -29,6 +29,7 @@ class BaseSpec:
     fingerprint: hash of the packed base bytes and its quantization config.
     linears: (out_features, in_features) of each of the seven linears; every layer has the same shapes.
     biased: the linears that have a bias. vocab_size: rows of embed_tokens and of lm_head, which are one where `tied`.
+    model_type: of the base's config.json.
     """
 
     fingerprint: str
@@ -37,6 +38,7 @@ class BaseSpec:
     biased: tuple[str, ...] = ()
     vocab_size: int = 0
     tied: bool = False
+    model_type: str = "llama"
 
     @property
     def hidden_size(self) -> int:

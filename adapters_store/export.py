@@ -77,7 +77,7 @@ def peft_config(spec: AdapterSpec, base: BaseSpec) -> dict[str, Any]:
     It computes it from the stored tensors.
     """
     if spec.bottleneck is not None and spec.kind == "BOTTLENECK":
-        return _adapterhub_config(spec.bottleneck, base.num_layers)
+        return _adapterhub_config(spec.bottleneck, base)
     common: dict[str, Any] = {
         "peft_type": spec.kind,
         "task_type": "CAUSAL_LM",
@@ -196,7 +196,7 @@ def _loretta_adp_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _adapterhub_config(bottleneck: Bottleneck, num_layers: int) -> dict[str, Any]:
+def _adapterhub_config(bottleneck: Bottleneck, base: BaseSpec) -> dict[str, Any]:
     """Its sizes are the base's width over the reduction factor, rounded down."""
     hidden = bottleneck.hidden_size
     factors = {
@@ -215,14 +215,14 @@ def _adapterhub_config(bottleneck: Bottleneck, num_layers: int) -> dict[str, Any
         "residual_before_ln": True,
         "is_parallel": bottleneck.reads == "stream",
         "scaling": bottleneck.scale,
-        "leave_out": [layer for layer in range(num_layers) if str(layer) not in factors],
+        "leave_out": [layer for layer in range(base.num_layers) if str(layer) not in factors],
     }
     return {
         "config": config,
         "hidden_size": hidden,
-        "model_class": "LlamaForCausalLM",
+        "model_class": f"{base.model_type.capitalize()}ForCausalLM",
         "model_name": None,
-        "model_type": "llama",
+        "model_type": base.model_type,
         "name": bottleneck.name,
         "version": _ADAPTERHUB_VERSION,
     }

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Final, Self
@@ -148,14 +148,7 @@ class Staging:
         golden = parse_golden((self._path / GOLDEN_FILE).read_bytes()) if GOLDEN_FILE in self._files else ()
         weights_bytes = (self._path / weights_file).stat().st_size
         request = {
-            "base": {
-                "fingerprint": base.fingerprint,
-                "num_layers": base.num_layers,
-                "linears": dict(base.linears),
-                "biased": base.biased,
-                "vocab_size": base.vocab_size,
-                "tied": base.tied,
-            },
+            "base": asdict(base),
             "weights_file": weights_file,
             "max_rank": max_rank,
             "max_virtual_tokens": max_virtual_tokens,

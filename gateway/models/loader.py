@@ -76,6 +76,7 @@ def load_model(config: EngineConfig, ranks: TensorParallel | None = None) -> Loa
             biased=builder.biased,
             vocab_size=decoder_config.vocab_size,
             tied=decoder_config.tie_word_embeddings,
+            model_type=decoder_config.model_type,
         ),
     )
 

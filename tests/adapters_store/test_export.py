@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from peft import (
 from adapters_store.base_spec import BaseSpec
 from adapters_store.export import PeftTar
 from adapters_store.upload import StagedAdapter
+from tests.tiny import save_bottleneck
 
 from .conftest import save_adapter, save_kind, stage_here, tiny_model
 
@@ -127,3 +130,17 @@ def test_every_kind_is_exported_and_uploaded_again(tmp_path: Path, base: BaseSpe
     exported = export(staged, base, tmp_path / "export")
     torch.testing.assert_close(logits(exported), logits(uploaded), rtol=1e-6, atol=1e-6)
     assert stage_here(exported, base, max_virtual_tokens=8).manifest.digest == staged.manifest.digest
+
+
+@pytest.mark.parametrize(
+    ("model_type", "model_class"),
+    [("llama", "LlamaForCausalLM"), ("mistral", "MistralForCausalLM"), ("qwen2", "Qwen2ForCausalLM")],
+)
+def test_a_bottleneck_is_exported_as_one_of_its_own_base(
+    tmp_path: Path, base: BaseSpec, model_type: str, model_class: str
+) -> None:
+    uploaded = save_bottleneck(tmp_path / "adapter", 32, 2, 4, 0, non_linearity="relu")
+    own = replace(base, model_type=model_type)
+    staged = stage_here(uploaded, own, weights_file="adapter.safetensors")
+    config = json.loads((export(staged, own, tmp_path / "export") / "adapter_config.json").read_text())
+    assert (config["model_type"], config["model_class"]) == (model_type, model_class)

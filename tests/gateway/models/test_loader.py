@@ -70,6 +70,12 @@ def test_logits_equal_transformers(tmp_path: Path, case: str) -> None:
     assert_equal(logprobs(base, tmp_path / "blobs"), load_oracle(base))
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_base_is_of_the_type_that_its_config_says(tmp_path: Path, family: str) -> None:
+    base = make_base(tmp_path / "base", family)
+    assert load_model(EngineConfig(base=str(base), device="cpu")).spec.model_type == family
+
+
 def test_nf4_is_quantized_at_load(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen2")
     oracle = load_oracle(base)
