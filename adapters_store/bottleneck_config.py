@@ -33,7 +33,7 @@ ACTIVATIONS: Final[Mapping[str, BottleneckActivation]] = {
 """transformers' names of the activations that are served."""
 
 # Of Qwen2 the package has no model: there it hooks modules, and adds the residual stream elsewhere.
-_FAMILIES: Final = ("llama", "mistral")
+FAMILIES: Final = ("llama", "mistral")  # of which the package has models
 _AROUND: Final = frozenset({"name", "hidden_size"})
 _AROUND_INERT: Final = frozenset({"model_class", "model_name"})
 _MAX_LAYERS: Final = 4096
@@ -164,8 +164,8 @@ def _checked_around(raw: dict[str, Any]) -> dict[str, Any]:
     version, model_type = raw.pop("version", None), raw.pop("model_type", None)
     if not isinstance(version, str) or not version.startswith("adapters."):
         raise refuse("version", "is not one of the package `adapters`, whose arithmetic is served")
-    if model_type not in _FAMILIES:
-        reason = f"adapters of {shown(str(model_type))} are not served; of {' and '.join(_FAMILIES)} they are"
+    if model_type not in FAMILIES:
+        reason = f"adapters of {shown(str(model_type))} are not served; of {' and '.join(FAMILIES)} they are"
         raise refuse("model_type", reason)
     unknown = raw.keys() - _AROUND - _AROUND_INERT
     if unknown:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 from adapters_store.adalora_config import ADALORA_EPSILON
 from adapters_store.base_spec import LINEARS, BaseSpec, module_path
+from adapters_store.bottleneck_config import FAMILIES
 from adapters_store.file_names import ADAPTERHUB_WEIGHTS_FILE, CONFIG_FILE, PATCHBAY_FILE, WEIGHTS_FILE
 from adapters_store.manifest import LORETTA_LINEARS, AdapterManifest, AdapterSpec, Bottleneck
 
@@ -198,7 +199,7 @@ def _loretta_adp_fields(spec: AdapterSpec, num_layers: int) -> dict[str, Any]:
 
 def _adapterhub_config(bottleneck: Bottleneck, base: BaseSpec) -> dict[str, Any]:
     """Its sizes are the base's width over the reduction factor, rounded down."""
-    hidden = bottleneck.hidden_size
+    hidden, family = bottleneck.hidden_size, base.model_type if base.model_type in FAMILIES else FAMILIES[0]
     factors = {
         str(layer): hidden // each.size if hidden % each.size == 0 else hidden / (each.size + 0.5)
         for each in bottleneck.sizes
@@ -220,9 +221,9 @@ def _adapterhub_config(bottleneck: Bottleneck, base: BaseSpec) -> dict[str, Any]
     return {
         "config": config,
         "hidden_size": hidden,
-        "model_class": f"{base.model_type.capitalize()}ForCausalLM",
+        "model_class": f"{family.capitalize()}ForCausalLM",
         "model_name": None,
-        "model_type": base.model_type,
+        "model_type": family,
         "name": bottleneck.name,
         "version": _ADAPTERHUB_VERSION,
     }
