@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest, TokenDelta
@@ -177,12 +178,16 @@ def test_no_token_depends_on_who_has_which_page(
     world: TinyWorld, make_engine: MakeEngine, make_lending: MakeEngine, seed: int
 ) -> None:
     rng = random.Random(seed)
+    adapter_dtype = rng.choice(["auto", "int8"])
     lending = make_lending(
+        adapter_dtype=adapter_dtype,
         num_adapter_pages=3,
         num_adapter_slots=rng.choice([2, 4]),
         kv_host_bytes=rng.choice([0, 200_000]),
         max_num_batched_tokens=rng.choice([16, None]),
     )
+    for layer in lending.runner.cache.layers:
+        layer.k.view(torch.uint8).fill_(255)  # all of the memory: what nobody has written is not a number
     requests = []
     for number in range(40):
         adapter = rng.choice([None, None, None, "a4", "b20", "c8"])
@@ -199,7 +204,7 @@ def test_no_token_depends_on_who_has_which_page(
                 n=rng.choice([1, 1, 2]),
             )
         )
-    wanted = served(make_engine(kv_cache_tokens=8192), *requests)
+    wanted = served(make_engine(kv_cache_tokens=8192, adapter_dtype=adapter_dtype), *requests)
     deltas: dict[str, list[TokenDelta]] = {}
     waiting, lent = list(requests), set()
     while waiting or lending.has_work:
