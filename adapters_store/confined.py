@@ -45,11 +45,11 @@ Task = Callable[[Path, dict[str, Any]], dict[str, Any]]
 
 
 def main() -> None:
-    """Read an order from stdin, run its task with no more rights than it needs, write the answer to stdout."""
-    order = json.load(sys.stdin.buffer)
-    task = _load_task(order["task"])
-    folder = Path(order["folder"]).resolve()
+    """Run the task named last in argv, with no more rights than it needs: an order from stdin, the answer to stdout."""
     _end_with_parent()
+    task = _load_task(sys.argv[-1])
+    order = json.load(sys.stdin.buffer)
+    folder = Path(order["folder"]).resolve()
     _drop_network()
     _limit(**order["limits"])
     sys.addaudithook(_guard(folder))
@@ -80,7 +80,7 @@ def _run(task: Task, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """Be killed when the thread that waits for the answer is gone: nobody reads it, and its folder is removed."""
+    """Be killed when the thread that began this process is gone: nobody reads its answer, and its folder is removed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 

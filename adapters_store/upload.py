@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from typing import IO, Final, Self
 from adapters_store.archive import ARCHIVE_FILE
 from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE
-from adapters_store.errors import AdapterInvalid, UploadTooLarge
+from adapters_store.errors import AdapterInvalid, StoreError, UploadTooLarge
 from adapters_store.file_names import (
     CONFIG_FILE,
     GOLDEN_FILE,
@@ -29,10 +30,11 @@ from adapters_store.file_names import (
 )
 from adapters_store.golden import GoldenPrompt, parse_golden
 from adapters_store.manifest import AdapterManifest
-from adapters_store.sandbox import SandboxLimits, run_confined
+from adapters_store.sandbox import ConfinedProcess, SandboxLimits
 from adapters_store.strict_json import shown
 
 _HEADROOM: Final = 128 << 20  # for the header, and for VeRA's matrices where the file leaves them out
+_EARLY: Final = threading.BoundedSemaphore(2)  # processes that wait for uploads which may take long to arrive
 _NAME_BYTES: Final = 8
 _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever else lies there is not ours to remove
 
@@ -78,6 +80,7 @@ class Staging:
         self._files: set[str] = set()
         self._sinks: list[UploadSink] = []
         self._num_bytes = 0
+        self._validator: ConfinedProcess | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -91,6 +94,8 @@ class Staging:
         """Remove everything that was staged."""
         for sink in self._sinks:
             sink.close()
+        if self._validator is not None:
+            self._take_validator().kill()
         shutil.rmtree(self._path, ignore_errors=True)
         Path(self._lock.name).unlink(missing_ok=True)
         self._lock.close()
@@ -126,6 +131,14 @@ class Staging:
         limit = self._limits.max_upload_bytes
         return self._sink(path, shown(name), limit, lambda: self._unpack(path, name))
 
+    def expect_validation(self) -> None:
+        """Begin the process that is to `validate`, while files arrive; a few uploads may have theirs at once."""
+        if self._validator is None and _EARLY.acquire(blocking=False):
+            try:
+                self._validator = ConfinedProcess("validate", self._path)
+            except StoreError:  # which `validate` tells
+                _EARLY.release()
+
     def validate(
         self,
         base: BaseSpec,
@@ -158,8 +171,15 @@ class Staging:
         }
         limits = self._limits.sandbox  # the library maps the whole file once
         limits = replace(limits, memory_bytes=limits.memory_bytes + weights_bytes, file_bytes=weights_bytes + _HEADROOM)
-        answer = run_confined("validate", self._path, request, limits)
+        process = self._take_validator() if self._validator else ConfinedProcess("validate", self._path)
+        answer = process.run(request, limits)
         return StagedAdapter(AdapterManifest.model_validate(answer), self._path / CANONICAL_FILE, golden)
+
+    def _take_validator(self) -> ConfinedProcess:
+        assert self._validator is not None
+        process, self._validator = self._validator, None
+        _EARLY.release()
+        return process
 
     def _sink(self, path: Path | None, name: str, max_bytes: int, then: Callable[[], None] | None = None) -> UploadSink:
         sink = UploadSink(path, name, max_bytes, self._count, then)
@@ -193,7 +213,7 @@ class Staging:
     def _unpack(self, path: Path, name: str) -> None:
         request = {"name": name, "max_bytes": self._limits.max_unpacked_bytes}
         limits = replace(self._limits.sandbox, file_bytes=self._limits.max_unpacked_bytes + _HEADROOM)
-        answer = run_confined("unpack", self._path, request, limits)
+        answer = ConfinedProcess("unpack", self._path).run(request, limits)
         self._files |= set(answer["files"])
         path.unlink()
 

@@ -37,6 +37,7 @@ ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
 _CONCURRENT_CHECKS: Final = 2
 _CONCURRENT_TESTS: Final = 2  # those of uploads wait for none of them
 _GRACE_S: Final = 10.0
+_PIECE: Final = 1 << 20  # bytes that the upload's thread writes at once, while as many arrive
 
 
 class AdapterService:
@@ -194,7 +195,9 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         if archive is None:
             archive = file_name.endswith(ARCHIVE_SUFFIXES)
         begin = self._staging.begin_archive if archive else self._staging.begin_file
-        return UploadFile(self, await self.run(lambda: begin(file_name)))
+        sink = await self.run(lambda: begin(file_name))
+        await self.run(self._staging.expect_validation)
+        return UploadFile(self, sink)
 
     async def add_folder(self, path: str) -> None:
         """Take the peft folder at a path or URL that the operator lets the server read (`store.import_roots`).
@@ -239,7 +242,11 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 
     async def run(self, work: Callable[[], T]) -> T:
         """Do blocking work in the upload's thread."""
-        return await asyncio.wrap_future(self._thread.submit(work))
+        return await asyncio.wrap_future(self.start(work))
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """Have the upload's thread do blocking work, after all that was started before."""
+        return self._thread.submit(work)
 
     def _test(self, golden: Sequence[GoldenPrompt]) -> Callable[[AdapterVersion], VersionReport]:
         """The self-test for the upload's thread, which waits while this loop does it."""
@@ -267,20 +274,37 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 
 
 class UploadFile:
-    """One file of an upload."""
+    """One file of an upload, written in pieces of some size while the next one arrives."""
 
     def __init__(self, upload: Upload, sink: UploadSink) -> None:
         self._upload = upload
         self._sink = sink
+        self._chunks: list[bytes] = []
+        self._num_bytes = 0
+        self._writing: Future[None] | None = None
 
     async def write(self, chunk: bytes) -> None:
-        """Take the next bytes. Raises `UploadTooLarge`."""
-        await self._upload.run(lambda: self._sink.write(chunk))
+        """Take the next bytes. Raises `UploadTooLarge`, maybe a piece later."""
+        self._chunks.append(chunk)
+        self._num_bytes += len(chunk)
+        if self._num_bytes >= _PIECE:
+            await self._write_piece()
 
     async def finish(self) -> None:
         """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
+        await self._write_piece()
+        await self._written()
         async with self._upload.checks:
             await self._upload.run(self._sink.finish)
+
+    async def _write_piece(self) -> None:
+        await self._written()
+        chunks, self._chunks, self._num_bytes = self._chunks, [], 0
+        self._writing = self._upload.start(lambda: self._sink.write(b"".join(chunks)))
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            await asyncio.wrap_future(self._writing)
 
 
 def reachable_adapters(context: ServerContext, principal: Principal) -> Sequence[AdapterInfo]:

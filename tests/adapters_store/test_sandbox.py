@@ -10,7 +10,7 @@ import pytest
 
 from adapters_store.base_spec import BaseSpec
 from adapters_store.errors import AdapterInvalid, StoreError
-from adapters_store.sandbox import SandboxLimits, run_confined
+from adapters_store.sandbox import ConfinedProcess, SandboxLimits
 from adapters_store.upload import Staging
 
 from .conftest import edit_config, stage
@@ -83,12 +83,12 @@ def test_a_task_out_of_memory_or_time_refuses_the_adapter(tmp_path: Path) -> Non
     (tmp_path / "upload.archive").write_bytes(b"")
     request = {"name": "a.tar", "max_bytes": 1}
     with pytest.raises(AdapterInvalid, match="more time or memory"):
-        run_confined("unpack", tmp_path, request, SandboxLimits(wall_seconds=0.001))
+        ConfinedProcess("unpack", tmp_path).run(request, SandboxLimits(wall_seconds=0.001))
 
 
 def test_a_defect_of_ours_is_not_blamed_on_the_adapter(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught:
-        run_confined("unpack", tmp_path, {}, SandboxLimits())
+        ConfinedProcess("unpack", tmp_path).run({}, SandboxLimits())
     assert not isinstance(caught.value, AdapterInvalid)
 
 

@@ -333,3 +333,30 @@ def test_mixed_dtypes_are_stored_aligned(staging: Staging, adapter: Path, base: 
     assert stored.keys() == mixed.keys()
     assert all(torch.equal(stored[name], mixed[name]) for name in mixed)
     assert np.all([tensor.data_ptr() % tensor.element_size() == 0 for tensor in stored.values()])
+
+
+def test_what_is_to_validate_an_upload_begins_before_it_has_come(tmp_path: Path, adapter: Path, base: BaseSpec) -> None:
+    with Staging(tmp_path / "s") as staging:
+        staging.expect_validation()
+        process = staging._validator
+        assert process is not None
+        assert stage(staging, adapter, base).manifest.rank > 0
+        assert process._process.returncode == 0
+        assert staging._validator is None
+
+
+def test_few_processes_wait_for_uploads_and_none_outlasts_its_own(tmp_path: Path) -> None:
+    stagings = [Staging(tmp_path / "s") for _ in range(3)]
+    for staging in stagings:
+        staging.expect_validation()
+    first, second, third = (staging._validator for staging in stagings)
+    assert third is None
+    assert first is not None
+    assert second is not None
+    stagings[0].close()
+    assert first._process.returncode is not None
+    stagings[2].expect_validation()
+    assert stagings[2]._validator is not None
+    for staging in stagings[1:]:
+        staging.close()
+    assert second._process.returncode is not None
