@@ -230,11 +230,12 @@ def _checked_bytes(
 
 
 def _check_values(name: str, values: npt.NDArray[np.float32], limit: float) -> None:
+    if -limit <= values.min() and values.max() <= limit:  # neither is so where a number is not one
+        return
+    reason = "overflows bfloat16, or float16 where it is saved so, when multiplied by what it is scaled with"
     if not np.isfinite(values).all():
-        raise AdapterInvalid("holds NaN or infinite values", file=WEIGHTS_FILE, field=name)
-    if np.abs(values).max() > limit:
-        reason = "overflows bfloat16, or float16 where it is saved so, when multiplied by what it is scaled with"
-        raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
+        reason = "holds NaN or infinite values"
+    raise AdapterInvalid(reason, file=WEIGHTS_FILE, field=name)
 
 
 def _as_float32(chunk: bytes, dtype: str) -> npt.NDArray[np.float32]:
