@@ -27,8 +27,9 @@ _ABANDONED_S: Final = 3600.0
 class BlobStore:
     """Blobs named by the SHA-256 (hex) of their bytes, under an fsspec URL such as `file:///data/blobs` or `s3://bucket/x`.
 
-    A put into a folder is atomic and durable: temporary file, fsync, rename, fsync of the folder. Object
-    stores make an object visible whole by themselves. Every read checks the digest. Safe in any thread.
+    A put into a folder is atomic and durable: a temporary file, or one that is final; fsync; rename, or a link; fsync
+    of the folder. Object stores make an object visible whole by themselves. Every read checks the digest. Safe in any
+    thread.
 
     cache_dir: where blobs of a remote store are kept for readers; a private temporary folder by default.
     cache_bytes: that folder's limit; the least recently used files go first.
@@ -50,15 +51,16 @@ class BlobStore:
     def __reduce__(self) -> tuple[type[BlobStore], tuple[str, Path | None, int]]:
         return BlobStore, (self.url, self._given_cache_dir, self._cache_bytes)  # the same store in another process
 
-    def put(self, digest: str, source: Path) -> None:
+    def put(self, digest: str, source: Path, *, is_final: bool = False) -> None:
         """Store the bytes of `source` under `digest`; storing the same blob again is harmless.
 
+        is_final: nobody writes to the file any more, so that a folder's blob may be the file itself.
         Raises `StoreError` when `source` has another digest, `StoreUnavailable` when it cannot be written.
         """
         key = self._key(digest)
         with _reaching("written"):
             if self._is_local:
-                _put_into_folder(Path(key), digest, source)
+                _put_into_folder(Path(key), digest, source, is_final)
             else:
                 self._put_object(key, digest, source)
 
@@ -205,13 +207,26 @@ def _reaching(verb: str) -> Iterator[None]:
         raise StoreUnavailable(f"the blob store cannot be {verb}: {error}") from error
 
 
-def _put_into_folder(target: Path, digest: str, source: Path) -> None:
+def _put_into_folder(target: Path, digest: str, source: Path, is_final: bool) -> None:
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         _fsync_folder(target.parent.parent)
-    temporary = _copy_to_temporary(source, target.parent, digest)
-    os.replace(temporary, target)
+    if not (is_final and _link_durable(source, target, digest)):
+        os.replace(_copy_to_temporary(source, target.parent, digest), target)
     _fsync_folder(target.parent)
+
+
+def _link_durable(source: Path, target: Path, digest: str) -> bool:
+    """Give a file a second name; False on another file system, or where that name is taken."""
+    with source.open("rb") as file:
+        _check_source(digest, sha256_of(file))
+        os.fchmod(file.fileno(), 0o600)
+        os.fsync(file.fileno())
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def _open_checked(path: Path, digest: str) -> BinaryIO:

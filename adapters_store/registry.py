@@ -116,11 +116,11 @@ class AdapterRegistry:
 
     def _stage(self, tenant: str, name: str, staged: StagedAdapter) -> AdapterVersion:
         manifest, now = staged.manifest, int(time.time())
-        self._blobs.put(manifest.digest, staged.path)
+        self._blobs.put(manifest.digest, staged.path, is_final=True)
         with self._database.write() as connection:
             lock_blob(self._database, connection, manifest.digest)
             if not self._blobs.exists(manifest.digest):  # a delete of its last version came between
-                self._blobs.put(manifest.digest, staged.path)
+                self._blobs.put(manifest.digest, staged.path, is_final=True)
             adapter_id, version = next_version(connection, tenant, name, now)
             created = AdapterVersion(tenant, name, version, manifest.digest, manifest.rank, manifest, now, "staged")
             insert_version(connection, adapter_id, created, staged.golden)

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -50,6 +51,38 @@ def test_what_was_put_is_read_back(store: BlobStore, source: Path) -> None:
     with store.open(DIGEST) as file:
         assert file.read() == BYTES
     assert list(store.digests()) == [DIGEST]
+
+
+def test_a_final_file_is_the_blob_itself_and_other_files_are_not(tmp_path: Path, source: Path) -> None:
+    store = BlobStore(f"file://{tmp_path / 'blobs'}")
+    store.put(DIGEST, source)
+    assert not store.local_path(DIGEST).samefile(source)
+    store.delete(DIGEST)
+    store.put(DIGEST, source, is_final=True)
+    assert store.local_path(DIGEST).samefile(source)
+    assert store.local_path(DIGEST).stat().st_mode & 0o777 == 0o600
+    source.unlink()
+    assert store.local_path(DIGEST).read_bytes() == BYTES
+
+
+def test_a_final_file_mends_a_damaged_blob_and_is_checked_as_others_are(store: BlobStore, source: Path) -> None:
+    store.put(DIGEST, source)
+    damage(store)
+    store.put(DIGEST, source, is_final=True)
+    assert store.local_path(DIGEST).read_bytes() == BYTES
+    with pytest.raises(StoreError, match="digest"):
+        store.put("0" * 64, source, is_final=True)
+    assert list(store.digests()) == [DIGEST]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="takes another file system")
+def test_a_final_file_of_another_file_system_is_copied(tmp_path: Path) -> None:
+    store = BlobStore(f"file://{tmp_path / 'blobs'}")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        source = Path(elsewhere) / "source"
+        source.write_bytes(BYTES)
+        store.put(DIGEST, source, is_final=True)
+    assert store.local_path(DIGEST).read_bytes() == BYTES
 
 
 def test_putting_again_is_harmless(store: BlobStore, source: Path) -> None:
