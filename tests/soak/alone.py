@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
+from torch import Tensor
+
+from gateway.engine import sampler
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from tests.soak.ledger import Ledger, Story
 from tests.soak.traffic import World, quiet_config
 
+_SAME_NUMBER = 1e-5  # of two shares of a distribution, which rounding moves likewise
 _NEAR = 1e-3  # of two log probabilities that rounding, which depends on who else is in the batch, may swap
 
 
@@ -44,6 +49,9 @@ class Alone:
     def _check_near(self, request: GenerateRequest, tokens: list[int], rivals: set[int]) -> None:
         """Assert that the model finds both tokens as likely, after these."""
         told = f"{request} goes another way alone after {tokens}: one of {rivals}, the other with others"
+        if not request.sampling.greedy:
+            assert self._are_neighbours(request, *sorted(rivals)), told
+            return
         assert is_plain(request), told
         params = replace(request.sampling, n=1, max_tokens=1, logprobs=2, min_tokens=0)
         prompt = [*self.engine.encode(request), *tokens]
@@ -51,6 +59,21 @@ class Alone:
         (first, _, best), (second, _, next_best) = again.deltas[0][0].logprobs[0].top
         assert {first, second} == rivals, told
         assert best - next_best < _NEAR, told
+
+    def _are_neighbours(self, request: GenerateRequest, first: int, second: int) -> bool:
+        """Whether a number is drawn where one token's share ends and the other's begins."""
+        drawn: list[tuple[Tensor, Tensor]] = []
+
+        def draw(probs: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+            drawn.append((probs.double(), uniforms))
+            return invert(probs, uniforms)
+
+        invert = sampler._draw
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampler, "_draw", draw)
+            self._serve(request)
+        borders = [(probs.cumsum(-1)[:, [first, second - 1]] / probs.sum(-1, keepdim=True), u) for probs, u in drawn]
+        return any(bool(((border - u).abs() < _SAME_NUMBER).all(-1).any()) for border, u in borders)
 
     def _serve(self, request: GenerateRequest) -> Story:
         ledger = Ledger()
