@@ -145,6 +145,32 @@ def test_what_a_block_held_before_is_not_seen_though_it_be_infinite(
         assert torch.equal(attend(q.to(where), _on(where, dirty), meta, 0.3, None), clean)
 
 
+@pytest.mark.parametrize("pages", [None, FP8], ids=["same", "fp8"])
+@pytest.mark.parametrize("name", ["decode", "mixed, a chunk of one at the end", "prefix and window, prefill"])
+def test_keys_and_values_block_by_block_are_those_of_tensors_of_their_own(
+    name: str, pages: torch.dtype | None, device: str
+) -> None:
+    from lora_kernels.triton_attention import paged_attention_triton
+
+    case = CASES[name]
+    q, cache, tables = _inputs(case, torch.float16, pages)
+    num_halves, shape = 2 * NUM_BLOCKS, cache.k.shape[1:]
+    memory = torch.zeros(num_halves * cache.k[0].nbytes, dtype=torch.uint8)
+    interleaved = LayerCache.interleaved(memory, *shape, cache.k.dtype)
+    for ours, theirs in zip(interleaved.tensors, cache.tensors, strict=True):
+        ours.view(torch.uint8)[:num_halves:2] = theirs.view(torch.uint8)
+    there = LayerCache.interleaved(memory.to(device), *shape, cache.k.dtype)
+    if there.scales is not None and interleaved.scales is not None:
+        there.scales.copy_(interleaved.scales)
+    even = [[2 * block for block in table] for table in tables]
+    for attend, where, own in (
+        (paged_attention_triton, device, there),
+        (paged_attention_ref, "cpu", interleaved),
+    ):
+        out = attend(q.to(where), own, _meta(case, even, where), 0.3, case.window)
+        assert torch.equal(out, attend(q.to(where), _on(where, cache), _meta(case, tables, where), 0.3, case.window))
+
+
 def test_one_sequence_far_longer_does_not_pad_the_others() -> None:
     case = Case([(1, 4), (1, 200), (1, 8), (1, 6)])
     meta = _meta(case, _inputs(case, torch.float32)[2])

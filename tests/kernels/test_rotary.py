@@ -117,6 +117,23 @@ def test_kernel_is_as_exact_as_the_plain_path(
         assert torch.equal(_contents(there, dtype)[1].cpu(), _contents(plain, dtype)[1])
 
 
+@pytest.mark.parametrize("pages", [torch.float16, FP8], ids=["same", "fp8"])
+def test_rows_go_to_blocks_that_lie_between_others(pages: torch.dtype, device: str) -> None:
+    from lora_kernels.triton_rotary import rotary_store_triton
+
+    heads = HEADS["grouped"]
+    qkv, tables = torch.randn(len(SLOTS), heads.width).half(), _tables(heads.head_dim, torch.float16)
+    places = torch.tensor(PLACES)
+    half = 4 * heads.num_kv_heads * heads.head_dim * pages.itemsize
+    memory = torch.zeros(12 * half, dtype=torch.uint8, device=device)
+    interleaved = LayerCache.interleaved(memory, 4, heads.num_kv_heads, heads.head_dim, pages)
+    own = LayerCache.zeros(6, 4, heads.num_kv_heads, heads.head_dim, dtype=pages, device=device)
+    for cache, at in ((own, places), (interleaved, places // 4 * 8 + places % 4)):
+        rotary_store_triton(*(tensor.to(device, copy=True) for tensor in (qkv, *tables)), cache, at.to(device))
+    for ours, theirs in zip(interleaved.tensors, own.tensors, strict=True):
+        assert torch.equal(ours.view(torch.uint8)[:12:2], theirs.view(torch.uint8))
+
+
 def test_zeros_and_a_lone_outlier_keep_fp8_finite_and_the_outlier_as_it_is(device: str) -> None:
     from lora_kernels.triton_rotary import rotary_store_triton
 
