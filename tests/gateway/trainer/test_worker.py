@@ -265,8 +265,8 @@ def test_a_job_taken_away_while_its_model_is_stored_publishes_nothing(
     job = submit(hyperparameters=Hyperparameters(n_epochs=1))
     put = BlobStore.put
 
-    def put_and_lose(blobs: BlobStore, digest: str, path: Path) -> None:
-        put(blobs, digest, path)
+    def put_and_lose(blobs: BlobStore, digest: str, path: Path, *, is_final: bool = False) -> None:
+        put(blobs, digest, path, is_final=is_final)
         with database.write() as connection:
             connection.exec_driver_sql("UPDATE fine_tuning_jobs SET claimed_by = 'another'")
 
