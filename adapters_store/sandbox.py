@@ -33,7 +33,7 @@ class SandboxLimits:
 class ConfinedProcess:
     """A process that has imported all that `task` ("unpack" or "validate") needs, and waits for its order.
 
-    Used once, and best begun before its order is known: it takes 0.3 s to be ready. It is killed when the thread that
+    Used once, and best begun before its order is known, as importing takes a while. It is killed when the thread that
     began it ends. Raises `StoreError` when it cannot be started.
     """
 

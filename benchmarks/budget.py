@@ -2,8 +2,8 @@
 
     python -m benchmarks.budget [--documents 48] [--requests 200] [--adapters 16] [--layers 32] [--scratch /dev/shm]
 
-On one GPU a base of Llama-3.1-8B's shape, elsewhere the embedded one. The cache has of its own what half of the
-documents take, the adapters (rank 16) pages for all. Turns of `--requests` requests, eight at a time: of the bare
+On one GPU a base of Llama-3.1-8B's shape, elsewhere the embedded one. The cache has of its own what runs and half of
+the documents take, the adapters (rank 16) pages for all. Turns of `--requests` requests, eight at a time: of the bare
 base, each over a document drawn at random; of adapters, each drawn at random; of the base again. Both engines have the
 same memory and answer the same requests. Of each turn are recorded the share of the prompts' tokens that the prefix
 cache had, the time to the first token, and preemptions.

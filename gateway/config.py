@@ -40,8 +40,9 @@ class EngineConfig:
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         half of the memory beside the base at most (CUDA).
-    lend_adapter_pages: what adapters leave of their room is the KV cache's while sequences would wait or be preempted
-        without it. Adapters that nobody uses give theirs up for that; one that is asked for has pages emptied again.
+    lend_adapter_pages: what adapters leave of their room is the KV cache's, until one that comes has it emptied. Those
+        that nobody uses give theirs up too: for prefixes that were used since, and for sequences that would wait or be
+        preempted otherwise.
     adapter_dtype: how adapters' weights are kept; "auto" is dtype, "int8" has one scale a rank and matrix: twice the
         adapters in as much memory.
     num_vector_slots: room on the device for adapters with vectors (DoRA, IA3, trained biases and norms), 14 MB each at
