@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from itertools import chain
 from typing import Self
 
 import numpy as np
@@ -200,6 +201,7 @@ class ModelRunner:
         segments = None
         if (tokens.adapter_slots >= 0).any():
             segments = LoRASegments.build(tokens.adapter_slots, self.slots.slot_pages, device, self.invariant)
+        bottlenecks = tuple(self._bottleneck_rows(tokens.adapter_slots)) if self._has_bottlenecks(tokens) else ()
         return ForwardBatch(
             input_ids=ids if pending is None else resolve(ids, pending.token_ids),
             slot_mapping=slot_mapping,
@@ -212,7 +214,8 @@ class ModelRunner:
             invariant=self.invariant,
             virtual=virtual,
             vector_rows=send(vector_rows, device) if vector_rows is not None else None,
-            bottlenecks=tuple(self._bottleneck_rows(tokens.adapter_slots)) if self._has_bottlenecks(tokens) else (),
+            bottlenecks=bottlenecks,
+            split_rows=self._split_rows(bottlenecks),
             own_tokens=self._own_tokens(tokens),
         )
 
@@ -250,6 +253,11 @@ class ModelRunner:
             yield BottleneckRows(
                 site, reads, activation, segments, tokens=send(tokens, device), first_pages=send(first_pages, device)
             )
+
+    def _split_rows(self, bottlenecks: Iterable[BottleneckRows]) -> torch.Tensor | None:
+        split = (rows.segments.segments for rows in bottlenecks if rows.site in ("gate", "up"))
+        tokens = [segment.tokens for segment in chain.from_iterable(split)]
+        return send(np.unique(np.concatenate(tokens)), self.decoder.device) if tokens else None
 
     def _virtual_rows(self, chunks: Seq[Chunk], ids: np.ndarray) -> VirtualRows | None:
         """The virtual tokens among the ids [num_tokens], which become any token's: their embeddings are their own."""

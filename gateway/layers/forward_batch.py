@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from adapters_store.manifest import BottleneckSite
@@ -45,7 +43,8 @@ class ForwardBatch:
     to depend on nothing but its sequence (`lora_kernels.invariant`). virtual: the rows whose input is not the embedding
     of their id, if there are any. vector_rows: int32 [num_tokens], where in `adapters.vectors` each token's are, -1 for
     none; None when no token has any. own_tokens: None when no token's adapter has rows of its own for tokens.
-    bottlenecks: the rows that have bottleneck adapters.
+    bottlenecks: the rows that have bottleneck adapters. split_rows: int64 [n], ascending, those whose adapters change
+    what gate or up reads; None where there are none.
     """
 
     input_ids: torch.Tensor
@@ -61,15 +60,7 @@ class ForwardBatch:
     vector_rows: torch.Tensor | None = None
     own_tokens: OwnTokens | None = None
     bottlenecks: tuple[BottleneckRows, ...] = ()
-
-    @cached_property
-    def split_rows(self) -> torch.Tensor | None:
-        """The rows whose adapters change what gate or up reads, ascending: int64 [n]; None where there are none."""
-        own = [rows.segments.segments for rows in self.bottlenecks if rows.site in ("gate", "up")]
-        if not own:
-            return None
-        tokens = np.unique(np.concatenate([segment.tokens for segments in own for segment in segments]))
-        return torch.from_numpy(tokens).to(self.input_ids.device, non_blocking=True)
+    split_rows: torch.Tensor | None = None
 
     def output_vectors(self, layer: int, group: str) -> SlotVectors | None:
         """What scales and shifts the outputs of a group of linears."""
