@@ -63,7 +63,7 @@ class PageSupply:
         # The lowest: adapters loaded in turn lie in one run of pages, which the kernels like.
         taken = self._free[:num_pages]
         del self._free[:num_pages]
-        if len(taken) < num_pages:
+        if self._lent and len(taken) < num_pages:
             taken += self._end_loans(num_pages - len(taken))
         assert len(taken) == num_pages, f"{num_pages} pages asked for, {len(taken)} free"
         return tuple(sorted(taken))
@@ -93,8 +93,7 @@ class PageSupply:
         missing = num_pages - len(self._free) - len(unused) - sum(self._lent[page] for page in in_use)
         others = [page for page in in_use if not self._lent[page]]
         for page in [*unused, *others[: max(0, missing)]]:
-            assert self.borrower is not None
-            self.borrower.recall(page)
+            self._lent_to.recall(page)
             self._lent[page] = True
 
     def begin_step(self) -> None:
@@ -103,8 +102,7 @@ class PageSupply:
         if self._was_asked or not any(self._lent.values()):
             return
         for page in [page for page, is_recalled in self._lent.items() if is_recalled]:
-            assert self.borrower is not None
-            self.borrower.keep(page)
+            self._lent_to.keep(page)
             self._lent[page] = False
 
     def check_integrity(self, held: list[int]) -> None:
@@ -112,19 +110,20 @@ class PageSupply:
         assert sorted([*self._free, *self._lent, *held]) == list(range(self.num_pages)), "pages are lost or held twice"
 
     @property
+    def _lent_to(self) -> Borrower:
+        assert self.borrower is not None, "nothing is lent"
+        return self.borrower
+
+    @property
     def _unused(self) -> list[int]:
         """Lent pages in which nothing is in use."""
-        if not self._lent:
-            return []
-        assert self.borrower is not None
-        return [page for page in self._lent if not self.borrower.is_using(page)]
+        return [page for page in self._lent if not self._lent_to.is_using(page)]
 
     def _end_loans(self, num_pages: int) -> list[int]:
         """Up to so many lent pages that are not in use: those that were recalled, then the least recently used."""
-        assert self.borrower is not None
-        used_at = self.borrower.used_at
-        unused = sorted(self._unused, key=lambda page: (not self._lent[page], used_at(page), page))
+        borrower = self._lent_to
+        unused = sorted(self._unused, key=lambda page: (not self._lent[page], borrower.used_at(page), page))
         for page in unused[:num_pages]:
-            self.borrower.give_back(page)
+            borrower.give_back(page)
             del self._lent[page]
         return unused[:num_pages]
