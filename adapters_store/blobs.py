@@ -211,7 +211,7 @@ def _put_into_folder(target: Path, digest: str, source: Path, is_final: bool) ->
     if not target.parent.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         _fsync_folder(target.parent.parent)
-    if not (is_final and _link_durable(source, target, digest)):
+    if not (is_final and not target.exists() and _link_durable(source, target, digest)):
         os.replace(_copy_to_temporary(source, target.parent, digest), target)
     _fsync_folder(target.parent)
 
