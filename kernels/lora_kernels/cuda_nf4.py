@@ -51,7 +51,7 @@ def nf4_matmul_by(plan: Plan, x: Tensor, weight: NF4Tiles, bias: Tensor | None =
     x = readable(x)
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     if isinstance(plan, NarrowPlan):
-        _launch_narrow(plan, x, weight, bias, out)
+        launch_narrow(plan, x, weight, bias, out)
     else:
         launch_wide(plan, x, weight, bias, out)
     return out
@@ -78,18 +78,32 @@ def unpack_nf4_tiles(weight: NF4Tiles, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _launch_narrow(plan: NarrowPlan, x: Tensor, weight: NF4Tiles, bias: Tensor | None, out: Tensor) -> None:
-    row_tiles, num_blocks, _ = weight.tiles.shape
+def launch_narrow(
+    plan: NarrowPlan,
+    x: Tensor,
+    weight: NF4Tiles,
+    bias: Tensor | None,
+    out: Tensor,
+    adapters: ctypes.Structure | None = None,
+    page_size: int = 2,
+) -> None:
+    """out = x W^T + bias by nf4.cu, and what `adapters` (its struct of that name) adds, of so many bytes a number."""
+    num_blocks = weight.tiles.shape[1]
     assert x.shape[0] <= plan.tokens, f"{x.shape[0]} rows of x, {plan.tokens} planned"
-    stages = row_tiles * (num_blocks // plan.warps)
-    _narrow_kernel(plan, x.dtype, x.device)(
-        min(stages, num_processors(x.device) * plan.blocks),
-        32 * plan.warps,
+    _narrow_kernel(plan, x.dtype, x.device, 3 - page_size if adapters else 0)(
+        narrow_grid(plan, weight),
+        32 * (plan.warps + bool(adapters)),
         [
             x, weight.tiles, weight.scales, bias, out, _sums(x.device), _codes(x.dtype),
-            x.shape[0], weight.shape[0], num_blocks, x.stride(0),
+            x.shape[0], weight.shape[0], num_blocks, x.stride(0), *([adapters] if adapters else []),
         ],
     )  # fmt: skip
+
+
+def narrow_grid(plan: NarrowPlan, weight: NF4Tiles) -> int:
+    """Thread blocks of nf4.cu: as many as multiprocessors hold, or as there are stages of work."""
+    row_tiles, num_blocks, _ = weight.tiles.shape
+    return min(row_tiles * (num_blocks // plan.warps), num_processors(weight.tiles.device) * plan.blocks)
 
 
 class _Sharing(ctypes.Structure):
@@ -135,8 +149,9 @@ def launch_wide(
 
 
 @cache
-def _narrow_kernel(plan: NarrowPlan, dtype: torch.dtype, device: torch.device) -> CudaKernel:
-    return CudaKernel("nf4.cu", "nf4_matmul", _macros(plan, dtype), device, _TABLE_BYTES)
+def _narrow_kernel(plan: NarrowPlan, dtype: torch.dtype, device: torch.device, adapted: int) -> CudaKernel:
+    macros = _macros(plan, dtype) | {"ADAPTED": adapted}
+    return CudaKernel("nf4.cu", "nf4_matmul", macros, device, _TABLE_BYTES)
 
 
 @cache
@@ -163,6 +178,11 @@ def _macros(plan: Plan | None, dtype: torch.dtype) -> dict[str, int]:
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the card is one of those that the kernels with adapters are for."""
+    return _capability(device)[0] == 9
 
 
 @cache

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lora_kernels.cuda_nf4 import fused_plan, launch_wide, num_processors, readable
+from lora_kernels.cuda_nf4 import (
+    fused_plan,
+    is_hopper,
+    launch_narrow,
+    launch_wide,
+    narrow_grid,
+    num_processors,
+    readable,
+)
 from lora_kernels.nf4 import NF4Tiles
-from lora_kernels.nf4_lora import hides_shrink, most_column_pages
-from lora_kernels.nf4_plans import WidePlan
+from lora_kernels.nf4_lora import hides_shrink, most_fused_pages
+from lora_kernels.nf4_plans import NarrowPlan, WidePlan
 from lora_kernels.nvrtc import tensor_map
 from lora_kernels.segments import PAGE_RANK, TILE_TOKENS, LoRASegments
 from lora_kernels.triton_expand import sgmv_expand_triton
@@ -20,7 +29,17 @@ from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 _NOWHERE = 1 << 30
 _SHRINKERS = 3  # warps of a thread block that compute h
 _MOST_PARTS = 16  # of the inputs, that warps share
+_FEW_ROWS, _MOST_FEW_PAGES, _MOST_FEW_PARTS = 8, 4, 32  # nf4_few_adapters.cuh's TOKENS, MOST_PAGES, MOST_PARTS
 _MOST_PIECES = 16384  # whose sums warps leave for each other
+
+
+class _FewAdapters(ctypes.Structure):
+    """nf4_few_adapters.cuh's struct `Adapters`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a", "b", "a_scales", "b_scales", "order", "table", "sums", "launches")),
+        *((name, ctypes.c_int) for name in ("slices", "second", "third", "parts")),
+    )
 
 
 class _Adapters(ctypes.Structure):
@@ -50,10 +69,16 @@ def nf4_lora_matmul_cuda(
 ) -> Tensor | None:
     """`lora_kernels.nf4_lora.nf4_lora_matmul` with A x beside the base's product; None where that does not fit."""
     plan, num_slices = fused_plan(x, weight), len(slice_widths)
-    if not isinstance(plan, WidePlan) or a_pages.dtype not in (x.dtype, torch.int8):
+    if plan is None or not is_hopper(x.device) or a_pages.dtype not in (x.dtype, torch.int8):
         return None
     is_whole = num_slices <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
-    in_columns = is_whole and a_scales is None and segments.most_pages <= most_column_pages(len(x))
+    is_fused = is_whole and segments.most_pages <= most_fused_pages(len(x))
+    if isinstance(plan, NarrowPlan):
+        # Where thread blocks finish several tiles of W each, waiting for B costs more than launches of their own.
+        if not is_fused or weight.tiles.shape[0] > num_processors(x.device):
+            return None
+        return _few_rows(plan, x, weight, bias, a_pages, b_pages, segments, slice_widths, a_scales, b_scales)
+    in_columns = is_fused and a_scales is None
     if not in_columns and not hides_shrink(len(x), segments.most_pages, weight.shape[0], num_slices):
         return None
     x = readable(x)
@@ -67,6 +92,42 @@ def nf4_lora_matmul_cuda(
         adapters.scales = None if a_scales is None else a_scales.data_ptr()
         launch_wide(plan, x, weight, bias, out, adapters, a_pages.element_size())
         sgmv_expand_triton(h, b_pages, segments, out, slice_widths, b_scales)
+    return out
+
+
+def _few_rows(
+    plan: NarrowPlan,
+    x: Tensor,
+    weight: NF4Tiles,
+    bias: Tensor | None,
+    a_pages: Tensor,
+    b_pages: Tensor,
+    segments: LoRASegments,
+    slice_widths: tuple[int, ...],
+    a_scales: Tensor | None,
+    b_scales: Tensor | None,
+) -> Tensor:
+    """By nf4.cu, which computes A x beside the base's product and adds B h to it."""
+    plan = replace(plan, blocks=1)  # a second one would lack registers for the warp that computes h
+    x, num_slices = readable(x), len(slice_widths)
+    out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
+    sums, launches = _few_scratch(x.device)
+    pieces = num_slices * min(len(x), segments.most_pages)
+    adapters = _FewAdapters(
+        a=a_pages.data_ptr(),
+        b=b_pages.data_ptr(),
+        a_scales=None if a_scales is None else a_scales.data_ptr(),
+        b_scales=None if b_scales is None else b_scales.data_ptr(),
+        order=segments.routing.token_order.data_ptr(),
+        table=segments.routing.table.data_ptr(),
+        sums=sums.data_ptr(),
+        launches=launches.data_ptr(),
+        slices=num_slices,
+        second=slice_widths[0] if num_slices > 1 else _NOWHERE,
+        third=sum(slice_widths[:2]) if num_slices > 2 else _NOWHERE,
+        parts=max(min(narrow_grid(plan, weight) // pieces, _MOST_FEW_PARTS), 1),
+    )
+    launch_narrow(plan, x, weight, bias, out, adapters, a_pages.element_size())
     return out
 
 
@@ -124,6 +185,14 @@ def _num_parts(segments: LoRASegments, num_slices: int, processors: int) -> int:
     most_rows = min(segments.routing.most_rows, (chunks + segments.most_pages) * segments.max_pages)
     wanted = min(processors * _SHRINKERS // (chunks * num_slices), _MOST_PARTS)
     return max(min(wanted, _MOST_PIECES // (most_rows * num_slices)), 1)
+
+
+@cache
+def _few_scratch(device: torch.device) -> tuple[Tensor, Tensor]:
+    """What thread blocks of nf4.cu leave for each other: numbers beside those of their launches; the next launch's."""
+    size = _FEW_ROWS * _MOST_FEW_PAGES * 3 * PAGE_RANK * _MOST_FEW_PARTS
+    sums = torch.zeros(size, dtype=torch.int64, device=device)
+    return sums, torch.tensor([1, 0], dtype=torch.int32, device=device)
 
 
 @cache

@@ -7,6 +7,7 @@
 //   DEPTH   tiles of W that a warp has on their way from memory
 //   BLOCKS  thread blocks a multiprocessor
 //   AHEAD   stages of W that a thread block has on their way from memory to the second cache
+//   ADAPTED 1: with the adapters of the step, y = x W^T + B (A x); 2: the same with pages in 8 bits; 0: x W^T
 //
 // A byte of W holds two codes. A table in shared memory turns it into a pair of 16-bit numbers at once; each lane of a
 // warp has a copy of its own, in its own bank, so that 32 look-ups are one access. The bytes of a tile lie in memory in
@@ -33,6 +34,9 @@ __device__ __forceinline__ void fetch_to_cache(const void* p, int bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
 #endif
 }
+__device__ __forceinline__ void meet(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 // Transposes the words of four neighbouring lanes: word j of lane t goes to word t of lane j.
 __device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
     const bool odd = lane & 1, upper = lane & 2;
@@ -45,20 +49,37 @@ __device__ __forceinline__ uint4 transpose(uint4 v, int lane) {
     return v;
 }
 
+#if ADAPTED
+#include "nf4_few_adapters.cuh"
+#endif
+
 __device__ __forceinline__ int range_begin(int total, int block) { return (int)((long long)total * block / gridDim.x); }
 
 // x [num_tokens, in]; tiles u8 [row tiles of 64, num_blocks, 2048]; scales [row tiles of 64, num_blocks, 64];
 // bias [out] or null; y [num_tokens, out]. sums: fp32 [gridDim.x, TOKENS * 64], ABSENT before and after. num_blocks is
 // a multiple of WARPS.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(THREADS + (ADAPTED ? 32 : 0), BLOCKS)
     nf4_matmul(const u16* __restrict__ x, const u8* __restrict__ tiles, const float* __restrict__ scales,
                const u16* __restrict__ bias, u16* __restrict__ y, float* __restrict__ sums,
-               const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int stride_x) {
+               const __grid_constant__ Codes codes, int num_tokens, int out_features, int num_blocks, int stride_x
+#if ADAPTED
+               ,
+               const __grid_constant__ Adapters adapters
+#endif
+    ) {
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     const int tile_stages = num_blocks / WARPS, total = (out_features + 63) / 64 * tile_stages;
     const int begin = range_begin(total, blockIdx.x), end = range_begin(total, blockIdx.x + 1);
     int tile = (end - 1) / tile_stages, stage = (end - 1) % tile_stages;
     start_dependents();
+#if ADAPTED
+    if (warp == WARPS) {
+        const int2 own_tiles = make_int2(begin / tile_stages, end / tile_stages);  // those whose last stage is here
+        shrink(adapters, x, stride_x, num_blocks * 64, out_features, own_tiles, lane);
+        return;
+    }
+    int slice = NONE;  // whose h is in shared memory
+#endif
 
     uint4 strips[DEPTH][4];    // of 16 rows
     float2 own_scales[DEPTH];  // of strip lane % 4
@@ -103,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i)
         if (i < left) load_x(i);
-    __syncthreads();
+    meet(2, THREADS);
 
     float sum[4][NT][4] = {};
     const u32 lane4 = lane * 4;
@@ -159,7 +180,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             }
         }
 
-        __syncthreads();
+        meet(2, THREADS);
 #pragma unroll
         for (int r = 0; r < 4; ++r)
 #pragma unroll
@@ -170,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     partial_sum((warp * TOKENS + token) * 64 + (row ^ (token / 2 % 4 * 8))) = sum[r][j][c];
                     sum[r][j][c] = 0.0f;
                 }
-        __syncthreads();
+        meet(2, THREADS);
         float value[SHARE];
         float* mine = sums + blockIdx.x * (TOKENS * 64) + thread;
 #pragma unroll
@@ -183,6 +204,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             if (!is_last) asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(mine + k * THREADS), "f"(value[k]));
         }
         if (!is_last) continue;
+#if ADAPTED
+        if (slice == NONE) meet(1, THREADS + 32);
+        if (slice != adapters.slice(tile)) gather(adapters, slice = adapters.slice(tile), num_tokens, thread);
+        add_adapters(adapters, value, tile, num_tokens, out_features, thread);
+#endif
         int donor = blockIdx.x;  // the sums of the blocks from here to this one are added
         if (!is_first)
             while (range_begin(total, donor) > tile * tile_stages) --donor;
@@ -216,4 +242,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             y[token * out_features + row] = round16(value[k]);
         }
     }
+#if ADAPTED
+    if (slice == NONE) meet(1, THREADS + 32);
+#endif
 }

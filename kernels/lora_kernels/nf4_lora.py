@@ -7,6 +7,7 @@ from lora_kernels.segments import FEW_PAGES, SHORT_STEP, LoRASegments
 from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 
 _FEW_ROWS = 16
+_LEAST_PAGES = 4
 _SOME_PAGES = 64
 
 
@@ -41,9 +42,9 @@ def nf4_lora_matmul(
     """y = x W^T + b + B (A x) in x's dtype [num_tokens, out].
 
     x, weight, bias: `nf4_matmul`'s. The others: `sgmv_shrink`'s and `sgmv_expand`'s, pages in x's dtype or int8; every
-    number of b_pages is finite. On Hopper A x is computed beside the base's product; few pages in x's dtype are columns
-    of that, [x | A x] [W | B]^T, rounded once, others an expand behind it. Elsewhere: the base's product, a shrink and
-    an expand.
+    number of b_pages is finite. On Hopper A x is computed beside the base's product; few pages are added by the same
+    launch, as columns [x | A x] [W | B]^T or behind a tile's own, and rounded once, others by an expand behind it.
+    Elsewhere: the base's product, a shrink and an expand.
     """
     if x.is_cuda:
         from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
@@ -56,15 +57,15 @@ def nf4_lora_matmul(
     return y
 
 
-def most_column_pages(num_tokens: int) -> int:
-    """Up to how many pages are multiplied as columns beside the base's; measured on one H200, at Llama-3.1-8B's shapes.
+def most_fused_pages(num_tokens: int) -> int:
+    """Up to how many pages the base's own launch multiplies; measured on one H200, at Llama-3.1-8B's shapes.
 
-    Every page is columns for all rows, so that more pages have a kernel of their own. The product of a few rows is too
-    short to hide A x in.
+    As columns every page is there for all rows, and up to 8 rows B's are read behind a tile's own: more pages have a
+    kernel of their own.
     """
-    if num_tokens <= _FEW_ROWS:
-        return 0
-    return FEW_PAGES if num_tokens <= SHORT_STEP else FEW_PAGES // 2
+    if num_tokens <= _FEW_ROWS // 2:
+        return _LEAST_PAGES
+    return FEW_PAGES // 2 if num_tokens <= _FEW_ROWS or num_tokens > SHORT_STEP else FEW_PAGES
 
 
 def most_hidden_pages(num_tokens: int) -> int:
@@ -87,5 +88,5 @@ def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices
 
 def page_limits(num_tokens: int, most_pages: int) -> list[int]:
     """The numbers of pages, ascending up to `most_pages`, up to which steps of so many rows run alike."""
-    limits = (most_column_pages(num_tokens), most_hidden_pages(num_tokens), most_pages)
+    limits = (most_fused_pages(num_tokens), most_hidden_pages(num_tokens), most_pages)
     return sorted({min(limit, most_pages) for limit in limits} - {0})

@@ -140,13 +140,17 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
         for num_blocks in (64, 172, 14, 3):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
-            variants = [{"ADAPTED": way} for way in range(3)] if isinstance(plan, WidePlan) else [{}]
+            variants = [{"ADAPTED": 0}]
+            if isinstance(plan, WidePlan):
+                variants += [{"ADAPTED": 1}, {"ADAPTED": 2}]
+            elif entry["capability"] == [9, 0]:
+                variants += [{"ADAPTED": 1, "BLOCKS": 1}, {"ADAPTED": 2, "BLOCKS": 1}]
             for architecture in architectures[tuple(entry["capability"])]:
                 cases += [(architecture, source, macros | variant) for variant in variants]
     for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):
         for plan in invariant_plans(4096, 4096, capability):
             macros = {name.upper(): value for name, value in asdict(plan).items() if name != "share"}
-            cases.append((architecture, source, macros | ({"ADAPTED": 0} if isinstance(plan, WidePlan) else {})))
+            cases.append((architecture, source, macros | {"ADAPTED": 0}))
     return [case for at, case in enumerate(cases) if case not in cases[:at]]
 
 

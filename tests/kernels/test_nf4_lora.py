@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
 from lora_kernels.nf4_lora import (
     hides_shrink,
-    most_column_pages,
+    most_fused_pages,
     nf4_lora_matmul,
     nf4_lora_matmul_ref,
     page_limits,
 )
-from lora_kernels.segments import FEW_PAGES, PAGE_RANK, LoRASegments, Routing, order_capacity
+from lora_kernels.segments import PAGE_RANK, LoRASegments, Routing, order_capacity
 from tests.kernels.error_rule import assert_as_exact
 from tests.kernels.pages import NUM_PAGES, PAGES, zero_beyond_rank
 
@@ -41,6 +41,14 @@ def _in_bytes(
     whole = [part / b_scales[:, i, :, None].clamp(min=1e-9) for i, part in enumerate(parts)]
     a = (a.float() / a_scales[..., None].clamp(min=1e-9)).round().to(torch.int8)
     return a, torch.cat(whole, 2).round().to(torch.int8), a_scales, b_scales
+
+
+def _out_of_bytes(
+    a: torch.Tensor, b: torch.Tensor, a_scales: torch.Tensor, b_scales: torch.Tensor, widths: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """The numbers that pools in 8 bits stand for."""
+    parts = [part.double() * b_scales[:, i, :, None].double() for i, part in enumerate(b.split(widths, 2))]
+    return [a.double() * a_scales.double()[..., None], torch.cat(parts, 2)]
 
 
 def _segments(slots: list[int], device: str) -> LoRASegments:
@@ -73,7 +81,8 @@ def test_the_plain_path_equals_a_product_a_row(slots: list[int]) -> None:
 
 
 def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
-    assert most_column_pages(64) > most_column_pages(2048) > 0
+    assert 0 < most_fused_pages(8) < most_fused_pages(16) < most_fused_pages(64)
+    assert 0 < most_fused_pages(2048) < most_fused_pages(64)
     assert hides_shrink(64, 64, 28672, 2)
     assert not hides_shrink(64, 64, 6144, 3)
     assert hides_shrink(256, 64, 6144, 3)
@@ -86,7 +95,8 @@ def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
     ("num_tokens", "most_pages", "limits"),
     [
         (1, 1, [1]),
-        (8, 128, [128]),
+        (8, 128, [4, 128]),
+        (16, 256, [8, 256]),
         (24, 24, [16, 24]),
         (64, 64, [16, 64]),
         (256, 256, [16, 64, 256]),
@@ -104,6 +114,12 @@ LAYOUTS = {
     "rank 256": lambda rows: [6] * rows,
     "mixed ranks": lambda rows: [(-1, 0, 1, 2, 3, 4, 5)[row * 5 % 7] for row in range(rows)],
     "one row": lambda rows: [-1] * (rows - 1) + [1],
+}
+FEW_PAGES_LAYOUTS = {
+    "one adapter": LAYOUTS["one adapter"],
+    "one of rank 64, and base rows": LAYOUTS["one of rank 64, and base rows"],
+    "three adapters": lambda rows: [(0, -1, 1, 3)[row * 3 % 4] for row in range(rows)],
+    "one row": LAYOUTS["one row"],
 }
 
 
@@ -123,7 +139,7 @@ def test_a_shrink_beside_the_base_is_as_exact_as_the_plain_path_and_gives_equal_
 ) -> None:  # fmt: skip
     from lora_kernels import cuda_nf4_lora
 
-    monkeypatch.setattr(cuda_nf4_lora, "most_column_pages", lambda _: 16 if way == "columns" else 0)
+    monkeypatch.setattr(cuda_nf4_lora, "most_fused_pages", lambda _: 16 if way == "columns" else 0)
     monkeypatch.setattr(cuda_nf4_lora, "hides_shrink", lambda *_: way == "planes")
     torch.manual_seed(0)
     slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
@@ -137,6 +153,35 @@ def test_a_shrink_beside_the_base_is_as_exact_as_the_plain_path_and_gives_equal_
                                 _segments(slots, "cpu"), widths)  # fmt: skip
     assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths) + bias.double().cpu())
     assert len(again) == 3
+    assert all(torch.equal(result, y) for result in again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("layout", FEW_PAGES_LAYOUTS.values(), ids=FEW_PAGES_LAYOUTS.keys())
+@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize("in_bytes", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize(
+    ("widths", "in_features"), [((256, 64, 64), 4096), ((320,), 14336), ((1000,), 1024), ((128, 192), 896)], ids=str
+)
+def test_few_pages_of_few_rows_are_as_exact_as_the_plain_path_and_give_equal_bits(
+    widths: tuple[int, ...], in_features: int, in_bytes: bool, num_tokens: int, layout: Callable[[int], list[int]],
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
+    pools: tuple[torch.Tensor, ...] = _pools(in_features, widths, torch.float32 if in_bytes else dtype)
+    exact = [pool.double() for pool in pools]
+    if in_bytes:
+        pools = _in_bytes(pools[0], pools[1], widths)
+        exact = _out_of_bytes(*pools, widths)
+    a, b, *scales = (pool.cuda() for pool in pools)
+    x, bias = torch.randn(num_tokens, in_features).to(dtype).cuda(), torch.randn(sum(widths)).to(dtype).cuda()
+    y, *again = [nf4_lora_matmul(x, weight, bias, a, b, _segments(slots, "cuda"), widths, *scales) for _ in range(4)]
+    plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), bias.cpu(), pools[0], pools[1],
+                                _segments(slots, "cpu"), widths, *pools[2:])  # fmt: skip
+    exact_a, exact_b = (pool.cuda() for pool in exact)
+    assert_as_exact(y, plain, _truth(x, weight, exact_a, exact_b, slots, widths) + bias.double().cpu())
     assert all(torch.equal(result, y) for result in again)
 
 
@@ -165,22 +210,20 @@ def test_pages_in_8_bits_beside_the_base_are_as_exact_as_the_plain_path_and_give
     on_cpu = [pool.cpu() for pool in pools]
     plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), None, *on_cpu[:2],
                                 _segments(slots, "cpu"), widths, *on_cpu[2:])  # fmt: skip
-    exact_a = a.double() * scales[0].double()[..., None]
-    exact_b = torch.cat(
-        [part.double() * scales[1][:, i, :, None].double() for i, part in enumerate(b.split(widths, 2))], 2
-    )
+    exact_a, exact_b = (pool.cuda() for pool in _out_of_bytes(*pools, widths))
     assert_as_exact(y, plain, _truth(x, weight, exact_a, exact_b, slots, widths))
     assert len(again) == 3
     assert all(torch.equal(result, y) for result in again)
 
 
 @pytest.mark.gpu
-def test_rows_do_not_depend_on_the_adapters_of_others() -> None:
+@pytest.mark.parametrize("rows", [6, 12, 64])
+def test_rows_do_not_depend_on_the_adapters_of_others(rows: int) -> None:
     torch.manual_seed(0)
     widths, weight = (256, 64), _weight(320, 1024, "cuda")
     a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
-    x = torch.randn(64, 1024).bfloat16().cuda()
-    slots = [(0, 3, -1)[row % 3] for row in range(64)]
+    x = torch.randn(rows, 1024).bfloat16().cuda()
+    slots = [(0, 3, -1)[row % 3] for row in range(rows)]
     before = nf4_lora_matmul(x, weight, None, a, b, _segments(slots, "cuda"), widths)
     a[PAGES[3].ids[0]] = float("nan")
     b[PAGES[3].ids[0]] *= 1e4
@@ -191,12 +234,20 @@ def test_rows_do_not_depend_on_the_adapters_of_others() -> None:
 
 
 @pytest.mark.gpu
-def test_a_recorded_step_takes_any_few_pages() -> None:
+@pytest.mark.parametrize(
+    ("rows", "steps"),
+    [
+        (4, ([2] * 4, [0, -1] * 2, [0, 1, 3, 0])),
+        (12, ([2] * 12, [0, -1] * 6, [1, 3, 4, 5] * 3)),
+        (48, ([6] * 48, [0, -1] * 24, [1, 2, 3, 4] * 12)),
+    ],
+)
+def test_a_recorded_step_takes_any_few_pages(rows: int, steps: tuple[list[int], ...]) -> None:
     from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
     from lora_kernels.segments import fixed_size
 
     torch.manual_seed(0)
-    widths, weight, rows = (256, 64), _weight(320, 1024, "cuda"), 48
+    widths, weight = (256, 64), _weight(320, 1024, "cuda")
     a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
     x = torch.randn(rows, 1024).bfloat16().cuda()
     packed = torch.zeros(fixed_size(64, 16), dtype=torch.int32, device="cuda")
@@ -206,7 +257,7 @@ def test_a_recorded_step_takes_any_few_pages() -> None:
         packed[: len(filled)] = torch.from_numpy(filled).cuda()
 
     def run() -> torch.Tensor | None:
-        segments = LoRASegments.fixed(packed, rows, 64, max_pages=16, most_pages=FEW_PAGES)
+        segments = LoRASegments.fixed(packed, rows, 64, max_pages=16, most_pages=most_fused_pages(rows))
         return nf4_lora_matmul_cuda(x, weight, None, a, b, segments, widths)
 
     fill([0] * rows)
@@ -215,7 +266,7 @@ def test_a_recorded_step_takes_any_few_pages() -> None:
     with torch.cuda.graph(graph):
         y = run()
     assert y is not None
-    for slots in ([6] * rows, [0, -1] * (rows // 2), [1, 2, 3, 4] * (rows // 4)):
+    for slots in steps:
         fill(slots)
         graph.replay()
         plain = nf4_lora_matmul_ref(x, weight, None, a, b, _segments(slots, "cuda"), widths)
