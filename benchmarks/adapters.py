@@ -27,6 +27,7 @@ import torch
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import bench_config, drain, make_requests, write_adapter, write_base
 from benchmarks.record import record
+from gateway.engine.interpreter import favour_steps
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef
 
@@ -60,6 +61,7 @@ def main() -> None:
             adapter_dtype=args.adapter_dtype,
         )
         engine = LLMEngine(config, blobs, lambda: None)
+        favour_steps()  # as a replica does
         count = NUM_RUNNING + NUM_IN_HOST + NUM_ON_DISK
         refs = [write_adapter(blobs, folder, engine.model.spec, RANK, i) for i in range(count)]
         suffix = f"{'8B' if on_gpu else 'embedded'}{' int8' if args.adapter_dtype == 'int8' else ''}"

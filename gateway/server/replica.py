@@ -33,6 +33,7 @@ class EngineReplica:
         # The engine's imports (torch) belong to this process alone.
         from adapters_store.blobs import BlobStore
         from gateway.engine.async_engine import AsyncEngine
+        from gateway.engine.interpreter import favour_steps
 
         name = serve.get_replica_context().replica_id.unique_id
         configure_logging(f"replica-{name}")
@@ -42,6 +43,7 @@ class EngineReplica:
         self._engine = await asyncio.to_thread(AsyncEngine, config.engine, blobs, self._on_step)
         self._metrics = EngineMetrics(self._registry, self._engine.model_name, name, self._engine.stats)
         self._delivery = DeliveryClient(name, self._generate, self._metrics_text)
+        favour_steps()
         await self._engine.start()
         if config.server.replica_metrics_port is not None:
             self._serve_metrics(config.server.replica_metrics_port)
