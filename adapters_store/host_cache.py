@@ -16,16 +16,18 @@ from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_pages import HostPages
 from adapters_store.lora_layout import LoRALayout, num_pages_for
 from adapters_store.page_image import PageImage, check_weights, fill_pages
+from adapters_store.tensor_file import ReadMemory
 from adapters_store.vector_layout import VectorLayout
 from adapters_store.weights import AdapterWeights, TokenTable, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]
+_memory = ReadMemory()
 
 
 def read_adapter(blobs: BlobStore, digest: str) -> AdapterWeights:
-    """The stored adapter, whole. Raises `AdapterLoadFailed` or `StoreUnavailable`."""
+    """A stored adapter, good until the thread reads the next. Raises `AdapterLoadFailed`, `StoreUnavailable`."""
     with blobs.reading(digest) as path:
-        return load_weights(path)
+        return load_weights(path, _memory)
 
 
 class HostCache:
@@ -159,7 +161,7 @@ class HostCache:
         return image, is_kept
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy: what was read may be the file itself."""
+        """A copy: what was read is good until the next is."""
         return tensor.pin_memory() if self._pinned else tensor.clone()
 
     def _owned_table(self, table: TokenTable) -> TokenTable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -23,32 +23,33 @@ from adapters_store.base_spec import (
 )
 from adapters_store.kronecker import KroneckerProduct
 from adapters_store.manifest import AdapterSpec, LoRADelta
+from adapters_store.tensor_file import TensorFile
 from adapters_store.tensor_train import factor_names
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A [r, in], and B [out, r] with the scale in it."""
 
 
-def read_pairs(file: Any, spec: AdapterSpec) -> Iterator[tuple[tuple[int, str], Pair]]:
+def read_pairs(file: TensorFile, spec: AdapterSpec) -> Iterator[tuple[tuple[int, str], Pair]]:
     """The pairs of an open safetensors file by (layer, linear), on the CPU: A as uploaded, B too or in fp32."""
     return _READERS.get(spec.kind, _read_lora)(file, spec.deltas)
 
 
-def _read_lora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_lora(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     for layer, delta in _by_layer(deltas):
         a: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
         b: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
 
-def _read_adalora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_adalora(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: diag(E) A and B, where anything is left of them."""
     for layer, delta in _by_layer(delta for delta in deltas if delta.rank):
         a, e, b = (file.get_tensor(tensor_name(layer, delta.linear, f"lora_{name}")) for name in "AEB")
         yield (layer, delta.linear), (e.float() * a.float(), fold_scale(b, delta.scale))
 
 
-def _read_vera(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_vera(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: diag(lambda_d) A and diag(lambda_b) B, of A and B the part that the linear's widths need."""
     a, b = (file.get_tensor(name).float() for name in (VERA_A, VERA_B))
     for layer, delta in _by_layer(deltas):
@@ -59,7 +60,7 @@ def _read_vera(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         yield (layer, delta.linear), (of_d * a[:, : delta.in_features], of_b * b[: len(of_b)])
 
 
-def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_loha(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: (P Q) * (R S) is the sum over i and j of the columns P_i * R_j times the rows Q_i * S_j."""
     for layer, delta in _by_layer(deltas):
         rows, columns = (
@@ -71,7 +72,7 @@ def _read_loha(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
 
-def _read_lokr(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_lokr(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: all singular triplets of the product, or the largest, as many as the spec says.
 
     Each rank of a tensor-parallel engine does it for itself and serves its own rows or columns of B A, whatever the
@@ -85,7 +86,7 @@ def _read_lokr(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
         yield (layer, delta.linear), (torch.from_numpy(a.astype("f4")), torch.from_numpy(b.astype("f4")))
 
 
-def _read_delora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_delora(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: A with all that is diagonal, of which the norms are those of A's rows and B's columns."""
     for layer, delta in _by_layer(deltas):
         a, b, strength, widths = (
@@ -97,7 +98,7 @@ def _read_delora(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple
         yield (layer, delta.linear), (ranks.float(), b)
 
 
-def _read_miss(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_miss(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA, where B A repeats the block over inputs and outputs: its smaller side is the rank.
 
     The other matrix is of zeros and ones: A adds up every r-th input, or B gives every `mini_r`-th output the same.
@@ -113,7 +114,7 @@ def _read_miss(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[i
             yield (layer, delta.linear), (_repeated(block.T, in_features), _repeated(ones, out_features).T)
 
 
-def _read_loretta(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
+def _read_loretta(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     """As plain LoRA: a tensor train makes the transpose of A, and of B."""
     for layer, delta in _by_layer(deltas):
         a, b = (read_train(file, factors_name(layer, delta.linear, matrix)) for matrix in ("lora_A", "lora_B"))
@@ -121,7 +122,7 @@ def _read_loretta(file: Any, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tupl
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
 
-def read_train(file: Any, factors: str) -> torch.Tensor:
+def read_train(file: TensorFile, factors: str) -> torch.Tensor:
     """The matrix that a tensor train makes, fp32, flat."""
     parts = [file.get_tensor(name).float() for name in factor_names(factors, frozenset(file.keys()))]
     whole: torch.Tensor = functools.reduce(lambda left, right: torch.tensordot(left, right, dims=1), parts)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 
 from adapters_store.base_spec import BOTTLENECK_TENSORS, bottleneck_tensor_name, factors_name, tensor_name
-from adapters_store.errors import AdapterLoadFailed
+from adapters_store.errors import AdapterInvalid, AdapterLoadFailed
 from adapters_store.manifest import (
     ADAPTER_METADATA_KEY,
     LORETTA_LINEARS,
@@ -29,6 +28,7 @@ from adapters_store.manifest import (
     VirtualTokens,
 )
 from adapters_store.plain_lora import Pair, fold_scale, read_pairs, read_train
+from adapters_store.tensor_file import ReadMemory, TensorFile
 
 
 class BottleneckTensors(NamedTuple):
@@ -80,35 +80,38 @@ class AdapterWeights:
         return frozenset(role for _, _, role in self.vectors if role in ("magnitude", "own_bias"))
 
 
-def load_weights(path: Path) -> AdapterWeights:
-    """Read a stored blob, whose own header says ranks and scales. Raises `AdapterLoadFailed`."""
+def load_weights(path: Path, memory: ReadMemory | None = None) -> AdapterWeights:
+    """Read a stored blob, whose own header says ranks and scales. Raises `AdapterLoadFailed`.
+
+    memory: where the file is read to; the weights are good until the thread reads the next one into it.
+    """
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            spec = AdapterSpec.model_validate_json((file.metadata() or {})[ADAPTER_METADATA_KEY])
-            vectors = {
-                (layer, site.module, site.role): _read_vector(file, layer, site)
-                for site in spec.vectors
-                for layer in site.layers
-            }
-            virtual = _read_virtual(file, spec.virtual_tokens) if spec.virtual_tokens is not None else None
-            tables = tuple(_read_table(file, rows) for rows in spec.token_rows)
-            bottleneck = _read_bottleneck(file, spec.bottleneck) if spec.bottleneck is not None else None
-            return AdapterWeights(spec.rank, dict(read_pairs(file, spec)), vectors, virtual, tables, bottleneck)
-    except (OSError, SafetensorError, KeyError, ValidationError) as error:
+        file = TensorFile(path, memory)
+        spec = AdapterSpec.model_validate_json(file.metadata()[ADAPTER_METADATA_KEY])
+        vectors = {
+            (layer, site.module, site.role): _read_vector(file, layer, site)
+            for site in spec.vectors
+            for layer in site.layers
+        }
+        virtual = _read_virtual(file, spec.virtual_tokens) if spec.virtual_tokens is not None else None
+        tables = tuple(_read_table(file, rows) for rows in spec.token_rows)
+        bottleneck = _read_bottleneck(file, spec.bottleneck) if spec.bottleneck is not None else None
+        return AdapterWeights(spec.rank, dict(read_pairs(file, spec)), vectors, virtual, tables, bottleneck)
+    except (OSError, AdapterInvalid, KeyError, ValidationError) as error:
         raise AdapterLoadFailed(path.name, f"its stored file cannot be read ({error})") from error
 
 
-def _read_vector(file: Any, layer: int, site: VectorSite) -> torch.Tensor:
+def _read_vector(file: TensorFile, layer: int, site: VectorSite) -> torch.Tensor:
     vector: torch.Tensor = file.get_tensor(tensor_name(layer, site.module, site.tensor))
     return vector.float().flatten() * site.scale
 
 
-def _read_virtual(file: Any, virtual: VirtualTokens) -> torch.Tensor:
+def _read_virtual(file: TensorFile, virtual: VirtualTokens) -> torch.Tensor:
     rows: torch.Tensor = file.get_tensor(PROMPT_TENSOR)
     return rows if virtual.num_layers is None else rows.view(len(rows), 2 * virtual.num_layers, -1)
 
 
-def _read_table(file: Any, spec: TokenRows) -> TokenTable:
+def _read_table(file: TensorFile, spec: TokenRows) -> TokenTable:
     rows: torch.Tensor = file.get_tensor(spec.tensor)
     if spec.ids is None:
         return TokenTable(spec.modules, torch.arange(len(rows)), rows)
@@ -116,7 +119,7 @@ def _read_table(file: Any, spec: TokenRows) -> TokenTable:
     return TokenTable(spec.modules, ids, rows[order])
 
 
-def _read_bottleneck(file: Any, bottleneck: Bottleneck) -> BottleneckWeights:
+def _read_bottleneck(file: TensorFile, bottleneck: Bottleneck) -> BottleneckWeights:
     tensors = {}
     for layer, site, size in bottleneck.places:
         if bottleneck.name is None:
@@ -131,7 +134,7 @@ def _read_bottleneck(file: Any, bottleneck: Bottleneck) -> BottleneckWeights:
     return BottleneckWeights(bottleneck.reads, bottleneck.activation, tensors)
 
 
-def _read_loretta_bottleneck(file: Any, layer: int, site: BottleneckSite, size: int) -> Iterator[torch.Tensor]:
+def _read_loretta_bottleneck(file: TensorFile, layer: int, site: BottleneckSite, size: int) -> Iterator[torch.Tensor]:
     """Each matrix and its bias: a tensor train makes the transpose of a matrix."""
     linear = LORETTA_LINEARS[site]
     for matrix, shape in (("adapter_down", (-1, size)), ("adapter_up", (size, -1))):

@@ -175,6 +175,15 @@ def test_virtual_tokens_are_read_anew_and_take_no_page(
     assert cache.num_bytes == kept.num_bytes
 
 
+def test_what_is_held_is_not_what_the_thread_reads_next(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
+    cache = caches(blobs, 8, num_threads=1)
+    virtual = cache.get(put_virtual_tokens(blobs, tmp_path, 3).digest).result(timeout=30).virtual_tokens
+    image = cache.get(put_adapter(blobs, tmp_path, rank=4, seed=1).digest).result(timeout=30)
+    cache.get(put_adapter(blobs, tmp_path, rank=30, seed=2).digest).result(timeout=30)
+    assert virtual.flatten().tolist() == list(range(virtual.numel()))
+    assert torch.equal(image.pages[0], make_image(random_weights(4, 1)).pages[0])
+
+
 @pytest.mark.parametrize("is_prefix", [False, True])
 def test_virtual_tokens_of_another_base_fail(blobs: BlobStore, tmp_path: Path, is_prefix: bool) -> None:
     adapter = put_virtual_tokens(blobs, tmp_path, 3, is_prefix=is_prefix)

@@ -117,7 +117,7 @@ LAYOUTS = {
 }
 FEW_PAGES_LAYOUTS = {
     "one adapter": LAYOUTS["one adapter"],
-    "one of rank 64, and base rows": LAYOUTS["one of rank 64, and base rows"],
+    "one of rank 64, and base rows": lambda rows: [-1 if row % 3 == 1 else 2 for row in range(rows)],
     "three adapters": lambda rows: [(0, -1, 1, 3)[row * 3 % 4] for row in range(rows)],
     "one row": LAYOUTS["one row"],
 }
