@@ -45,6 +45,7 @@ ITEMSIZE = 2  # bf16
 NF4_BYTES = sum(width * sum(widths) for width, widths in GROUPS.values()) * 9 // 16  # of a layer's base
 RANK = 16
 DISTINCT = (1, 4, 16, 64, 256)
+FEW_ROWS = ((1, 1), (8, 1), (8, 8), (16, 1), (16, 4), (16, 8), (16, 16))
 US_TARGETS = {"adapters 64x1 r16": 12.0, "adapters 256x1 r16": 16.0}
 FLOOR_TARGETS = {"adapters 64x64 r16": 1.4, "adapters 256x256 mixed": 1.3}
 BYTES_A_RANK = ITEMSIZE * sum(len(widths) * width_in + sum(widths) for width_in, widths in GROUPS.values())
@@ -222,7 +223,8 @@ def run() -> None:
     for num_tokens in (64, 256):
         for distinct in (count for count in DISTINCT if count <= num_tokens):
             _record(f"adapters {num_tokens}x{distinct} r{RANK}", spread(num_tokens, [RANK] * distinct))
-    _record(f"adapters 8x8 r{RANK}", spread(8, [RANK] * 8))
+    for num_tokens, distinct in FEW_ROWS:
+        _record(f"adapters {num_tokens}x{distinct} r{RANK}", spread(num_tokens, [RANK] * distinct))
     ours = _record("adapters 256x256 mixed", mixed)
     even = _record("adapters 256x256 one rank", one_rank(mixed))
     report_ratio("adapters 256x256 mixed", "times_one_rank", ours.us / even.us, 1.1)
