@@ -190,6 +190,7 @@ def test_an_s3_store_that_does_not_answer_or_has_no_bucket_is_unavailable(
         BlobStore("s3://no-such-bucket/x", cache_dir=tmp_path / "cache").put(DIGEST, source)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     store = BlobStore("s3://patchbay-tests/x", cache_dir=tmp_path / "cache")
     with pytest.raises(StoreUnavailable):
         store.exists(DIGEST)

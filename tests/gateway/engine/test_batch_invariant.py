@@ -32,10 +32,11 @@ def logprobs(engine: LLMEngine, world: TinyWorld, asked: list[tuple[int, int, st
 
 @pytest.fixture
 def alone(world: TinyWorld, build_engine: MakeEngine) -> Callable[[tuple[int, int, str | None]], list[TokenLogprob]]:
-    """What a request gives in an engine of its own."""
+    """What a request gives with nobody beside it and nothing of those before it."""
+    engine = build_engine(batch_invariant=True, enable_prefix_caching=False)
 
     def serve(one: tuple[int, int, str | None]) -> list[TokenLogprob]:
-        return logprobs(build_engine(batch_invariant=True), world, [one])[0]
+        return logprobs(engine, world, [one])[0]
 
     return serve
 
