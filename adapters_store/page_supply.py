@@ -16,6 +16,10 @@ class Borrower(Protocol):
         """When what a lent page that is not in use holds was used last, on the monotonic clock; 0 for nothing."""
         ...
 
+    def must_save(self, page: int) -> bool:
+        """Whether what a lent page that is not in use holds would be kept elsewhere, a step after it is recalled."""
+        ...
+
     def recall(self, page: int) -> None:
         """Begin to use nothing in a lent page that is not in use, and use others for what is."""
         ...
@@ -68,6 +72,17 @@ class PageSupply:
         assert len(taken) == num_pages, f"{num_pages} pages asked for, {len(taken)} free"
         return tuple(sorted(taken))
 
+    def make_ready(self, num_pages: int) -> bool:
+        """Before `take`: whether nothing is lost by it. What is not yet kept elsewhere will be, a step from now."""
+        missing = num_pages - len(self._free)
+        leaving = self._leaving_first[:missing] if missing > 0 else []
+        unsaved = [page for page in leaving if self._lent_to.must_save(page)]
+        for page in unsaved:
+            self._lent_to.recall(page)
+            self._lent[page] = True
+        self._is_asked |= bool(unsaved)
+        return not unsaved
+
     def take_these(self, pages: tuple[int, ...]) -> None:
         """Take free pages, by their numbers."""
         assert set(pages) <= set(self._free), f"pages {pages} are taken"
@@ -119,11 +134,16 @@ class PageSupply:
         """Lent pages in which nothing is in use."""
         return [page for page in self._lent if not self._lent_to.is_using(page)]
 
+    @property
+    def _leaving_first(self) -> list[int]:
+        """Lent pages that are not in use: those that were recalled, then the least recently used."""
+        unused = self._unused
+        return sorted(unused, key=lambda page: (not self._lent[page], self._lent_to.used_at(page), page))
+
     def _end_loans(self, num_pages: int) -> list[int]:
-        """Up to so many lent pages that are not in use: those that were recalled, then the least recently used."""
-        borrower = self._lent_to
-        unused = sorted(self._unused, key=lambda page: (not self._lent[page], borrower.used_at(page), page))
-        for page in unused[:num_pages]:
-            borrower.give_back(page)
+        """Up to so many lent pages that are not in use."""
+        pages = self._leaving_first[:num_pages]
+        for page in pages:
+            self._lent_to.give_back(page)
             del self._lent[page]
-        return unused[:num_pages]
+        return pages

@@ -300,7 +300,7 @@ class AdapterResidency:
     def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
         """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
         image = loading.future.result()
-        if not self._make_room(image, adapter.tenant, keep):
+        if not self._make_room(image, adapter.tenant, keep) or not self._slots.pages.make_ready(image.num_pages):
             return
         slot = self._slots.next_free_slot
         assert slot is not None

@@ -1,6 +1,7 @@
 """One budget of adapters' pages and KV cache: shared documents and adapters in turn, with lending and without.
 
     python -m benchmarks.budget [--documents 48] [--requests 200] [--adapters 16] [--layers 32] [--scratch /dev/shm]
+        [--kv-host-bytes 0]
 
 On one GPU a base of Llama-3.1-8B's shape, elsewhere the embedded one. The cache has of its own what runs and half of
 the documents take, the adapters (rank 16) pages for all. Turns of `--requests` requests, eight at a time: of the bare
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-host-bytes", type=int, default=0, help="of the cache's second tier")
     parser.add_argument("--scratch", type=Path, help="where the base and the adapters are written")
     args = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -49,7 +51,7 @@ def main() -> None:
         config = replace(
             bench_config(base),
             kv_cache_tokens=running + args.documents * DOCUMENT // 2,
-            kv_host_bytes=0,
+            kv_host_bytes=args.kv_host_bytes,
             enable_prefix_caching=True,
             num_adapter_slots=args.adapters,
         )
@@ -58,6 +60,7 @@ def main() -> None:
             engine = LLMEngine(replace(config, lend_adapter_pages=lends), blobs, lambda: None)
             refs = refs or write_adapters(blobs, folder, engine.model.spec, [16] * args.adapters)
             case = f"{'lent' if lends else 'apart'}, {'8B' if on_gpu else 'embedded'}"
+            case += ", host tier" if args.kv_host_bytes else ""
             note = f"{args.documents} documents of {DOCUMENT} tokens, {args.adapters} adapters"
             Bench(engine, args.documents, args.requests).measure(case, refs, note)
             engine.close()

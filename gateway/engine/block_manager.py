@@ -144,13 +144,28 @@ class BlockManager:
             self.num_blocks += 1
 
     def withdraw(self, block: int) -> None:
-        """Use a block that is not its own no more, from when nobody holds it; what it holds is nobody's then."""
-        self._forget(block)
+        """Use a block that is not its own no more, from when nobody holds it; what it holds is nobody's then.
+
+        With a second tier the next step saves what a free one holds.
+        """
         if self._num_holders[block]:
+            self._unlink(block)
             self._leaving.add(block)
         elif block in self._free:
             del self._free[block]
+            self._leave(block)
             self.num_blocks -= 1
+
+    def is_to_save(self, blocks: Seq[int]) -> bool:
+        """Whether any of these holds what would go to the second tier, or is to go there in the next step."""
+        if not self.host.num_blocks:
+            return False
+        links = [link for block in blocks if (link := self._hash_of[block]) is not None]
+        return not self.host.has(links) or not set(self._left.values()).isdisjoint(blocks)
+
+    def drop_saves(self, blocks: Collection[int] | None = None) -> None:
+        """Let go what the next step was to save, of these blocks or of all: they are overwritten, or no step comes."""
+        self._left = {link: block for link, block in self._left.items() if blocks is not None and block not in blocks}
 
     def move(self, sequences: Iterable[Sequence], spared: Collection[int]) -> list[tuple[int, int]]:
         """Give sequences other blocks for those that were withdrawn, as far as any are free, but for some `spared`.
@@ -194,7 +209,7 @@ class BlockManager:
 
     def forget_host(self) -> None:
         """Forget what the host holds, after steps whose copies may not have been made."""
-        self._left = {}
+        self.drop_saves()
         self.host.clear()
 
     def seal(self, sequence: Sequence, num_tokens: int) -> None:
@@ -255,11 +270,15 @@ class BlockManager:
         if used_at := self.used_at(next(iter(self._free))):
             self.borrow(used_at)
         block, _ = self._free.popitem(last=False)
+        self._leave(block)
+        self._num_holders[block] = 1
+        return block
+
+    def _leave(self, block: int) -> None:
+        """Have a block's content found no more on the device; the next step saves it, where there is a second tier."""
         link = self._unlink(block)
         if link is not None and self.host.num_blocks:
             self._left[link] = block
-        self._num_holders[block] = 1
-        return block
 
     def _unlink(self, block: int) -> bytes | None:
         """Have a block found no more by the link whose content it holds."""
@@ -267,12 +286,6 @@ class BlockManager:
         if link is not None:
             del self._block_of[link]
         return link
-
-    def _forget(self, block: int) -> None:
-        """Have a block's content found no more, nor saved to the host by the next step."""
-        self._unlink(block)
-        if block in self._left.values():
-            self._left = {link: left for link, left in self._left.items() if left != block}
 
 
 def _borrow_nothing(since: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Final, NamedTuple
 
@@ -63,6 +63,10 @@ class HostBlocks:
         """How many of the first links are here and worth fetching: all or none of them."""
         found = next((i for i, link in enumerate(links) if link not in self._block_of), len(links))
         return found if found >= self._least_fetch else 0
+
+    def has(self, links: Iterable[bytes]) -> bool:
+        """Whether all of these are here."""
+        return all(link in self._block_of for link in links)
 
     def fetch(self, links: Seq[bytes]) -> list[int]:
         """The blocks of links that are here, which count as used."""

@@ -50,6 +50,10 @@ class LentPages:
         """Whether a sequence has any of its blocks."""
         return self._blocks.holds_any(self._under[page])
 
+    def must_save(self, page: int) -> bool:
+        """Whether it holds prefixes that the next step brings to the host, once it is recalled."""
+        return self._blocks.is_to_save(self._usable(page))
+
     def recall(self, page: int) -> None:
         """Have no sequence take any of its blocks."""
         for block in self._usable(page):
@@ -61,8 +65,9 @@ class LentPages:
             self._blocks.add(block)
 
     def give_back(self, page: int) -> None:
-        """Take its blocks away; no sequence has any."""
+        """Take its blocks away; no sequence has any, and what they hold is lost."""
         self.recall(page)
+        self._blocks.drop_saves(self._under[page])
         self._in_the_way.update(self._under[page])
 
     def _usable(self, page: int) -> list[int]:

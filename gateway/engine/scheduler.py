@@ -144,6 +144,8 @@ class Scheduler:
             self._draft(step)
         if step:
             self._advance(step, output)
+        elif not self._is_in_flight:
+            self.blocks.drop_saves()
         return output
 
     def update(self, output: SchedulerOutput) -> None:

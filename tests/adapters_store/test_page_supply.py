@@ -15,6 +15,7 @@ class Reader:
         self.pages: set[int] = set()
         self.recalled: set[int] = set()
         self.reading: set[int] = set()
+        self.unsaved: set[int] = set()
         self.times: dict[int, float] = {}
         supply.borrower = self
 
@@ -30,6 +31,10 @@ class Reader:
 
     def used_at(self, page: int) -> float:
         return self.times.get(page, 0.0)
+
+    def must_save(self, page: int) -> bool:
+        assert page not in self.reading
+        return page in self.unsaved
 
     def recall(self, page: int) -> None:
         assert page in self.pages
@@ -80,6 +85,23 @@ def test_the_least_recently_used_leave_the_borrower_first(supply: PageSupply, re
     assert supply.take(2) == (2, 4)
     assert supply.take(2) == (1, 5)
     assert supply.take(1) == (0,)
+
+
+def test_a_page_is_taken_a_step_after_what_it_holds_is_to_be_kept(supply: PageSupply, reader: Reader) -> None:
+    for _ in range(5):
+        reader.borrow()
+    reader.times = {1: 2.0, 2: 1.0, 3: 3.0, 4: 4.0, 5: 5.0}
+    reader.unsaved = {1, 2, 3}
+    assert supply.make_ready(1)  # one is free
+    assert not supply.make_ready(2)
+    assert (reader.recalled, reader.borrow()) == ({2}, None)
+    supply.begin_step()
+    reader.unsaved = {1, 3}
+    assert supply.make_ready(2)
+    assert supply.take(2) == (0, 2)
+    assert reader.recalled == set()
+    supply.begin_step()
+    assert supply.may_lend
 
 
 def test_a_recall_empties_as_many_as_are_missing_and_ends_all_lending(supply: PageSupply, reader: Reader) -> None:

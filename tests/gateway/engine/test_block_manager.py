@@ -248,15 +248,36 @@ def test_nothing_moves_without_free_blocks_nor_what_is_spared(table: TokenTable)
     assert blocks.num_blocks == blocks.num_free == 1
 
 
-def test_what_an_adapter_may_have_overwritten_is_not_saved_to_the_host(table: TokenTable) -> None:
+@pytest.mark.parametrize("is_dropped_before", [False, True])
+def test_the_prefix_in_a_withdrawn_block_is_saved_unless_an_adapter_overwrites_it(
+    table: TokenTable, is_dropped_before: bool
+) -> None:
     blocks = lending(num_own=1, num_lent=1, host=HostBlocks(4))
     seq = sequence(table, [1, 2])
     compute(blocks, seq)
     blocks.release(seq)
-    other = sequence(table, [3, 4, 5])
-    assert blocks.grow(other, 3)  # drops the prefix, which the next step is to save
-    blocks.release(other)
+    if is_dropped_before:
+        other = sequence(table, [3, 4, 5])
+        assert blocks.grow(other, 3)
+        blocks.release(other)
+    assert blocks.is_to_save([0])
     blocks.withdraw(0)
+    assert blocks.is_to_save([0])
+    assert not blocks.is_to_save([1])
+    assert [save.block for save in blocks.saves([])] == [0]
+    assert not blocks.is_to_save([0])
+    blocks.add(0)
+    again = sequence(table, [1, 2, 3])
+    blocks.adopt_prefix(again)
+    assert blocks.grow(again, 3)
+    blocks.seal(again, 2)
+    blocks.release(again)
+    assert not blocks.is_to_save([0, 1])  # the host has it
+    third = sequence(table, [5, 6, 7])
+    compute(blocks, third)
+    blocks.release(third)
+    blocks.withdraw(0)
+    blocks.drop_saves([0, 1])
     assert blocks.saves([]) == []
 
 
@@ -287,21 +308,24 @@ class Tiers:
         self.manager.withdraw(block)
         self.lent[block] = True
 
-    def _take_back(self) -> None:
-        """Overwrite what was withdrawn as soon as nobody holds it."""
+    def _take_back(self, *, hastily: bool) -> None:
+        """Overwrite what was withdrawn when nobody holds it, and what it holds is on the host, unless `hastily`."""
         for block in [block for block, is_withdrawn in self.lent.items() if is_withdrawn]:
-            if not self.manager.holds_any([block]):
+            if not self.manager.holds_any([block]) and (hastily or not self.manager.is_to_save([block])):
                 self.manager.withdraw(block)
+                self.manager.drop_saves([block])
                 del self.lent[block]
                 self.device[block] = b"an adapter's"
 
-    def step(self, admitted: list[Sequence], live: Seq[Sequence] = (), *, overlapping: bool) -> list[Sequence]:
+    def step(
+        self, admitted: list[Sequence], live: Seq[Sequence] = (), *, overlapping: bool, hastily: bool = False
+    ) -> list[Sequence]:
         """Run sequences whole in one step; those that found room. The step before ends first, or just after.
 
-        live: others that hold blocks.
+        live: others that hold blocks. hastily: what was withdrawn is overwritten before a step can save it.
         """
         manager, loads, running = self.manager, list[BlockCopy](), list[Sequence]()
-        self._take_back()
+        self._take_back(hastily=hastily)
         if not overlapping:
             self._land()
         for seq in admitted:
@@ -375,7 +399,7 @@ def test_a_block_adopted_from_either_tier_holds_what_its_link_says(table: TokenT
                 tiers.lend(block)
             else:
                 tiers.withdraw(block)
-        live += tiers.step(new, live, overlapping=data.draw(st.booleans()))
+        live += tiers.step(new, live, overlapping=data.draw(st.booleans()), hastily=data.draw(st.booleans()))
         tiers.manager.check_integrity()
         for seq in live:
             links = chain(seq)

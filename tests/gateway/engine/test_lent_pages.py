@@ -75,6 +75,56 @@ def test_prefixes_stay_in_pages_that_no_adapter_has(world: TinyWorld, make_lendi
     assert lending.runner.slots.pages.num_lent == 0
 
 
+def cached_tokens(engine: LLMEngine, one: GenerateRequest) -> int:
+    (usage,) = (delta.usage for delta in run(engine, one)[one.request_id] if delta.usage is not None)
+    return usage.cached_tokens
+
+
+def test_prefixes_in_a_page_that_an_adapter_takes_go_to_the_host(
+    world: TinyWorld, make_engine: MakeEngine, make_lending: MakeEngine
+) -> None:
+    prompts = many(world, 6)
+    beside, adapter = request(world, "beside", PROMPT[9:], max_tokens=40), request(world, "b", PROMPT, "b20")
+    wanted = served(make_engine(), beside, adapter)
+    found = {}
+    for host_bytes in (0, 1 << 20):
+        lending = make_lending(num_adapter_pages=2, kv_host_bytes=host_bytes)
+        served(lending, *prompts)
+        assert lending.runner.slots.pages.num_lent == 2
+        assert served(lending, beside, adapter) == wanted
+        assert lending.runner.slots.pages.num_lent == 0
+        found[host_bytes] = [cached_tokens(lending, replace(one, request_id=f"{one.request_id}'")) for one in prompts]
+    assert found[1 << 20] == [(len(PROMPT[i:]) - 1) // 4 * 4 for i in range(6)]  # the last is always computed
+    assert sum(found[0]) < sum(found[1 << 20]) / 2
+
+
+@pytest.mark.parametrize("is_given_back", [False, True])
+def test_a_page_that_is_recalled_is_saved_and_one_that_is_given_back_is_not(
+    world: TinyWorld, make_lending: MakeEngine, is_given_back: bool
+) -> None:
+    lending = make_lending(num_adapter_pages=2, kv_host_bytes=1 << 20)
+    served(lending, *many(world, 6))
+    lent_to = lending.runner.slots.pages.borrower
+    assert lent_to is not None
+    page = next(page for page in (0, 1) if lent_to.must_save(page))
+    lent_to.recall(page)
+    assert lent_to.must_save(page)
+    if is_given_back:
+        lent_to.give_back(page)  # an adapter's copy may be under way
+    assert bool(lending.blocks.saves([])) == (not is_given_back)
+    assert not lent_to.must_save(page)
+
+
+def test_an_adapter_takes_a_page_with_prefixes_though_no_step_saves_them(
+    world: TinyWorld, make_lending: MakeEngine
+) -> None:
+    lending = make_lending(num_adapter_pages=2, kv_host_bytes=1 << 20)
+    served(lending, *many(world, 6))
+    assert lending.runner.slots.pages.num_lent == 2
+    assert len(served(lending, request(world, "b", PROMPT, "b20"))["b"]) == 12
+    assert lending.runner.slots.pages.num_lent == 0
+
+
 def test_a_prefix_stays_before_an_adapter_that_was_used_longer_ago_and_not_before_another(
     world: TinyWorld, make_lending: MakeEngine
 ) -> None:
