@@ -25,7 +25,8 @@ from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
 from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
-from gateway.engine.sampler import RawLogprob, Sampler, SamplingRow
+from gateway.engine.sampler import RawLogprob, Sampler
+from gateway.engine.sampling_row import SamplingRow
 from gateway.engine.scheduler import Scheduler, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput

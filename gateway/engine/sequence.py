@@ -9,8 +9,8 @@ from enum import Enum
 from gateway.engine.detokenizer import IncrementalDetokenizer
 from gateway.engine.prompt_lookup import PromptLookup
 from gateway.engine.request import AdapterRef, GenerateRequest
-from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.sampling_row import SamplingRow
 from gateway.engine.tenant import Tenant
 
 

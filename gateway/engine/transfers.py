@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from torch import Tensor
 def send(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """The array as a tensor on the device; on the CPU it shares the array's memory."""
     return _staged(values, device).to(device, non_blocking=True)
+
+
+def send_list(values: list[Any], dtype: npt.DTypeLike, device: torch.device) -> Tensor:
+    """The list as a tensor of its dtype on the device."""
+    return send(np.array(values, dtype=dtype), device)
 
 
 def send_into(values: npt.NDArray[Any], target: Tensor) -> None:

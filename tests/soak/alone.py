@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from gateway.engine import sampler
+from gateway.engine import draws
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from tests.soak.ledger import Ledger, Story
@@ -68,9 +68,9 @@ class Alone:
             drawn.append((probs.double(), uniforms))
             return invert(probs, uniforms)
 
-        invert = sampler._draw
+        invert = draws.draw_tokens
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampler, "_draw", draw)
+            patch.setattr(draws, "draw_tokens", draw)
             self._serve(request)
         borders = [(probs.cumsum(-1)[:, [first, second - 1]] / probs.sum(-1, keepdim=True), u) for probs, u in drawn]
         return any(bool(((border - u).abs() < _SAME_NUMBER).all(-1).any()) for border, u in borders)

@@ -103,8 +103,9 @@ def test_off_a_step_is_run_whole(world: TinyWorld, build_engine: MakeEngine, mon
 
 
 def test_log_probabilities_of_a_row_do_not_depend_on_the_others() -> None:
-    from gateway.engine.sampler import Sampler, SamplingRow
+    from gateway.engine.sampler import Sampler
     from gateway.engine.sampling_params import SamplingParams
+    from gateway.engine.sampling_row import SamplingRow
 
     rows = [SamplingRow(SamplingParams(temperature=0.0, logprobs=k), [1], 1) for k in (3, 0, 20)]
     logits = torch.randn(3, 1000).round(decimals=1)  # many equals

@@ -11,8 +11,8 @@ from gateway.engine.block_manager import BlockManager, block_hash, prefix_root
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.host_blocks import BlockCopy, HostBlocks
 from gateway.engine.request import GenerateRequest
-from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.sampling_row import SamplingRow
 from gateway.engine.sequence import RunningRequest, Sequence
 from tests.tiny import make_tokenizer
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gateway.engine.detokenizer import IncrementalDetokenizer, TokenTable
 from gateway.engine.request import GenerateRequest
-from gateway.engine.sampler import SamplingRow
 from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.sampling_row import SamplingRow
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.waiting_queue import WaitingQueue
 from tests.tiny import make_tokenizer
