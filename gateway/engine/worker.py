@@ -23,6 +23,7 @@ from adapters_store.page_copier import PageCopy
 from adapters_store.shard import Shard, read_share
 from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
+from gateway.engine.interpreter import favour_steps
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.mirror import Mirror, StepNews
 from gateway.engine.model_runner import ModelRunner
@@ -88,6 +89,7 @@ class _Worker:
         rank_0.send(MemoryPlan.measure(self._config, self._model.decoder))
         runner = ModelRunner.build(self._config, self._model.decoder, rank_0.recv())
         host = self._host_cache(runner.slots)
+        favour_steps()
         while True:
             message: StepNews | ReadAhead = rank_0.recv()
             if isinstance(message, ReadAhead):
