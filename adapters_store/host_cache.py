@@ -21,6 +21,7 @@ from adapters_store.vector_layout import VectorLayout
 from adapters_store.weights import AdapterWeights, TokenTable, load_weights
 
 AdapterReader = Callable[[BlobStore, str], AdapterWeights]
+_OWN_SHARE = 16
 _memory = ReadMemory()
 
 
@@ -35,9 +36,9 @@ class HostCache:
 
     All images, those that only callers still hold too, share `max_bytes` of memory, which is `pinned` at the start
     where a GPU reads it. An adapter that finds no room there, being larger than the whole or because callers hold
-    the rest, is handed out in memory of its own, and not kept; so are virtual tokens and what has rows of its own for
-    tokens. Loads of one digest that overlap are one load. A failure is not kept: the next `get` tries again. Safe to
-    call from any thread.
+    the rest, is handed out in memory of its own, and not kept. Virtual tokens and rows of tokens always have memory of
+    their own, of which up to a sixteenth of `max_bytes` is kept beside. Loads of one digest that overlap are one load.
+    A failure is not kept: the next `get` tries again. Safe to call from any thread.
 
     read: what a background thread reads for a digest, to be laid out. vectors, bottlenecks, token_dtype: how vectors
     and bottlenecks are laid out, and rows of tokens kept; None where adapters that have any cannot be served.
@@ -66,6 +67,7 @@ class HostCache:
         self._vectors = vectors
         self._bottlenecks = bottlenecks
         self._token_dtype = token_dtype
+        self._most_own_bytes = max_bytes // _OWN_SHARE
         self._memory = HostPages(
             max_bytes,
             self._page_bytes,
@@ -87,7 +89,7 @@ class HostCache:
     def num_bytes(self) -> int:
         """Bytes of the images kept."""
         with self._lock:
-            return sum(image.num_bytes for image in self._kept.values())
+            return sum(image.num_bytes + image.num_own_bytes for image in self._kept.values())
 
     def holds(self, digest: str) -> bool:
         """Whether the adapter is kept."""
@@ -133,15 +135,16 @@ class HostCache:
             del self._loading[digest]
             if is_kept:
                 self._kept[digest] = image
+                self._trim()
         # Outside the lock: callbacks run here and may call `get`.
         future.set_result(image)
 
     def _make_image(self, digest: str) -> tuple[PageImage, bool]:
-        """The image, and whether it lies in the cache's memory."""
+        """The image, and whether it may be kept: what has pages or vectors lies in the cache's memory then."""
         weights = self._read(self._blobs, digest)
         check_weights(weights, self._layout, self._dtype)
         if weights.virtual_tokens is not None:
-            return PageImage(0, (), virtual_tokens=self._owned(weights.virtual_tokens)), False
+            return PageImage(0, (), virtual_tokens=self._owned(weights.virtual_tokens)), True
         blank = PageImage(
             weights.rank,
             (),
@@ -150,7 +153,7 @@ class HostCache:
             token_tables=tuple(self._owned_table(table) for table in weights.token_tables),
         )
         image = self._take(blank, self._has_vectors(weights))
-        is_kept = image is not None and not image.token_tables
+        is_kept = image is not None
         image = image or self._own_memory(blank, self._has_vectors(weights))
         if weights.bottleneck is not None and self._bottlenecks is not None:
             self._bottlenecks.fill(image.pages, weights.bottleneck)
@@ -183,11 +186,22 @@ class HostCache:
     def _drop_one(self, num_pages: int) -> bool:
         """Drop the least recently used image that makes room for so many pages, or for vectors. False without any."""
         lacks_pages = self._memory.num_free < num_pages
-        digest = next((d for d, image in self._kept.items() if lacks_pages or image.vectors is not None), None)
+        helpful = (d for d, image in self._kept.items() if (lacks_pages and image.pages) or image.vectors is not None)
+        digest = next(helpful, None)
         if digest is None:
             return False
         del self._kept[digest]
         return True
+
+    def _trim(self) -> None:
+        """Drop the least recently used of what has memory of its own, down to what may be kept."""
+        own = {digest: image.num_own_bytes for digest, image in self._kept.items() if image.num_own_bytes}
+        excess = sum(own.values()) - self._most_own_bytes
+        for digest, num_bytes in own.items():
+            if excess <= 0:
+                break
+            del self._kept[digest]
+            excess -= num_bytes
 
     def _own_memory(self, blank: PageImage, has_vectors: bool) -> PageImage:
         num_pages, page_bytes = num_pages_for(blank.rank), self._page_bytes

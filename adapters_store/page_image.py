@@ -51,6 +51,12 @@ class PageImage:
         return sum(page.nbytes for page in self.pages) + (0 if self.vectors is None else self.vectors.nbytes)
 
     @property
+    def num_own_bytes(self) -> int:
+        """Bytes of what no page has room for: virtual tokens and rows of tokens."""
+        virtual = 0 if self.virtual_tokens is None else self.virtual_tokens.nbytes
+        return virtual + sum(table.rows.nbytes for table in self.token_tables)
+
+    @property
     def num_token_rows(self) -> int:
         """Rows of its own for tokens."""
         return sum(len(table.ids) for table in self.token_tables)

@@ -158,21 +158,48 @@ def test_close_fails_what_has_not_begun(gated: GatedBlobStore, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("is_prefix", [False, True])
-def test_virtual_tokens_are_read_anew_and_take_no_page(
+def test_virtual_tokens_are_kept_beside_the_pages(
     gated: GatedBlobStore, caches: Any, tmp_path: Path, is_prefix: bool
 ) -> None:
     gated.gate.set()
     adapter = put_virtual_tokens(gated, tmp_path, 3, is_prefix=is_prefix)
-    cache = caches(gated, num_pages=1)
+    cache = caches(gated, num_pages=4)
     kept = cache.get(put_adapter(gated, tmp_path, rank=4).digest).result(timeout=30)
-    for _ in range(2):
-        image = cache.get(adapter.digest).result(timeout=30)
-        assert (image.rank, image.pages) == (0, ())
-        assert image.virtual_tokens is not None
-        assert image.virtual_tokens.shape == ((3, 4, 6) if is_prefix else (3, 12))
-        assert image.virtual_tokens.flatten().tolist() == list(range(image.virtual_tokens.numel()))
-    assert gated.num_reads == 3
-    assert cache.num_bytes == kept.num_bytes
+    image = cache.get(adapter.digest).result(timeout=30)
+    assert (image.rank, image.pages) == (0, ())
+    assert image.virtual_tokens is not None
+    assert image.virtual_tokens.shape == ((3, 4, 6) if is_prefix else (3, 12))
+    assert image.virtual_tokens.flatten().tolist() == list(range(image.virtual_tokens.numel()))
+    assert cache.get(adapter.digest).result(timeout=30) is image
+    assert gated.num_reads == 2
+    assert cache.num_bytes == kept.num_bytes + image.virtual_tokens.nbytes
+
+
+def test_of_what_has_memory_of_its_own_the_least_recently_used_leaves(
+    gated: GatedBlobStore, caches: Any, tmp_path: Path
+) -> None:
+    gated.gate.set()
+    cache = caches(gated, num_pages=16)  # and a page's bytes for what has its own
+    num_tokens = PAGE // (12 * 4)
+    page = put_adapter(gated, tmp_path, rank=4).digest
+    virtual = [put_virtual_tokens(gated, tmp_path, num_tokens * 2 // 5 + i).digest for i in range(3)]
+    for digest in (page, *virtual):
+        cache.get(digest).result(timeout=30)
+    assert [cache.holds(digest) for digest in (page, *virtual)] == [True, False, True, True]
+    large = put_virtual_tokens(gated, tmp_path, num_tokens + 1).digest
+    assert cache.get(large).result(timeout=30).virtual_tokens is not None
+    assert not cache.holds(large)
+
+
+def test_what_has_no_page_does_not_leave_for_one(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:
+    gated.gate.set()
+    cache = caches(gated, num_pages=1)
+    cache._most_own_bytes = 1 << 20
+    virtual = put_virtual_tokens(gated, tmp_path, 3).digest
+    first, second = (put_adapter(gated, tmp_path, rank=4, seed=seed).digest for seed in range(2))
+    for digest in (virtual, first, second):
+        cache.get(digest).result(timeout=30)
+    assert [cache.holds(digest) for digest in (virtual, first, second)] == [True, False, True]
 
 
 def test_what_is_held_is_not_what_the_thread_reads_next(blobs: BlobStore, caches: Any, tmp_path: Path) -> None:
