@@ -133,7 +133,7 @@ class HostCache:
             return
         with self._lock:
             del self._loading[digest]
-            if is_kept:
+            if is_kept and image.num_own_bytes <= self._most_own_bytes:
                 self._kept[digest] = image
                 self._trim()
         # Outside the lock: callbacks run here and may call `get`.

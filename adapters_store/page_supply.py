@@ -17,7 +17,7 @@ class Borrower(Protocol):
         ...
 
     def must_save(self, page: int) -> bool:
-        """Whether what a lent page that is not in use holds would be kept elsewhere, a step after it is recalled."""
+        """Whether what a lent page that is not in use holds would be kept elsewhere by a step after its recall."""
         ...
 
     def recall(self, page: int) -> None:
@@ -73,15 +73,16 @@ class PageSupply:
         return tuple(sorted(taken))
 
     def make_ready(self, num_pages: int) -> bool:
-        """Before `take`: whether nothing is lost by it. What is not yet kept elsewhere will be, a step from now."""
+        """Before `take`: whether nothing is lost by it. What is not yet kept elsewhere will be, if a step comes."""
         missing = num_pages - len(self._free)
         leaving = self._leaving_first[:missing] if missing > 0 else []
-        unsaved = [page for page in leaving if self._lent_to.must_save(page)]
-        for page in unsaved:
+        if not any(self._lent_to.must_save(page) for page in leaving):
+            return True
+        for page in leaving:
             self._lent_to.recall(page)
             self._lent[page] = True
-        self._is_asked |= bool(unsaved)
-        return not unsaved
+        self._is_asked = True
+        return False
 
     def take_these(self, pages: tuple[int, ...]) -> None:
         """Take free pages, by their numbers."""

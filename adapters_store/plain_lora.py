@@ -37,8 +37,8 @@ def read_pairs(file: TensorFile, spec: AdapterSpec) -> Iterator[tuple[tuple[int,
 
 def _read_lora(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[tuple[int, str], Pair]]:
     for layer, delta in _by_layer(deltas):
-        a: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
-        b: torch.Tensor = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
+        a = file.get_tensor(lora_tensor_name(layer, delta.linear, "A"))
+        b = file.get_tensor(lora_tensor_name(layer, delta.linear, "B"))
         yield (layer, delta.linear), (a, fold_scale(b, delta.scale))
 
 
@@ -104,7 +104,7 @@ def _read_miss(file: TensorFile, deltas: Iterable[LoRADelta]) -> Iterator[tuple[
     The other matrix is of zeros and ones: A adds up every r-th input, or B gives every `mini_r`-th output the same.
     """
     for layer, delta in _by_layer(deltas):
-        block: torch.Tensor = file.get_tensor(tensor_name(layer, delta.linear, MISS_BLOCK))
+        block = file.get_tensor(tensor_name(layer, delta.linear, MISS_BLOCK))
         in_features, out_features = delta.in_features, delta.out_features or block.shape[1]
         assert in_features is not None, "every delta of MiSS has it"
         ones = torch.eye(delta.rank, dtype=block.dtype)

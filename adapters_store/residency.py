@@ -62,6 +62,7 @@ class _Loading:
         self.tenant = tenant
         self.num_pages = num_pages
         self.wanted = True
+        self.waits_for_step = False  # and no longer for room
         self._started = self._ended = time.monotonic()
         future.add_done_callback(self._finish)
 
@@ -118,6 +119,7 @@ class AdapterResidency:
         self._copying: dict[str, _Copying] = {}
         self._loading: dict[str, _Loading] = {}
         self._failed: dict[str, AdapterLoadFailed] = {}
+        self._is_idle = False
         self._host_pages = 0  # that loads and copies hold
         self._loads = 0
         self._evictions = 0
@@ -180,12 +182,14 @@ class AdapterResidency:
         entry.pins -= 1
         self._resident.touch(digest)
 
-    def poll(self) -> None:
+    def poll(self, *, is_idle: bool = False) -> None:
         """Once per step, before its `acquire` calls: collect finished copies and loads.
 
         A finished load that nobody asked for since the last poll is let go (the host cache may still have it), so
-        that a cancelled request keeps no memory. A failure is reported to all who ask until the next poll.
+        that a cancelled request keeps no memory. A failure is reported to all who ask until the next poll. is_idle:
+        nothing runs, so that no step would save what the pages hold that an adapter is to take.
         """
+        self._is_idle = is_idle
         self._failed.clear()
         self._slots.pages.begin_step()
         for digest in list(self._copying):
@@ -213,7 +217,7 @@ class AdapterResidency:
         A scheduler that goes on admitting others past such a request can starve it.
         """
         loading = self._loading.get(digest)
-        return loading is not None and loading.is_loaded
+        return loading is not None and loading.is_loaded and not loading.waits_for_step
 
     def exceeds_share(self, adapter: LoadableAdapter) -> bool:
         """Whether an adapter that is not on the device waits for others of its tenant to be given back.
@@ -300,7 +304,9 @@ class AdapterResidency:
     def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
         """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
         image = loading.future.result()
-        if not self._make_room(image, adapter.tenant, keep) or not self._slots.pages.make_ready(image.num_pages):
+        has_room = self._make_room(image, adapter.tenant, keep)
+        loading.waits_for_step = has_room and not self._is_idle and not self._slots.pages.make_ready(image.num_pages)
+        if not has_room or loading.waits_for_step:
             return
         slot = self._slots.next_free_slot
         assert slot is not None

@@ -1,5 +1,6 @@
 """A strict reading of a safetensors header, made before the `safetensors` library opens a tenant's file.
 
+Of a file that is stored already, which the validator has written anew, `tensor_file.py` reads the tensors by it.
 It accepts a subset of what the library accepts: a bounded header, no duplicate keys, only fp32, bf16 and fp16,
 and tensors that fill the file exactly, without holes or overlaps.
 """

@@ -102,17 +102,17 @@ def load_weights(path: Path, memory: ReadMemory | None = None) -> AdapterWeights
 
 
 def _read_vector(file: TensorFile, layer: int, site: VectorSite) -> torch.Tensor:
-    vector: torch.Tensor = file.get_tensor(tensor_name(layer, site.module, site.tensor))
+    vector = file.get_tensor(tensor_name(layer, site.module, site.tensor))
     return vector.float().flatten() * site.scale
 
 
 def _read_virtual(file: TensorFile, virtual: VirtualTokens) -> torch.Tensor:
-    rows: torch.Tensor = file.get_tensor(PROMPT_TENSOR)
+    rows = file.get_tensor(PROMPT_TENSOR)
     return rows if virtual.num_layers is None else rows.view(len(rows), 2 * virtual.num_layers, -1)
 
 
 def _read_table(file: TensorFile, spec: TokenRows) -> TokenTable:
-    rows: torch.Tensor = file.get_tensor(spec.tensor)
+    rows = file.get_tensor(spec.tensor)
     if spec.ids is None:
         return TokenTable(spec.modules, torch.arange(len(rows)), rows)
     ids, order = torch.tensor(spec.ids).sort()

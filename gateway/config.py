@@ -55,6 +55,8 @@ class EngineConfig:
         row is 8 KB at Llama-3.1-8B's shape, a whole module there 1.05 GB. 0 refuses them.
     host_cache_bytes: host memory for adapters on their way to the device and for those that left it; taken and pinned
         at the start (CUDA), or as it fills (CPU). A larger adapter, or one that finds no room there, stalls a step.
+        Beside it up to a sixteenth is kept of virtual tokens and rows of tokens, and each of two threads that read
+        adapters keeps memory for the largest, up to 512 MiB.
     max_virtual_tokens: the most that an adapter may put before its prompts (prompt, P- and prefix tuning). Beside
         host_cache_bytes each adapter that has a slot keeps its own in host memory: so many embeddings, or tokens' keys
         and values.

@@ -38,7 +38,6 @@ class SamplingRow:
     is_penalized: bool = field(init=False)
     is_edited: bool = field(init=False)
     is_filtered: bool = field(init=False)
-    is_plain: bool = field(init=False)
     _seen: IntArray = field(init=False, default_factory=lambda: _EMPTY)
     _num_seen: int = field(init=False, default=0)
     _ahead: list[SamplingRow] = field(init=False, default_factory=list)
@@ -49,7 +48,6 @@ class SamplingRow:
         self.is_penalized = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1.0, 0.0, 0.0)
         self.is_edited = self.is_penalized or bool(p.logit_bias) or p.min_tokens > 0
         self.is_filtered = p.min_p > 0.0 or p.top_k > 0 or p.top_p < 1.0
-        self.is_plain = p.greedy and not self.is_edited and p.logprobs is None
 
     def ahead(self, num_drafts: int) -> SamplingRow:
         """The row of the same sequence once its first `num_drafts` (1 or more) drafts are tokens; made once."""

@@ -133,7 +133,7 @@ class Scheduler:
         if self._waits_to_preempt and self._is_in_flight:
             return output
         self._waits_to_preempt = False
-        self.residency.poll()
+        self.residency.poll(is_idle=not self.running)
         if self._schedule_running(step):
             self._admit(step, output)
             self.waiting.rewind()

@@ -85,12 +85,12 @@ def launch_narrow(
     bias: Tensor | None,
     out: Tensor,
     adapters: ctypes.Structure | None = None,
-    page_size: int = 2,
+    a_size: int = 2,
 ) -> None:
-    """out = x W^T + bias by nf4.cu, and what `adapters` (its struct of that name) adds, of so many bytes a number."""
+    """out = x W^T + bias by nf4.cu, and what `adapters` (its struct of that name, A of so many bytes) adds."""
     num_blocks = weight.tiles.shape[1]
     assert x.shape[0] <= plan.tokens, f"{x.shape[0]} rows of x, {plan.tokens} planned"
-    _narrow_kernel(plan, x.dtype, x.device, 3 - page_size if adapters else 0)(
+    _narrow_kernel(plan, x.dtype, x.device, 3 - a_size if adapters else 0)(
         narrow_grid(plan, weight),
         32 * (plan.warps + bool(adapters)),
         [

@@ -29,7 +29,8 @@ from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 _NOWHERE = 1 << 30
 _SHRINKERS = 3  # warps of a thread block that compute h
 _MOST_PARTS = 16  # of the inputs, that warps share
-_FEW_ROWS, _MOST_FEW_PAGES, _MOST_FEW_PARTS = 8, 4, 32  # nf4_few_adapters.cuh's TOKENS, MOST_PAGES, MOST_PARTS
+# nf4_few_adapters.cuh's TOKENS, MOST_PAGES, MOST_PARTS, and the most WARPS whose sums leave room for h.
+_FEW_ROWS, _MOST_FEW_PAGES, _MOST_FEW_PARTS, _MOST_FEW_WARPS = 8, 4, 32, 8
 _MOST_PIECES = 16384  # whose sums warps leave for each other
 
 
@@ -74,8 +75,9 @@ def nf4_lora_matmul_cuda(
     is_whole = num_slices <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
     is_fused = is_whole and segments.most_pages <= most_fused_pages(len(x))
     if isinstance(plan, NarrowPlan):
+        fits = plan.tokens == _FEW_ROWS and plan.warps <= _MOST_FEW_WARPS and segments.most_pages <= _MOST_FEW_PAGES
         # Where thread blocks finish several tiles of W each, waiting for B costs more than launches of their own.
-        if not is_fused or weight.tiles.shape[0] > num_processors(x.device):
+        if not (is_fused and fits) or weight.tiles.shape[0] > num_processors(x.device):
             return None
         return _few_rows(plan, x, weight, bias, a_pages, b_pages, segments, slice_widths, a_scales, b_scales)
     in_columns = is_fused and a_scales is None
@@ -112,7 +114,7 @@ def _few_rows(
     x, num_slices = readable(x), len(slice_widths)
     out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype, device=x.device)
     sums, launches = _few_scratch(x.device)
-    pieces = num_slices * min(len(x), segments.most_pages)
+    pieces = num_slices * min(len(x), segments.most_pages)  # of pages of one adapter a row: more take turns
     adapters = _FewAdapters(
         a=a_pages.data_ptr(),
         b=b_pages.data_ptr(),

@@ -188,7 +188,7 @@ def test_of_what_has_memory_of_its_own_the_least_recently_used_leaves(
     assert [cache.holds(digest) for digest in (page, *virtual)] == [True, False, True, True]
     large = put_virtual_tokens(gated, tmp_path, num_tokens + 1).digest
     assert cache.get(large).result(timeout=30).virtual_tokens is not None
-    assert not cache.holds(large)
+    assert [cache.holds(digest) for digest in (large, page, *virtual)] == [False, True, False, True, True]
 
 
 def test_what_has_no_page_does_not_leave_for_one(gated: GatedBlobStore, caches: Any, tmp_path: Path) -> None:

@@ -91,14 +91,14 @@ def test_a_page_is_taken_a_step_after_what_it_holds_is_to_be_kept(supply: PageSu
     for _ in range(5):
         reader.borrow()
     reader.times = {1: 2.0, 2: 1.0, 3: 3.0, 4: 4.0, 5: 5.0}
-    reader.unsaved = {1, 2, 3}
-    assert supply.make_ready(1)  # one is free
-    assert not supply.make_ready(2)
-    assert (reader.recalled, reader.borrow()) == ({2}, None)
-    supply.begin_step()
     reader.unsaved = {1, 3}
-    assert supply.make_ready(2)
-    assert supply.take(2) == (0, 2)
+    assert supply.make_ready(2)  # one is free, and page 2 holds nothing that would be lost
+    assert not supply.make_ready(3)
+    assert (reader.recalled, reader.borrow()) == ({1, 2}, None)
+    supply.begin_step()
+    reader.unsaved = {3}
+    assert supply.make_ready(3)
+    assert supply.take(3) == (0, 1, 2)
     assert reader.recalled == set()
     supply.begin_step()
     assert supply.may_lend

@@ -121,8 +121,40 @@ def test_an_adapter_takes_a_page_with_prefixes_though_no_step_saves_them(
     lending = make_lending(num_adapter_pages=2, kv_host_bytes=1 << 20)
     served(lending, *many(world, 6))
     assert lending.runner.slots.pages.num_lent == 2
-    assert len(served(lending, request(world, "b", PROMPT, "b20"))["b"]) == 12
+    adapter = request(world, "b", PROMPT, "b20")
+    lending.host_cache.get(adapter.adapter.digest).result()
+    lending.add(adapter, lending.encode(adapter))
+    first = lending.step()
+    assert lending.residency.num_held == 1
     assert lending.runner.slots.pages.num_lent == 0
+    assert len(tokens(drain(lending, {"b": list(first.deltas)})["b"])) == 12
+
+
+def test_nobody_is_preempted_for_an_adapter_that_waits_for_prefixes_to_be_saved(
+    world: TinyWorld, make_lending: MakeEngine
+) -> None:
+    lending = make_lending(num_adapter_pages=5, kv_host_bytes=1 << 20)
+    served(lending, *many(world, 8))
+    late = [replace(request(world, name, PROMPT[:8], name, max_tokens=40), priority=1) for name in ("a4", "c8")]
+    for one in late:
+        lending.host_cache.get(one.adapter.digest).result()
+        lending.add(one, lending.encode(one))
+    while lending.residency.num_held < 2:
+        lending.step()
+    lent_to = lending.runner.slots.pages.borrower
+    assert lent_to is not None
+    assert any(lent_to.must_save(page) for page in range(5) if page not in held_pages(lending))
+    urgent = request(world, "b", PROMPT[:8], "b20")
+    lending.host_cache.get(urgent.adapter.digest).result()
+    lending.add(urgent, lending.encode(urgent))
+    drain(lending)
+    assert lending.stats().num_preemptions == 0
+    assert lending.stats().kv_host_saved > 0
+
+
+def held_pages(engine: LLMEngine) -> set[int]:
+    slots = engine.runner.slots
+    return {page for pages in slots.slot_pages.values() for page in pages.ids}
 
 
 def test_a_prefix_stays_before_an_adapter_that_was_used_longer_ago_and_not_before_another(
