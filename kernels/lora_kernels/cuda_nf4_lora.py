@@ -19,7 +19,7 @@ from lora_kernels.cuda_nf4 import (
     readable,
 )
 from lora_kernels.nf4 import NF4Tiles
-from lora_kernels.nf4_lora import hides_shrink, most_fused_pages
+from lora_kernels.nf4_lora import FEWEST_PAGES, FEWEST_ROWS, hides_shrink, most_fused_pages
 from lora_kernels.nf4_plans import NarrowPlan, WidePlan
 from lora_kernels.nvrtc import tensor_map
 from lora_kernels.segments import PAGE_RANK, TILE_TOKENS, LoRASegments
@@ -29,8 +29,8 @@ from lora_kernels.triton_shrink import sgmv_shrink_to_columns
 _NOWHERE = 1 << 30
 _SHRINKERS = 3  # warps of a thread block that compute h
 _MOST_PARTS = 16  # of the inputs, that warps share
-# nf4_few_adapters.cuh's TOKENS, MOST_PAGES, MOST_PARTS, and the most WARPS whose sums leave room for h.
-_FEW_ROWS, _MOST_FEW_PAGES, _MOST_FEW_PARTS, _MOST_FEW_WARPS = 8, 4, 32, 8
+# nf4_few_adapters.cuh's MOST_PARTS, and the most WARPS whose sums leave room for h.
+_MOST_FEW_PARTS, _MOST_FEW_WARPS = 32, 8
 _MOST_PIECES = 16384  # whose sums warps leave for each other
 
 
@@ -75,7 +75,7 @@ def nf4_lora_matmul_cuda(
     is_whole = num_slices <= 3 and not any(width % 64 for width in slice_widths[:-1])  # a tile is in one slice
     is_fused = is_whole and segments.most_pages <= most_fused_pages(len(x))
     if isinstance(plan, NarrowPlan):
-        fits = plan.tokens == _FEW_ROWS and plan.warps <= _MOST_FEW_WARPS and segments.most_pages <= _MOST_FEW_PAGES
+        fits = plan.tokens == FEWEST_ROWS and plan.warps <= _MOST_FEW_WARPS
         # Where thread blocks finish several tiles of W each, waiting for B costs more than launches of their own.
         if not (is_fused and fits) or weight.tiles.shape[0] > num_processors(x.device):
             return None
@@ -192,7 +192,7 @@ def _num_parts(segments: LoRASegments, num_slices: int, processors: int) -> int:
 @cache
 def _few_scratch(device: torch.device) -> tuple[Tensor, Tensor]:
     """What thread blocks of nf4.cu leave for each other: numbers beside those of their launches; the next launch's."""
-    size = _FEW_ROWS * _MOST_FEW_PAGES * 3 * PAGE_RANK * _MOST_FEW_PARTS
+    size = FEWEST_ROWS * FEWEST_PAGES * 3 * PAGE_RANK * _MOST_FEW_PARTS
     sums = torch.zeros(size, dtype=torch.int64, device=device)
     return sums, torch.tensor([1, 0], dtype=torch.int32, device=device)
 

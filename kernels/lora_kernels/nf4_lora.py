@@ -6,8 +6,8 @@ from lora_kernels.nf4 import NF4Tiles, nf4_matmul, nf4_matmul_ref
 from lora_kernels.segments import FEW_PAGES, SHORT_STEP, LoRASegments
 from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_shrink_ref
 
-_FEWEST_ROWS, _FEW_ROWS = 8, 16
-_FEWEST_PAGES = 4  # that nf4_few_adapters.cuh takes
+FEWEST_ROWS, FEWEST_PAGES = 8, 4  # nf4_few_adapters.cuh's TOKENS and MOST_PAGES
+_FEW_ROWS = 16
 _SOME_PAGES = 64
 
 
@@ -63,8 +63,8 @@ def most_fused_pages(num_tokens: int) -> int:
     As columns every page is there for all rows, and up to 8 rows B's are read behind a tile's own: more pages have a
     kernel of their own.
     """
-    if num_tokens <= _FEWEST_ROWS:
-        return _FEWEST_PAGES
+    if num_tokens <= FEWEST_ROWS:
+        return FEWEST_PAGES
     return FEW_PAGES // 2 if num_tokens <= _FEW_ROWS or num_tokens > SHORT_STEP else FEW_PAGES
 
 
