@@ -168,6 +168,10 @@ def test_few_pages_of_few_rows_are_as_exact_as_the_plain_path_and_give_equal_bit
     widths: tuple[int, ...], in_features: int, in_bytes: bool, num_tokens: int, layout: Callable[[int], list[int]],
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
+    from lora_kernels.cuda_nf4 import fused_plan
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+    from lora_kernels.nf4_plans import WidePlan
+
     torch.manual_seed(0)
     slots, weight = layout(num_tokens), _weight(sum(widths), in_features, "cuda")
     pools: tuple[torch.Tensor, ...] = _pools(in_features, widths, torch.float32 if in_bytes else dtype)
@@ -177,7 +181,13 @@ def test_few_pages_of_few_rows_are_as_exact_as_the_plain_path_and_give_equal_bit
         exact = _out_of_bytes(*pools, widths)
     a, b, *scales = (pool.cuda() for pool in pools)
     x, bias = torch.randn(num_tokens, in_features).to(dtype).cuda(), torch.randn(sum(widths)).to(dtype).cuda()
+    fused = nf4_lora_matmul_cuda(x, weight, bias, a, b, _segments(slots, "cuda"), widths, *scales)
     y, *again = [nf4_lora_matmul(x, weight, bias, a, b, _segments(slots, "cuda"), widths, *scales) for _ in range(4)]
+    if in_bytes and isinstance(fused_plan(x, weight), WidePlan):
+        assert fused is None  # columns are 16 bits
+    else:
+        assert fused is not None
+        assert torch.equal(fused, y)
     plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), bias.cpu(), pools[0], pools[1],
                                 _segments(slots, "cpu"), widths, *pools[2:])  # fmt: skip
     exact_a, exact_b = (pool.cuda() for pool in exact)
