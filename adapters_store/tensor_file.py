@@ -1,7 +1,7 @@
 """A stored safetensors file's tensors, read whole into memory that its thread may use again for the next file.
 
-The `safetensors` package maps a file. Giving a mapping back holds Python's lock, 2.5 ms for an adapter of 84 MB, for
-which steps of the engine would wait; reading lets other threads run.
+The `safetensors` package maps a file. Giving a mapping back holds Python's lock, for which steps of the engine would
+wait; reading lets other threads run.
 """
 
 from __future__ import annotations

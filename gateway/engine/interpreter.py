@@ -12,7 +12,7 @@ def favour_steps() -> None:
 
     A thread that reads an adapter hands over Python's lock within half a millisecond (5 by default), which is what a
     step that is done on the device may wait for it. What is there by now stays, and is not looked through for garbage
-    any more, which takes tens of milliseconds over what the libraries and the base brought along.
+    any more: the libraries and the base brought most of it along.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     gc.collect()
