@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,24 @@ def test_several_processes_may_upgrade_at_once(empty: Database) -> None:
     for database in databases:
         database.dispose()
     assert Accounts(empty).list_tenants() == []
+
+
+def test_a_file_that_another_writes_in_its_old_journal_mode_is_waited_for(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "old.db", isolation_level=None)) as other, ThreadPoolExecutor(1) as pool:
+        other.execute("CREATE TABLE old (x)")
+        other.execute("BEGIN IMMEDIATE")  # from here on WAL mode is refused at once
+        opening = pool.submit(_journal_mode, Database(f"sqlite:///{tmp_path}/old.db"))
+        time.sleep(0.1)
+        assert not opening.done()
+        other.execute("COMMIT")
+        assert opening.result(timeout=10) == "wal"
+
+
+def _journal_mode(database: Database) -> str:
+    with database.read() as connection:
+        mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
+    database.dispose()
+    return mode
 
 
 def test_foreign_keys_are_enforced(database: Database) -> None:
