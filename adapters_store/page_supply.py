@@ -58,6 +58,11 @@ class PageSupply:
         return len(self._lent)
 
     @property
+    def num_in_use(self) -> int:
+        """Pages that are lent and cannot be taken."""
+        return self.num_lent - len(self._unused)
+
+    @property
     def may_lend(self) -> bool:
         """Whether no adapter waits for pages."""
         return not (self._is_asked or self._was_asked)
@@ -101,16 +106,21 @@ class PageSupply:
         self._lent[page] = False
         return page
 
-    def recall(self, num_pages: int) -> None:
-        """Have lent pages emptied until, with what is free, so many can be taken."""
+    def recall(self, num_pages: int) -> bool:
+        """Have lent pages emptied until, with what is free, so many can be taken.
+
+        Returns whether the next step may empty them all. What is in use in those that were recalled before has found
+        no room elsewhere.
+        """
         self._is_asked = True
         unused = self._unused
         in_use = sorted(self._lent.keys() - unused)
         missing = num_pages - len(self._free) - len(unused) - sum(self._lent[page] for page in in_use)
-        others = [page for page in in_use if not self._lent[page]]
-        for page in [*unused, *others[: max(0, missing)]]:
+        others = [page for page in in_use if not self._lent[page]][: max(0, missing)]
+        for page in [*unused, *others]:
             self._lent_to.recall(page)
             self._lent[page] = True
+        return 0 < missing == len(others)
 
     def begin_step(self) -> None:
         """Once per step, before `recall`: what nobody has asked for since the last step is the borrower's again."""

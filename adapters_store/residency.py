@@ -62,9 +62,14 @@ class _Loading:
         self.tenant = tenant
         self.num_pages = num_pages
         self.wanted = True
-        self.waits_for_step = False  # and no longer for room
+        self.forget_waits()
         self._started = self._ended = time.monotonic()
         future.add_done_callback(self._finish)
+
+    def forget_waits(self) -> None:
+        """Note that the adapter was not looked at yet in this step."""
+        self.waits_for_lent_pages = False
+        self.waits_for_step = False  # and no longer for room
 
     def _finish(self, _: Future[PageImage]) -> None:
         self._ended = time.monotonic()
@@ -183,7 +188,7 @@ class AdapterResidency:
         self._resident.touch(digest)
 
     def poll(self, *, is_idle: bool = False) -> None:
-        """Once per step, before its `acquire` calls: collect finished copies and loads.
+        """Before a step's `acquire` calls: collect finished copies and loads.
 
         A finished load that nobody asked for since the last poll is let go (the host cache may still have it), so
         that a cancelled request keeps no memory. A failure is reported to all who ask until the next poll. is_idle:
@@ -199,6 +204,7 @@ class AdapterResidency:
                 if not loading.wanted:
                     self._let_go(digest)
                 loading.wanted = False
+                loading.forget_waits()
 
     def give_up_pages(self, since: float) -> bool:
         """Evict, of the adapters with pages that nobody has used since then, the first to go. False if there is none.
@@ -218,6 +224,14 @@ class AdapterResidency:
         """
         loading = self._loading.get(digest)
         return loading is not None and loading.is_loaded and not loading.waits_for_step
+
+    def is_waiting_for_lent_pages(self, digest: str) -> bool:
+        """Whether the adapter is in host memory and only pages that were lent keep it from a slot.
+
+        They are emptied as far as what they hold finds room elsewhere: who takes that room makes it wait.
+        """
+        loading = self._loading.get(digest)
+        return loading is not None and loading.waits_for_lent_pages
 
     def exceeds_share(self, adapter: LoadableAdapter) -> bool:
         """Whether an adapter that is not on the device waits for others of its tenant to be given back.
@@ -303,15 +317,29 @@ class AdapterResidency:
 
     def _place(self, adapter: LoadableAdapter, loading: _Loading, keep: Collection[str]) -> None:
         """Start to copy a loaded adapter into a slot, if there is one or can be without evicting what to `keep`."""
-        image = loading.future.result()
-        has_room = self._make_room(image, adapter.tenant, keep)
-        loading.waits_for_step = has_room and not self._is_idle and not self._slots.pages.make_ready(image.num_pages)
-        if not has_room or loading.waits_for_step:
+        image, idle = loading.future.result(), self._resident.idle(keep)
+        loading.forget_waits()
+        exchanged = self._to_exchange(image, adapter.tenant, idle)
+        if exchanged is None:
             return
+        slots = [self._resident[digest].slot for digest in idle]
+        if not self._slots.would_have_room(image, slots):
+            if not keep:
+                may_come = self._slots.recall_pages(image, slots)
+                lent = self._slots.pages.num_in_use
+                loading.waits_for_lent_pages = self._slots.would_have_room(image, slots, more_pages=lent)
+                loading.waits_for_step = may_come and loading.waits_for_lent_pages
+            return
+        self._make_room(image, idle, exchanged)
+        loading.waits_for_step = not self._is_idle and not self._slots.pages.make_ready(image.num_pages)
+        if not loading.waits_for_step:
+            self._copy(adapter, loading)
+
+    def _copy(self, adapter: LoadableAdapter, loading: _Loading) -> None:
         slot = self._slots.next_free_slot
         assert slot is not None
         started = time.monotonic()
-        copy = self._slots.load(slot, image)
+        copy = self._slots.load(slot, loading.future.result())
         del self._loading[adapter.digest]
         self._copying[adapter.digest] = _Copying(
             adapter.name, adapter.tenant, slot, copy, loading.num_pages, loading.seconds, started
@@ -329,17 +357,8 @@ class AdapterResidency:
         self._loads += 1
         self._load_seconds += copying.seconds + time.monotonic() - copying.started
 
-    def _make_room(self, image: PageImage, tenant: str, keep: Collection[str]) -> bool:
-        """Evict until there is room for the image, nothing that would give none; nothing at all when it cannot be."""
-        idle = self._resident.idle(keep)
-        exchanged = self._to_exchange(image, tenant, idle)
-        if exchanged is None:
-            return False
-        slots = [self._resident[digest].slot for digest in idle]
-        if not self._slots.would_have_room(image, slots):
-            if not keep:
-                self._slots.recall_pages(image, slots)
-            return False
+    def _make_room(self, image: PageImage, idle: Iterable[str], exchanged: Collection[str]) -> None:
+        """Evict what is exchanged, and of what is idle what the image needs room of, nothing that would give none."""
         for digest in exchanged:
             self._evict(digest)
         for digest in idle:
@@ -347,7 +366,6 @@ class AdapterResidency:
                 break
             if digest not in exchanged and self._slots.lacks_for(image, self._resident[digest].slot):
                 self._evict(digest)
-        return True
 
     def _to_exchange(self, image: PageImage, tenant: str, idle: list[str]) -> list[str] | None:
         """Which of its idle adapters a tenant gives up to stay within its share; None where they do not do."""

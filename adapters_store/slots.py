@@ -115,17 +115,20 @@ class AdapterSlots:
         """Whether the adapter can be loaded now."""
         return self.would_have_room(image, ())
 
-    def would_have_room(self, image: PageImage, given_back: Collection[int]) -> bool:
-        """Whether it could be if these slots were free."""
-        room = functools.reduce(Room.plus, map(self.held_room, given_back), self.free_room)
+    def would_have_room(self, image: PageImage, given_back: Collection[int], more_pages: int = 0) -> bool:
+        """Whether it could be if these slots were free, and so many pages more."""
+        free = self.free_room.plus(Room(0, more_pages, 0, 0))
+        room = functools.reduce(Room.plus, map(self.held_room, given_back), free)
         has_run = self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back)
         return room.covers(Room.needed(image)) and has_run
 
-    def recall_pages(self, image: PageImage, given_back: Collection[int]) -> None:
-        """Have pages that are lent emptied, where the adapter would lack some even if these slots were free."""
+    def recall_pages(self, image: PageImage, given_back: Collection[int]) -> bool:
+        """Have pages that are lent emptied, where the adapter would lack some even if these slots were free.
+
+        Returns as `PageSupply.recall`.
+        """
         missing = image.num_pages - sum(len(self.pages_of(slot)) for slot in given_back)
-        if missing > self.num_free_pages:
-            self.pages.recall(missing)
+        return missing > self.num_free_pages and self.pages.recall(missing)
 
     def lacks_for(self, image: PageImage, slot: int) -> bool:
         """Whether anything that there is no room for now would come free with this slot."""

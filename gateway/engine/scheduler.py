@@ -65,11 +65,11 @@ class Scheduler:
     and computes the rest. A waiting sequence preempts those of lower priority too when it lacks blocks, a place among
     `max_num_seqs` or room for its adapter; they run again only after it.
 
-    A sequence whose adapter is still loading is passed over. One that finds too few blocks holds back all behind it,
-    and one whose adapter finds every slot pinned the adapters behind it; either is the next of its priority from then
-    on, so that it cannot starve. `max_adapter_pages` limits the pages of distinct adapters that run in one step (an
-    adapter of more pages runs with no other adapter): at the limit those whose adapter runs already go first
-    (`BatchAdapters`).
+    A sequence whose adapter is still loading is passed over. One that finds too few blocks holds back all behind it, as
+    does one whose adapter waits for pages that the cache is to give back, and one whose adapter finds every slot pinned
+    the adapters behind it; each is the next of its priority from then on, so that it cannot starve.
+    `max_adapter_pages` limits the pages of distinct adapters that run in one step (an adapter of more pages runs with
+    no other adapter): at the limit those whose adapter runs already go first (`BatchAdapters`).
 
     A prompt that would take all that is left of a step leaves half of it where one that is more urgent waits, or one of
     a tenant that was served less.
@@ -133,8 +133,8 @@ class Scheduler:
         if self._waits_to_preempt and self._is_in_flight:
             return output
         self._waits_to_preempt = False
-        self.residency.poll(is_idle=not self.running)
         if self._schedule_running(step):
+            self.residency.poll(is_idle=not self.running)
             self._admit(step, output)
             self.waiting.rewind()
         if self.waiting:
@@ -267,7 +267,10 @@ class Scheduler:
         self._adapters.begin_step()
         while budget > 0 and (sequence := self._next_waiting()) is not None:
             if not self._take_adapter(sequence, step, output):
-                self.waiting.pass_over(sequence, keeps_place=self._adapters.keeps_place(sequence))
+                lacks_blocks = self._waits_for_lent_pages(sequence)
+                self.waiting.pass_over(sequence, keeps_place=lacks_blocks or self._adapters.keeps_place(sequence))
+                if lacks_blocks:
+                    break
                 continue
             parent, copied, num_cached = _parent(sequence), None, 0
             if parent is None:
@@ -318,6 +321,9 @@ class Scheduler:
                     self._adapters.wait_for_pages(sequence)
                 return False
         return True
+
+    def _waits_for_lent_pages(self, sequence: Sequence) -> bool:
+        return sequence.adapter is not None and self.residency.is_waiting_for_lent_pages(sequence.adapter.digest)
 
     def _pin(self, sequence: Sequence, adapter: AdapterRef, output: SchedulerOutput) -> bool:
         if not self._adapters.has_room(adapter):

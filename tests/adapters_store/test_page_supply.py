@@ -108,16 +108,25 @@ def test_a_recall_empties_as_many_as_are_missing_and_ends_all_lending(supply: Pa
     for _ in range(5):
         reader.borrow()
     reader.reading = {1, 2, 3, 4, 5}
-    supply.recall(3)
+    assert supply.recall(3)  # a step may empty them
     assert reader.recalled == {1, 2}
     assert reader.borrow() is None
     supply.begin_step()
-    supply.recall(3)
+    assert not supply.recall(3)  # and has not
     assert reader.recalled == {1, 2}
     reader.reading = {3, 4, 5}
     assert supply.num_free == 3
     assert supply.take(3) == (0, 1, 2)
     assert reader.recalled == set()
+
+
+def test_a_recall_that_finds_too_few_pages_waits_for_more_than_a_step(supply: PageSupply, reader: Reader) -> None:
+    supply.take(2)
+    for _ in range(4):
+        reader.borrow()
+    reader.reading = {2, 3}
+    assert not supply.recall(5)
+    assert reader.recalled == {2, 3, 4, 5}
 
 
 def test_unused_pages_are_recalled_first_and_so_stay_unused(supply: PageSupply, reader: Reader) -> None:

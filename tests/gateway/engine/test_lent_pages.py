@@ -198,6 +198,47 @@ def test_sequences_in_a_page_that_an_adapter_takes_go_on_in_others(
     assert lending.stats().num_preemptions == 0
 
 
+@pytest.mark.parametrize("num_beside", [1, 5])
+def test_an_urgent_request_preempts_for_pages_only_where_those_in_them_cannot_move(
+    world: TinyWorld, make_lending: MakeEngine, num_beside: int
+) -> None:
+    lending = make_lending(num_adapter_pages=3, enable_prefix_caching=num_beside == 1)
+    run(lending, request(world, "before", PROMPT[5:], max_tokens=100))  # fills the cache's own blocks
+    beside = [request(world, "a", PROMPT, "a4", max_tokens=40), *many(world, num_beside)]
+    for one in beside:
+        lending.add(replace(one, priority=1), lending.encode(one))
+    while not lending.residency.num_held:
+        lending.step()
+    steps(lending, 25)
+    assert lending.runner.slots.pages.num_lent == 1
+    urgent = request(world, "b", PROMPT[:8], "b20")  # needs two, and one is free
+    lending.host_cache.get(urgent.adapter.digest).result()
+    lending.add(urgent, lending.encode(urgent))
+    while "b20" not in "".join(lending.residency.stats.resident):
+        lending.step()
+    assert (lending.stats().num_preemptions > 0) == (num_beside == 5)
+    drain(lending)
+
+
+def test_nobody_who_came_later_has_the_blocks_that_an_adapters_pages_are_emptied_into(
+    world: TinyWorld, make_lending: MakeEngine
+) -> None:
+    lending = make_lending(num_adapter_pages=3)
+    before, after = many(world, 12), [replace(one, request_id=f"{one.request_id}'") for one in many(world, 12)]
+    adapter = request(world, "b", PROMPT, "b20")
+    lending.host_cache.get(adapter.adapter.digest).result()
+    requests = [*before, adapter, *after]
+    for one in requests:
+        lending.add(one, lending.encode(one))
+    started: dict[str, int] = {}
+    for number in range(500):
+        for delta in lending.step().deltas:
+            started.setdefault(delta.request_id, number)
+    assert not lending.has_work
+    assert started["b"] < min(started[one.request_id] for one in after)
+    assert lending.stats().num_preemptions < len(requests)
+
+
 def test_adapters_that_nobody_uses_give_their_pages_up(
     world: TinyWorld, make_engine: MakeEngine, make_lending: MakeEngine
 ) -> None:
