@@ -164,8 +164,8 @@ class HostCache:
         return image, is_kept
 
     def _owned(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy: what was read is good until the next is."""
-        return tensor.pin_memory() if self._pinned else tensor.clone()
+        """A copy: what was read is good until the next is. In one piece, where pinning alone would keep strides."""
+        return tensor.contiguous().pin_memory() if self._pinned else tensor.clone()
 
     def _owned_table(self, table: TokenTable) -> TokenTable:
         if self._token_dtype is None:

@@ -14,6 +14,7 @@ from adapters_store.blobs import BlobStore
 from adapters_store.errors import AdapterLoadFailed
 from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import LoRALayout
+from adapters_store.weights import AdapterWeights
 
 from .random_adapters import LAYOUT, SHAPES, GatedBlobStore, make_image, put_adapter, put_virtual_tokens, random_weights
 
@@ -209,6 +210,18 @@ def test_what_is_held_is_not_what_the_thread_reads_next(blobs: BlobStore, caches
     cache.get(put_adapter(blobs, tmp_path, rank=30, seed=2).digest).result(timeout=30)
     assert virtual.flatten().tolist() == list(range(virtual.numel()))
     assert torch.equal(image.pages[0], make_image(random_weights(4, 1)).pages[0])
+
+
+@pytest.mark.parametrize("pinned", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_a_share_of_virtual_tokens_takes_the_memory_that_is_counted(
+    blobs: BlobStore, caches: Any, pinned: bool
+) -> None:
+    whole = torch.arange(3 * 4 * 12.0).view(3, 4, 12)
+    weights = AdapterWeights(0, {}, virtual_tokens=whole[:, :, 6:])
+    image = caches(blobs, 8, pinned=pinned, read=lambda *_: weights).get("0" * 64).result(timeout=30)
+    assert torch.equal(image.virtual_tokens, whole[:, :, 6:])
+    assert image.virtual_tokens.is_pinned() == pinned
+    assert image.virtual_tokens.untyped_storage().nbytes() == image.num_own_bytes
 
 
 @pytest.mark.parametrize("is_prefix", [False, True])
