@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.nf4 import NF4Tiles, blocks_of, quantize_nf4, unpack_nf4_ref
+from lora_kernels.nf4 import NF4Tiles, blocks_of, nf4_matmul_ref, quantize_nf4, unpack_nf4_ref
 from lora_kernels.nf4_lora import (
     hides_shrink,
     most_fused_pages,
@@ -196,6 +196,123 @@ def test_few_pages_of_few_rows_are_as_exact_as_the_plain_path_and_give_equal_bit
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("in_bytes", [False, True], ids=["16 bits", "8 bits"])
+@pytest.mark.parametrize(
+    ("widths", "in_features"),
+    [
+        ((1024, 256, 256), 4096),  # more stages of work than thread blocks: these share tiles
+        ((101,), 192),  # one warp multiplies; in 8 bits some parts of the inputs are empty
+    ],
+    ids=str,
+)
+def test_few_rows_of_a_wider_matrix_are_as_exact_as_the_plain_path_however_their_work_is_cut(
+    widths: tuple[int, ...], in_features: int, in_bytes: bool
+) -> None:
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+
+    torch.manual_seed(0)
+    slots, weight = [0, -1, 1, 3, 1, 0, -1], _weight(sum(widths), in_features, "cuda")
+    pools: tuple[torch.Tensor, ...] = _pools(in_features, widths, torch.float32 if in_bytes else torch.bfloat16)
+    exact = [pool.double() for pool in pools]
+    if in_bytes:
+        pools = _in_bytes(pools[0], pools[1], widths)
+        exact = _out_of_bytes(*pools, widths)
+    a, b, *scales = (pool.cuda() for pool in pools)
+    x = torch.randn(len(slots), in_features + 64).bfloat16().cuda()[:, :in_features]
+    y, *again = (
+        nf4_lora_matmul_cuda(x, weight, None, a, b, _segments(slots, "cuda"), widths, *scales) for _ in range(4)
+    )
+    assert y is not None
+    assert all(result is not None and torch.equal(result, y) for result in again)
+    plain = nf4_lora_matmul_ref(x.cpu(), _weight(sum(widths), in_features), None, pools[0], pools[1],
+                                _segments(slots, "cpu"), widths, *pools[2:])  # fmt: skip
+    exact_a, exact_b = (pool.cuda() for pool in exact)
+    assert_as_exact(y, plain, _truth(x, weight, exact_a, exact_b, slots, widths))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("slots", "widths"),
+    [
+        ([2, 0, -1], (320,)),  # five pages
+        ([0, -1, 1], (12_800,)),  # more tiles than multiprocessors
+        ([6] * 12, (320,)),  # sixteen pages of more than eight rows
+    ],
+    ids=["pages", "tiles", "pages as columns"],
+)
+def test_what_few_rows_cannot_take_along_is_added_behind_the_base(slots: list[int], widths: tuple[int, ...]) -> None:
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+
+    torch.manual_seed(0)
+    weight, (a, b) = _weight(sum(widths), 64, "cuda"), (pool.cuda() for pool in _pools(64, widths, torch.bfloat16))
+    x, segments = torch.randn(len(slots), 64).bfloat16().cuda(), _segments(slots, "cuda")
+    assert nf4_lora_matmul_cuda(x, weight, None, a, b, segments, widths) is None
+    plain = nf4_lora_matmul_ref(x, weight, None, a, b, segments, widths)
+    y = nf4_lora_matmul(x, weight, None, a, b, segments, widths)
+    assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths))
+
+
+@pytest.mark.gpu
+def test_launches_of_few_rows_are_told_apart_when_their_number_starts_again() -> None:
+    from lora_kernels.cuda_nf4_lora import _few_scratch, nf4_lora_matmul_cuda
+
+    torch.manual_seed(0)
+    widths, weight = (256, 64), _weight(320, 1024, "cuda")
+    a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
+    sums, launches = _few_scratch(a.device)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = nf4_lora_matmul_cuda(x, weight, None, a, b, _segments([0, 1, -1, 3], "cuda"), widths)
+        assert y is not None
+        return y
+
+    inputs = torch.randn(4, 4, 1024).bfloat16().cuda().unbind()
+    wanted = [run(x) for x in inputs]
+    sums.zero_()  # else what the first launches left would be taken for what the next ones do
+    launches[0] = 2**31 - 2
+    assert all(torch.equal(run(x), y) for x, y in zip(inputs, wanted, strict=True))
+    assert 0 < launches[0] < 4
+    assert launches[1] == 0
+
+
+@pytest.mark.gpu
+def test_layers_that_follow_each_other_in_a_graph_give_the_bits_of_each_by_itself() -> None:
+    """A kernel begins before the one ahead ends, whose result is its x; all of them leave sums in one place."""
+    from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
+    from lora_kernels.segments import fixed_size
+
+    torch.manual_seed(0)
+    shapes = [((256, 64, 64), 320), ((320,), 384)] * 6
+    weights = {widths: _weight(sum(widths), in_features, "cuda") for widths, in_features in shapes}
+    pools = {widths: [pool.cuda() for pool in _pools(inner, widths, torch.bfloat16)] for widths, inner in shapes}
+    packed = torch.zeros(fixed_size(8, 4), dtype=torch.int32, device="cuda")
+    segments = LoRASegments.fixed(packed, 8, 8, max_pages=4, most_pages=4)
+    x = torch.randn(8, 320).bfloat16().cuda()
+
+    def run(is_alone: bool) -> torch.Tensor:
+        y = x
+        for widths, _ in shapes:
+            fused = nf4_lora_matmul_cuda(y, weights[widths], None, *pools[widths], segments, widths)
+            assert fused is not None
+            y = fused
+            if is_alone:
+                torch.cuda.synchronize()
+        return y
+
+    run(is_alone=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(is_alone=False)
+    for slots in ([0, -1, 1, 3] * 2, [2] * 8, [-1] * 7 + [5], [1, 1, 4, 3, -1, -1, 3, 1]) * 3:
+        filled = Routing.of(np.array(slots, np.int32), 8, PAGES).packed(order_capacity(8))
+        packed[: len(filled)] = torch.from_numpy(filled).cuda()
+        wanted = run(is_alone=True)
+        assert wanted.isfinite().all()
+        graph.replay()
+        assert torch.equal(y, wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("num_tokens", [17, 64, 300])
@@ -245,20 +362,26 @@ def test_rows_do_not_depend_on_the_adapters_of_others(rows: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("rows", "steps"),
+    ("rows", "steps", "in_bytes"),
     [
-        (4, ([2] * 4, [0, -1] * 2, [0, 1, 3, 0])),
-        (12, ([2] * 12, [0, -1] * 6, [1, 3, 4, 5] * 3)),
-        (48, ([6] * 48, [0, -1] * 24, [1, 2, 3, 4] * 12)),
+        (4, ([2] * 4, [0, -1] * 2, [0, 1, 3, 0]), False),
+        (4, ([2] * 4, [0, -1] * 2, [0, 1, 3, 0]), True),
+        (12, ([2] * 12, [0, -1] * 6, [1, 3, 4, 5] * 3), False),
+        (48, ([6] * 48, [0, -1] * 24, [1, 2, 3, 4] * 12), False),
     ],
 )
-def test_a_recorded_step_takes_any_few_pages(rows: int, steps: tuple[list[int], ...]) -> None:
+def test_a_recorded_step_takes_any_few_pages(rows: int, steps: tuple[list[int], ...], in_bytes: bool) -> None:
     from lora_kernels.cuda_nf4_lora import nf4_lora_matmul_cuda
     from lora_kernels.segments import fixed_size
 
     torch.manual_seed(0)
     widths, weight = (256, 64), _weight(320, 1024, "cuda")
-    a, b = (pool.cuda() for pool in _pools(1024, widths, torch.bfloat16))
+    pools: tuple[torch.Tensor, ...] = _pools(1024, widths, torch.float32 if in_bytes else torch.bfloat16)
+    exact = [pool.cuda() for pool in pools]
+    if in_bytes:
+        pools = _in_bytes(pools[0], pools[1], widths)
+        exact = [pool.cuda() for pool in _out_of_bytes(*pools, widths)]
+    a, b, *scales = (pool.cuda() for pool in pools)
     x = torch.randn(rows, 1024).bfloat16().cuda()
     packed = torch.zeros(fixed_size(64, 16), dtype=torch.int32, device="cuda")
 
@@ -268,7 +391,7 @@ def test_a_recorded_step_takes_any_few_pages(rows: int, steps: tuple[list[int], 
 
     def run() -> torch.Tensor | None:
         segments = LoRASegments.fixed(packed, rows, 64, max_pages=16, most_pages=most_fused_pages(rows))
-        return nf4_lora_matmul_cuda(x, weight, None, a, b, segments, widths)
+        return nf4_lora_matmul_cuda(x, weight, None, a, b, segments, widths, *scales)
 
     fill([0] * rows)
     run()
@@ -279,5 +402,8 @@ def test_a_recorded_step_takes_any_few_pages(rows: int, steps: tuple[list[int], 
     for slots in steps:
         fill(slots)
         graph.replay()
-        plain = nf4_lora_matmul_ref(x, weight, None, a, b, _segments(slots, "cuda"), widths)
-        assert_as_exact(y, plain, _truth(x, weight, a, b, slots, widths))
+        plain = nf4_lora_matmul_ref(x, weight, None, a, b, _segments(slots, "cuda"), widths, *scales)
+        assert_as_exact(y, plain, _truth(x, weight, exact[0], exact[1], slots, widths))
+    fill([-1] * rows)
+    graph.replay()
+    assert_as_exact(y, nf4_matmul_ref(x, weight, None), _truth(x, weight, exact[0], exact[1], [-1] * rows, widths))
