@@ -25,6 +25,8 @@ from adapters_store.registry import AdapterRegistry
 from adapters_store.upload import StagedAdapter, Staging
 from adapters_store.validator import validate
 
+from .residency_world import SlowSlots, World
+
 FINGERPRINT = "f" * 64
 
 
@@ -179,3 +181,20 @@ def other(tmp_path_factory: pytest.TempPathFactory, saved_adapter: Path, base: B
     edit_config(folder, lora_alpha=3)
     with Staging(folder.parent / "staging") as staging:
         yield stage(staging, folder, base)
+
+
+@pytest.fixture
+def slow(blobs: BlobStore, tmp_path: Path) -> Iterator[tuple[World, SlowSlots]]:
+    slots = SlowSlots()
+    world = World(blobs, tmp_path, slots=slots)
+    yield world, slots
+    world.residency.check_integrity()
+    world.host.close()
+
+
+@pytest.fixture
+def world(blobs: BlobStore, tmp_path: Path) -> Iterator[World]:
+    world = World(blobs, tmp_path)
+    yield world
+    world.residency.check_integrity()
+    world.host.close()
