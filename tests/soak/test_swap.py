@@ -20,9 +20,12 @@ from adapters_store.database import Database
 from adapters_store.fsck import StoreCheck
 from gateway.config import EngineConfig, GatewayConfig, ServerConfig, StoreConfig, TrainerConfig
 from tests.soak.answers import HEAD, Answers, Content
-from tests.soak.fleet import running_fleet
-from tests.soak.serve_fleet import serving_fleet
-from tests.soak.swap import ALIASES, AnyFleet, Book, Clients, Killer, Swapper
+from tests.soak.book import ALIASES, Book
+from tests.soak.clients import Clients
+from tests.soak.fleet import Fleet, running_fleet
+from tests.soak.killer import Killer
+from tests.soak.serve_fleet import ServeFleet, serving_fleet
+from tests.soak.swapper import Swapper
 from tests.tiny import edited_adapter, make_base
 
 REQUESTS = int(os.environ.get("PATCHBAY_SOAK_REQUESTS", 10_000))
@@ -113,7 +116,9 @@ async def test_so_it_is_where_ray_serve_replaces_what_is_killed(local_ray: None,
     assert_sound(config)
 
 
-async def swap_under_load(fleet: AnyFleet, config: GatewayConfig, base: Path, folder: Path, plan: Plan) -> None:
+async def swap_under_load(
+    fleet: Fleet | ServeFleet, config: GatewayConfig, base: Path, folder: Path, plan: Plan
+) -> None:
     """Ask, swap and kill until the plan is done; then every answer is judged."""
     seed = int(os.environ.get("PATCHBAY_SOAK_SEED") or secrets.randbits(32))
     print(f"PATCHBAY_SOAK_SEED={seed}")
