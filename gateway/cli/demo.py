@@ -15,7 +15,9 @@ from gateway.cli.output import print_json
 
 def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Leave it running, and its data in place.")] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Where to keep its data [default: temporary].")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Where to keep its data; a temporary folder if not given.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show all of it: upload two adapters, fine-tune a third, serve all three in one batch, check it.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import (
@@ -18,6 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+
+_NO_WIDTH: Final = 10_000
 
 
 def print_json(value: Any) -> None:
@@ -35,12 +37,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty:
     if not rows:
         say(empty)
         return
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        # Nothing is cut: other commands are called with it. What a row is called by is not broken into lines either.
+        table.add_column(column, overflow="fold", no_wrap=column == columns[0])
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     console = Console()
-    # A file or a pipe has no width: columns must not wrap there.
-    console.print(table, soft_wrap=not console.is_terminal, markup=False)
+    if not console.is_terminal:  # a file or a pipe has no width
+        console.width = _NO_WIDTH
+    console.print(table, markup=False)
 
 
 def when(seconds: int | None) -> str:

@@ -30,7 +30,7 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(min=1, help="The longest context, in tokens.")] = None,
     num_adapter_slots: Annotated[int | None, typer.Option(min=1, help="Adapters on the device at once.")] = None,
     max_lora_rank: Annotated[int | None, typer.Option(min=1, help="The highest rank of an adapter.")] = None,
-    host: Annotated[str | None, typer.Option(help="The address to listen on [default: loopback].")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on; loopback if not given.")] = None,
     http_port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=0, max=65535, help="0 takes a free one.")] = None,
     data_dir: Annotated[

@@ -18,6 +18,7 @@ import typer
 from gateway.cli import main
 from gateway.cli.app import app
 from gateway.cli.failures import ExitCode
+from gateway.cli.output import print_table
 from gateway.cli.serve import configure
 from gateway.config import GatewayConfig
 
@@ -265,6 +266,21 @@ def test_adapters_are_listed_with_the_aliases_that_name_them(wire: Wire, capsys:
     assert line.split()[:6] == ["acme/tone:2", "@default", "@prod", "stage=test", "8", "ready"]
     assert run("adapter", "list", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [ADAPTER]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_cuts_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("NO_COLOR", "1")
+    if terminal:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    print_table(("JOB", "STATUS"), [("ftjob-" + "x" * 30, "validating_the_files")], "")
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "ftjob-" + "x" * 30
+    assert "".join(line[36:].strip() for line in lines) == "validating_the_files"
+    assert len(lines) == (2 if terminal else 1)
 
 
 def test_aliases_move_and_roll_back(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
