@@ -305,7 +305,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
             raise ConfigInvalid(f"{name} must be a mapping", param=name)
         return {str(key): _convert(args[1], each, f"{name}.{key}") for key, each in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigInvalid(f"{name} must be {hint.__name__}, not {value!r}", param=name)
+    if hint in (int, float) and value < 0:
+        raise ConfigInvalid(f"{name} must not be negative, not {value}", param=name)
     return value

@@ -47,6 +47,8 @@ class SamplingParams:
         _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _within("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         _within("n", self.n, 1, 1 << 16)
         if self.max_tokens is not None:
             _within("max_tokens", self.max_tokens, 1, 1 << 31)

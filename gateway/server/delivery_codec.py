@@ -51,7 +51,7 @@ def encode_request(request: GenerateRequest) -> pb.Request:
             tenant_weight=request.tenant_weight,
         )
         if request.messages is not None:
-            encoded.messages = json.dumps([dict(message) for message in request.messages]).encode()
+            encoded.messages = json.dumps([dict(message) for message in request.messages], ensure_ascii=False).encode()
         elif isinstance(request.prompt, str):
             encoded.text = request.prompt
         else:

@@ -72,7 +72,8 @@ _SCALARS: Final = (
 
 
 class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    # Any limit of length makes pydantic refuse half of a surrogate pair, which nothing behind this can encode.
+    model_config = ConfigDict(extra="forbid", strict=True, str_min_length=0)
 
 
 class StreamOptions(_Closed):
@@ -339,6 +340,8 @@ def invalid_request(kind: str, path: Sequence[str | int], message: str) -> Inval
         return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
     if kind == "missing":
         return InvalidRequest(f"Missing required parameter: {param!r}.", param=param)
+    if kind == "string_unicode":
+        message = "is no text: it holds half of a surrogate pair, such as \\ud83d; send whole characters"
     message = message[:1].lower() + message[1:]
     return InvalidRequest(f"{param} {message}" if message.startswith("is ") else f"{param}: {message}", param=param)
 

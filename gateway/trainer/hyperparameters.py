@@ -23,11 +23,11 @@ class _Closed(BaseModel):
 
 
 class Hyperparameters(_Closed):
-    """OpenAI's `method.supervised.hyperparameters`."""
+    """OpenAI's `method.supervised.hyperparameters`. Numbers come first: a wrong one is told its range."""
 
-    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = "auto"
-    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = "auto"
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=100)] = "auto"
+    n_epochs: Annotated[int, Field(ge=1, le=50)] | Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0, le=100)] | Auto = "auto"
 
 
 class PeftOptions(_Closed):

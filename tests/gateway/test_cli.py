@@ -422,6 +422,10 @@ def test_serve_refuses_a_bad_configuration_by_its_key(tmp_path: Path, capsys: py
     file.write_text("server: {htp_port: 9000}\n")
     assert run("serve", "--config", str(file)) == ExitCode.REFUSED
     assert "server.htp_port" in capsys.readouterr().err
+    for text in ("num_adapter_slots: -1", "tenant_adapter_share: -1"):
+        file.write_text(f"engine: {{{text}}}\n")
+        assert run("serve", "--config", str(file)) == ExitCode.REFUSED
+        assert f"engine.{text.split(':')[0]} must not be negative" in capsys.readouterr().err
     assert run("serve", "--quantization", "int3", "--json") == ExitCode.REFUSED
     assert json.loads(capsys.readouterr().out)["error"]["param"] == "engine.quantization"
 

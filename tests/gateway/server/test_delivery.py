@@ -175,7 +175,8 @@ def test_a_request_crosses_the_wire_whole(sent: GenerateRequest) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        GenerateRequest("r", SamplingParams(seed=1 << 64), prompt=""),
+        GenerateRequest("r", SamplingParams(stop_token_ids=(1 << 64,)), prompt=""),
+        GenerateRequest("r", SamplingParams(), messages=[{"role": "user", "content": "\ud800"}]),
         GenerateRequest("r", SamplingParams(), prompt="\ud800"),
         GenerateRequest("r", SamplingParams(), prompt=[1 << 70]),
     ],

@@ -259,6 +259,7 @@ def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> N
         ({"top_p": 0}, "top_p"),
         ({"n": 17}, "n"),
         ({"n": 0}, "n"),
+        ({"seed": 1 << 63}, "seed"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ({"stop": ["a"] * 17}, "stop"),

@@ -131,6 +131,20 @@ def test_upload_list_alias_rollback_delete(tenant: TenantClient, adapter: Path, 
     assert [[v["version"] for v in info["versions"]] for info in listed] == [[1]]
 
 
+def test_half_of_a_surrogate_pair_is_refused_by_its_field(doors: Doors, tenant: TenantClient, adapter: Path) -> None:
+    tenant.upload("helper", adapter)
+    chat = {"model": doors.model, "messages": [{"role": "user", "content": "cut \ud83d"}]}
+    for method, path, body, param in (
+        ("POST", "/v1/chat/completions", chat, "messages[0].content"),
+        ("PUT", f"/v1/adapters/{tenant.id}/helper/tags/a", {"value": "\ud83d"}, "value"),
+    ):
+        refused = tenant.http.request(
+            method, path, content=json.dumps(body), headers={"content-type": "application/json"}
+        )
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert "surrogate pair" in refused.json()["error"]["message"]
+
+
 def test_a_version_is_downloaded_as_a_peft_folder_and_uploads_again(
     doors: Doors, tenant: TenantClient, adapter: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from sqlalchemy import update
 
 from adapters_store.database import Database
@@ -67,6 +68,13 @@ def die(database: Database, job: FineTuningJob) -> None:
 
 def messages(jobs: FineTuningJobs, job: FineTuningJob) -> list[str]:
     return [event.message for event in jobs.events("acme", job.id)]
+
+
+@pytest.mark.parametrize("field", ["n_epochs", "batch_size", "learning_rate_multiplier"])
+def test_a_number_out_of_range_is_told_the_range(field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Hyperparameters.model_validate({field: 1000})
+    assert caught.value.errors()[0]["type"] == "less_than_equal"
 
 
 def test_a_new_job_keeps_what_was_asked(jobs: FineTuningJobs, create: Create) -> None:
