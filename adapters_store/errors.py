@@ -53,7 +53,7 @@ class AliasInUse(StoreError):
 
     def __init__(self, ref: str, aliases: list[str]) -> None:
         names = ", ".join(f"@{alias}" for alias in aliases)
-        super().__init__(f"{ref} is named by {names}. Point the alias at another version first.")
+        super().__init__(f"{ref} is named by {names}. Point the alias at another version first, or delete the alias.")
         self.ref = ref
         self.aliases = aliases
 
@@ -107,8 +107,9 @@ class InvalidName(StoreError):
     """A tenant, adapter or alias name that does not follow the rule for names."""
 
     def __init__(self, what: str, name: str) -> None:
+        kind = "adapter" if what == "name" else what
         super().__init__(
-            f"{name[:80]!r} is not a valid {what} name. Use 1 to 63 of a-z, 0-9, '.', '_' and '-', "
+            f"{name[:80]!r} is not a valid {kind} name. Use 1 to 63 of a-z, 0-9, '.', '_' and '-', "
             "beginning with a letter or digit."
         )
         self.param = what

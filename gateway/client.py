@@ -162,6 +162,10 @@ class GatewayClient:
         split = {"version": canary[0], "percent": canary[1]} if canary is not None else None
         return self._json("PUT", f"/v1/adapters/{name}/aliases/{alias}", json=_given(version=version, canary=split))
 
+    def delete_alias(self, name: str, alias: str) -> Json:
+        """Take an alias of "tenant/name" away; the version that it named stays."""
+        return self._json("DELETE", f"/v1/adapters/{name}/aliases/{alias}")
+
     def rollback(self, name: str, alias: str = "default") -> Json:
         """Drop an alias's canary; without one, point it back at the version that it named before."""
         return self._json("POST", f"/v1/adapters/{name}/rollback", json={"alias": alias})

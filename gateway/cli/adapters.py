@@ -85,6 +85,24 @@ def alias(
 
 
 @app.command()
+def unalias(
+    name: Name,
+    alias: Annotated[str, typer.Argument(help="The alias to take away.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    timeout: Timeout = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Take an alias away, with its canary. The version that it named stays, and can be deleted then."""
+    with connect(url, api_key, timeout) as client:
+        adapter = client.delete_alias(full_name(name), alias)
+    if as_json:
+        print_json(adapter)
+    else:
+        say(f"{name} has no @{alias} any more.")
+
+
+@app.command()
 def rollback(
     name: Name,
     alias: Annotated[str, typer.Option(help="The alias to point back.")] = "default",

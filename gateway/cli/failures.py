@@ -64,7 +64,7 @@ _HINTS: Final[dict[str, str]] = {
     "model_not_found": "`patchbay adapter list` shows the adapters that this key may call.",
     "self_test_failed": "No alias was moved. `patchbay adapter list NAME --json` shows the version's report.",
     "version_not_ready": "`patchbay adapter rollback NAME` points the alias back.",
-    "alias_in_use": "`patchbay adapter alias NAME ALIAS VERSION` points the alias elsewhere.",
+    "alias_in_use": "`patchbay adapter alias` moves an alias, `patchbay adapter unalias` deletes one.",
     "overloaded": "Try again in a moment; the gateway is full.",
     "engine_unavailable": "Try again in a moment; /readyz of the gateway says when it takes requests.",
     "store_unavailable": "Try again in a moment; the gateway cannot reach its database or blob store.",

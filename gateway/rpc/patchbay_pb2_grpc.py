@@ -263,6 +263,11 @@ class AdaptersStub:
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/patchbay.v1.Adapters/DeleteAlias',
+                request_serializer=gateway_dot_rpc_dot_patchbay__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+                _registered_method=True)
         self.Rollback = channel.unary_unary(
                 '/patchbay.v1.Adapters/Rollback',
                 request_serializer=gateway_dot_rpc_dot_patchbay__pb2.RollbackRequest.SerializeToString,
@@ -325,6 +330,13 @@ class AdaptersServicer:
     def SetAlias(self, request, context):
         """Points an alias at a version, and part of its requests at a canary where one is given. Running requests finish on
         the version they began with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """Takes an alias away, with its canary and its history. The versions stay, and can be deleted then.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -395,6 +407,11 @@ def add_AdaptersServicer_to_server(servicer, server):
             'SetAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.SetAlias,
                     request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.SetAliasRequest.FromString,
+                    response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=gateway_dot_rpc_dot_patchbay__pb2.DeleteAliasRequest.FromString,
                     response_serializer=gateway_dot_rpc_dot_patchbay__pb2.Adapter.SerializeToString,
             ),
             'Rollback': grpc.unary_unary_rpc_method_handler(
@@ -536,6 +553,33 @@ class Adapters:
             target,
             '/patchbay.v1.Adapters/SetAlias',
             gateway_dot_rpc_dot_patchbay__pb2.SetAliasRequest.SerializeToString,
+            gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/patchbay.v1.Adapters/DeleteAlias',
+            gateway_dot_rpc_dot_patchbay__pb2.DeleteAliasRequest.SerializeToString,
             gateway_dot_rpc_dot_patchbay__pb2.Adapter.FromString,
             options,
             channel_credentials,

@@ -133,10 +133,11 @@ class AdapterService:
         except AdapterNotFound:
             return False
 
-    async def delete_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> None:
-        """Take a name away; its version stays. Raises `AdapterNotFound`."""
+    async def delete_alias(self, principal: Principal, tenant: str, name: str, alias: str) -> AdapterInfo:
+        """Take an alias and its canary away; their versions stay. Raises `AdapterNotFound`."""
         _check_reach(principal, tenant, name)
         await asyncio.to_thread(self._registry.delete_alias, tenant, name, alias)
+        return await self.get(principal, tenant, name)
 
     async def delete(self, principal: Principal, tenant: str, name: str, version: int) -> None:
         """Retire a version: no new request gets it, and its bytes go when those that run with it have ended.

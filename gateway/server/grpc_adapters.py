@@ -54,6 +54,11 @@ class AdaptersServicer(pb_grpc.AdaptersServicer):
         canary = Canary(request.canary.version, request.canary.percent) if request.HasField("canary") else None
         return _adapter(await self._adapters.set_alias(call.principal, tenant, name, alias, request.version, canary))
 
+    async def DeleteAlias(self, request: pb.DeleteAliasRequest, call: Call) -> pb.Adapter:  # noqa: N802
+        """Take an alias away; its version stays."""
+        tenant, name = split_name(call.principal, request.name)
+        return _adapter(await self._adapters.delete_alias(call.principal, tenant, name, request.alias))
+
     async def Rollback(self, request: pb.RollbackRequest, call: Call) -> pb.Adapter:  # noqa: N802
         """Point an alias at the version before."""
         tenant, name = split_name(call.principal, request.name)

@@ -29,6 +29,7 @@ from gateway.server.openai_schema import (
 )
 
 _UPLOAD_FIELDS: Final = ("name", "alias", "base_fingerprint")
+_DEFAULT_ALIAS: Final = RollbackRequest()
 _NO_GOLDEN: Final = SelfTestRequest()
 
 
@@ -65,8 +66,12 @@ def adapter_routes(context: ServerContext) -> APIRouter:
         canary = Canary(body.canary.version, body.canary.percent) if body.canary is not None else None
         return JSONResponse(_adapter_body(await service.set_alias(caller, tenant, name, alias, body.version, canary)))
 
+    @router.delete("/v1/adapters/{tenant}/{name}/aliases/{alias}")
+    async def delete_alias(tenant: str, name: str, alias: str, caller: Caller) -> Response:
+        return JSONResponse(_adapter_body(await service.delete_alias(caller, tenant, name, alias)))
+
     @router.post("/v1/adapters/{tenant}/{name}/rollback")
-    async def rollback(tenant: str, name: str, body: RollbackRequest, caller: Caller) -> Response:
+    async def rollback(tenant: str, name: str, caller: Caller, body: RollbackRequest = _DEFAULT_ALIAS) -> Response:
         return JSONResponse(_adapter_body(await service.rollback(caller, tenant, name, body.alias)))
 
     @router.post("/v1/adapters/{tenant}/{name}/versions/{version}/test")

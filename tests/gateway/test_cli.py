@@ -122,6 +122,7 @@ def test_the_commands_are_those_of_the_release() -> None:
         "adapter upload",
         "adapter list",
         "adapter alias",
+        "adapter unalias",
         "adapter rollback",
         "adapter test",
         "adapter download",
@@ -286,15 +287,18 @@ def test_a_table_cuts_nothing(
 def test_aliases_move_and_roll_back(wire: Wire, capsys: pytest.CaptureFixture[str]) -> None:
     wire.on("PUT /v1/adapters/acme/tone/aliases/prod", ADAPTER)
     wire.on("POST /v1/adapters/acme/tone/rollback", ADAPTER)
+    wire.on("DELETE /v1/adapters/acme/tone/aliases/stage", ADAPTER)
     wire.on("DELETE /v1/adapters/acme/tone/versions/1", {"deleted": True})
     assert run("adapter", "alias", "acme/tone", "prod", "2") == 0
     assert run("adapter", "rollback", "acme/tone") == 0
+    assert run("adapter", "unalias", "acme/tone", "stage") == 0
     assert run("adapter", "delete", "acme/tone:1") == 0
     assert [json.loads(body) for _, _, body in wire.asked[:2]] == [{"version": 2}, {"alias": "default"}]
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "acme/tone@prod is now acme/tone:2.",
         "acme/tone@default is now acme/tone:2.",
+        "acme/tone has no @stage any more.",
         "Deleted acme/tone:1.",
     ]
 

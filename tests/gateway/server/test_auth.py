@@ -96,6 +96,7 @@ def test_a_revoked_key_is_refused_at_once(doors: Doors, tenant: TenantClient, ad
         ("POST", "/v1/completions", {"model": "{model}:1", "prompt": "the"}),
         ("GET", "/v1/adapters/{model}", None),
         ("PUT", "/v1/adapters/{model}/aliases/default", {"version": 1}),
+        ("DELETE", "/v1/adapters/{model}/aliases/default", None),
         ("POST", "/v1/adapters/{model}/rollback", {}),
         ("DELETE", "/v1/adapters/{model}/versions/1", None),
         ("POST", "/v1/adapters/{model}/versions/1/test", {}),

@@ -143,6 +143,9 @@ def test_upload_publishes_and_the_adapter_answers(
     moved = adapters.SetAlias(pb.SetAliasRequest(name="helper", version=2), metadata=key)
     assert moved.aliases["default"] == 2
     assert adapters.Rollback(pb.RollbackRequest(name=f"{tenant.id}/helper"), metadata=key).aliases["default"] == 1
+    adapters.SetAlias(pb.SetAliasRequest(name="helper", alias="old", version=1), metadata=key)
+    left = adapters.DeleteAlias(pb.DeleteAliasRequest(name="helper", alias="old"), metadata=key)
+    assert dict(left.aliases) == {"default": 1, "next": 2}
     adapters.SetAlias(pb.SetAliasRequest(name="helper", alias="next", version=1), metadata=key)
     adapters.Delete(pb.DeleteAdapterRequest(name="helper", version=2), metadata=key)
     assert len(adapters.Get(pb.GetAdapterRequest(name="helper"), metadata=key).versions) == 1
@@ -294,6 +297,7 @@ def test_another_tenants_adapter_is_an_absent_one(
             (inference.Generate, pb.GenerateRequest(model=ref, text="x")),
             (adapters.Get, pb.GetAdapterRequest(name=ref)),
             (adapters.SetAlias, pb.SetAliasRequest(name=ref, version=1)),
+            (adapters.DeleteAlias, pb.DeleteAliasRequest(name=ref, alias="default")),
             (adapters.Rollback, pb.RollbackRequest(name=ref)),
             (adapters.Delete, pb.DeleteAdapterRequest(name=ref, version=1)),
             (adapters.SetTag, pb.SetTagRequest(name=ref, key="a", value="b")),

@@ -121,7 +121,7 @@ def test_upload_list_alias_rollback_delete(tenant: TenantClient, adapter: Path, 
     path = f"/v1/adapters/{tenant.id}/helper"
     assert tenant.http.get(path).json()["aliases"] == {"default": 2}
     assert tenant.http.put(f"{path}/aliases/prod", json={"version": 1}).json()["aliases"]["prod"] == 1
-    assert tenant.http.post(f"{path}/rollback", json={}).json()["aliases"]["default"] == 1
+    assert tenant.http.post(f"{path}/rollback").json()["aliases"]["default"] == 1
     again = tenant.http.post(f"{path}/rollback", json={"alias": "default"})
     assert (again.status_code, again.json()["error"]["code"]) == (409, "no_previous_version")
     refused = tenant.http.delete(f"{path}/versions/1")
@@ -129,6 +129,15 @@ def test_upload_list_alias_rollback_delete(tenant: TenantClient, adapter: Path, 
     assert tenant.http.delete(f"{path}/versions/2").json()["deleted"] is True
     listed = tenant.http.get("/v1/adapters").json()["data"]
     assert [[v["version"] for v in info["versions"]] for info in listed] == [[1]]
+
+
+def test_without_its_aliases_the_last_version_can_be_deleted(tenant: TenantClient, adapter: Path) -> None:
+    path = f"/v1/adapters/{tenant.id}/helper"
+    tenant.upload("helper", adapter)
+    assert tenant.http.delete(f"{path}/aliases/default").json()["aliases"] == {}
+    again = tenant.http.delete(f"{path}/aliases/default")
+    assert (again.status_code, again.json()["error"]["code"]) == (404, "model_not_found")
+    assert tenant.http.delete(f"{path}/versions/1").json()["deleted"] is True
 
 
 def test_half_of_a_surrogate_pair_is_refused_by_its_field(doors: Doors, tenant: TenantClient, adapter: Path) -> None:
