@@ -119,11 +119,10 @@ class InvalidName(StoreError):
 class InvalidTag(StoreError):
     """A tag that passes a limit of its length or number."""
 
-    param = "key"
-
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, param: str) -> None:
         super().__init__(f"The tag cannot be set: {reason}.")
         self.reason = reason
+        self.param = param
 
 
 class NoPreviousVersion(StoreError):

@@ -38,7 +38,7 @@ class AdapterTags:
                 return
             count = select(func.count()).select_from(table).where(_is(table, owner))
             if connection.execute(count).scalar_one() >= MAX_TAGS:
-                raise InvalidTag(f"it has {MAX_TAGS} tags already; delete one first")
+                raise InvalidTag(f"it has {MAX_TAGS} tags already; delete one first", "key")
             connection.execute(insert(table).values(**owner, key=key, value=value))
 
     def delete(self, tenant: str, name: str, key: str, version: int | None = None) -> None:
@@ -86,6 +86,6 @@ def _is(table: Table, owner: Mapping[str, int]) -> ColumnElement[bool]:
 
 def _check(key: str, value: str) -> None:
     if not 0 < len(key) <= MAX_KEY or not key.isprintable():
-        raise InvalidTag(f"a key has 1 to {MAX_KEY} printable characters")
+        raise InvalidTag(f"a key has 1 to {MAX_KEY} printable characters", "key")
     if len(value) > MAX_VALUE or "\0" in value:
-        raise InvalidTag(f"a value has at most {MAX_VALUE:,} characters, none of them NUL")
+        raise InvalidTag(f"a value has at most {MAX_VALUE:,} characters, none of them NUL", "value")

@@ -68,7 +68,13 @@ class SamplingParams:
 
 
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    # `not (a <= b)` also refuses NaN.
-    if not (low <= value <= high) or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise InvalidRequest(f"{name} must be in {bracket}{low}, {high}], not {value}", param=name)
+    # NaN is neither above nor below anything.
+    if value > high:
+        bound = f"at most {high}"
+    elif open_low and not value > low:
+        bound = f"above {low}"
+    elif not value >= low:
+        bound = f"at least {low}"
+    else:
+        return
+    raise InvalidRequest(f"{name} must be {bound}, not {value}", param=name)
