@@ -19,6 +19,7 @@ from starlette.types import Message, Receive
 from adapters_store.accounts import Principal
 from adapters_store.errors import SelfTestFailed
 from gateway.errors import (
+    AuthenticationFailed,
     EngineUnavailable,
     GatewayError,
     InternalError,
@@ -134,7 +135,7 @@ def error_response(error: Exception, request_id: str) -> JSONResponse:
     wire = wire_error(error)
     if wire.http >= 500 and not isinstance(error, EngineUnavailable):
         logger.error("request %s failed", request_id, exc_info=error)
-    return JSONResponse(error_body(error), wire.http, headers | _retry_headers(error))
+    return JSONResponse(error_body(error), wire.http, headers | _headers_of(error))
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
@@ -147,7 +148,10 @@ def error_body(error: BaseException) -> dict[str, Any]:
     return {"error": body}
 
 
-def _retry_headers(error: Exception) -> dict[str, str]:
+def _headers_of(error: Exception) -> dict[str, str]:
+    """What a client does about it: when to try again, or what to send (RFC 9110 asks for it beside a 401)."""
+    if isinstance(error, AuthenticationFailed):
+        return {"www-authenticate": "Bearer"}
     if isinstance(error, Overloaded):
         milliseconds = math.ceil(error.retry_after * 1000)
         return {"retry-after": str(math.ceil(error.retry_after)), "retry-after-ms": str(milliseconds)}

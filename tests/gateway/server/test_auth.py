@@ -57,6 +57,7 @@ def test_http_without_a_valid_key_is_refused_before_the_body_is_read(doors: Door
         response = httpx.request(method, url, headers=headers, content=b"{")
         assert response.status_code == 401, (headers, response.text)
         assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("method", METHODS)
