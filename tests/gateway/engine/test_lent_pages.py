@@ -204,12 +204,12 @@ def test_an_urgent_request_preempts_for_pages_only_where_those_in_them_cannot_mo
 ) -> None:
     lending = make_lending(num_adapter_pages=3, enable_prefix_caching=num_beside == 1)
     run(lending, request(world, "before", PROMPT[5:], max_tokens=100))  # fills the cache's own blocks
-    beside = [request(world, "a", PROMPT, "a4", max_tokens=40), *many(world, num_beside)]
-    for one in beside:
+    adapted = request(world, "a", PROMPT, "a4", max_tokens=40)
+    lending.host_cache.get(adapted.adapter.digest).result()
+    for one in [adapted, *many(world, num_beside)]:
         lending.add(replace(one, priority=1), lending.encode(one))
-    while not lending.residency.num_held:
-        lending.step()
-    steps(lending, 25)
+    steps(lending, 28)
+    assert lending.residency.num_held == 1
     assert lending.runner.slots.pages.num_lent == 1
     urgent = request(world, "b", PROMPT[:8], "b20")  # needs two, and one is free
     lending.host_cache.get(urgent.adapter.digest).result()
