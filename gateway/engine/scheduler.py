@@ -137,7 +137,6 @@ class Scheduler:
             self.residency.poll(is_idle=not self.running)
             self._admit(step, output)
             self.waiting.rewind()
-        if self.waiting:
             upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
         if self._num_speculating:
