@@ -186,7 +186,7 @@ class HostCache:
     def _drop_one(self, num_pages: int) -> bool:
         """Drop the least recently used image that makes room for so many pages, or for vectors. False without any."""
         lacks_pages = self._memory.num_free < num_pages
-        helpful = (d for d, image in self._kept.items() if (lacks_pages and image.pages) or image.vectors is not None)
+        helpful = (d for d, i in self._kept.items() if (i.pages if lacks_pages else i.vectors is not None))
         digest = next(helpful, None)
         if digest is None:
             return False
