@@ -136,6 +136,7 @@ def test_on_a_gpu_one_of_64_adapters_that_overflows_ends_alone(
     settings: dict[str, Any] = {"enforce_eager": enforce_eager, "overlap_steps": overlap_steps}
     # Adapters do not come in at the same steps twice, and in bf16 a row's rounding depends on how many others run.
     settings |= {"dtype": dtype, "batch_invariant": dtype == "bfloat16"}
+    settings |= {"host_cache_bytes": 512 << 20, "kv_host_bytes": 256 << 20}  # pinned, and tests run side by side
     engine = LLMEngine(EngineConfig(kv_cache_tokens=16_384, **settings), blobs, lambda: None)
     good = [write_adapter(blobs, tmp_path, engine.model.spec, 16, i) for i in range(64)]
     overflow = write_adapter(blobs, tmp_path, engine.model.spec, 16, 64, std=1e25)

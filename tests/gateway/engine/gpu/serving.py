@@ -79,8 +79,13 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def small_config(**settings: Any) -> EngineConfig:
+    """With little host memory, where it is not told: what is pinned is taken, and tests run side by side."""
+    return EngineConfig(**{"host_cache_bytes": 512 << 20, "kv_host_bytes": 256 << 20} | settings)
+
+
 def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
-    config = EngineConfig(base=base, kv_cache_tokens=16_384, max_num_seqs=24, max_lora_rank=16, **settings)
+    config = small_config(base=base, kv_cache_tokens=16_384, max_num_seqs=24, max_lora_rank=16, **settings)
     return LLMEngine(config, blobs, lambda: None)
 
 
@@ -138,5 +143,5 @@ def drift(a: dict[str, list[TokenLogprob]], b: dict[str, list[TokenLogprob]]) ->
 def engine_of_kinds(kinds: World, **settings: Any) -> LLMEngine:
     defaults = {"device": "cuda", "dtype": "float32", "max_lora_rank": 256, "num_adapter_slots": 16}
     defaults |= {"num_bottleneck_pages": 40}
-    config = EngineConfig(base=str(kinds.base), kv_cache_tokens=8192, max_num_seqs=24, **defaults | settings)
+    config = small_config(base=str(kinds.base), kv_cache_tokens=8192, max_num_seqs=24, **defaults | settings)
     return LLMEngine(config, kinds.blobs, lambda: None)

@@ -29,6 +29,7 @@ from tests.gateway.engine.gpu.serving import (
     no_waiting,
     random_prompts,
     serve,
+    small_config,
     use_references,
 )
 
@@ -119,7 +120,7 @@ def test_preempting_by_the_second_tier_changes_no_token_and_makes_the_host_wait_
     tmp_path: Path, four_layers: str, monkeypatch: pytest.MonkeyPatch, overlap_steps: bool, enforce_eager: bool
 ) -> None:
     def engine_of(tokens: int, host_bytes: int) -> LLMEngine:
-        config = EngineConfig(
+        config = small_config(
             base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=host_bytes,
             max_num_seqs=16, max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager,
             lend_adapter_pages=False,
@@ -158,7 +159,7 @@ def test_pages_that_move_between_adapters_and_the_cache_change_no_token(
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
 
     def engine_of(tokens: int, pages: int, *, lends: bool) -> LLMEngine:
-        config = EngineConfig(
+        config = small_config(
             base=four_layers, device="cuda", dtype="float32", kv_cache_tokens=tokens, kv_host_bytes=1 << 28,
             max_num_seqs=16, max_lora_rank=16, num_adapter_slots=8, num_adapter_pages=pages, lend_adapter_pages=lends,
             overlap_steps=overlap_steps, enforce_eager=enforce_eager,
@@ -181,7 +182,7 @@ def test_a_decode_step_that_saves_blocks_waits_for_nothing_but_the_step_before(
     tmp_path: Path, four_layers: str
 ) -> None:
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
-    config = EngineConfig(
+    config = small_config(
         base=four_layers, device="cuda", kv_cache_tokens=2048, kv_host_bytes=1 << 30, max_num_seqs=16, max_lora_rank=16,
         lend_adapter_pages=False,
     )  # fmt: skip

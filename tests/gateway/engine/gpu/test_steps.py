@@ -12,7 +12,6 @@ import torch
 
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter
-from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
 from gateway.engine.sampling_params import SamplingParams
@@ -27,6 +26,7 @@ from tests.gateway.engine.gpu.serving import (
     ids,
     no_waiting,
     random_prompts,
+    small_config,
     two_gpus,
     use_references,
 )
@@ -236,7 +236,7 @@ def test_batch_invariant_mode_gives_a_request_s_bits_alone_and_in_any_batch(tmp_
 
     def engine_of(**settings: Any) -> LLMEngine:
         chosen: dict[str, Any] = {"kv_cache_tokens": 65_536, "kv_host_bytes": 0, "num_adapter_slots": 24} | settings
-        config = EngineConfig(
+        config = small_config(
             base=four_layers, device="cuda", batch_invariant=True, max_num_seqs=64, max_lora_rank=32,
             lend_adapter_pages=False, **chosen,
         )  # fmt: skip

@@ -11,7 +11,6 @@ import pytest
 
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter
-from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
@@ -28,6 +27,7 @@ from tests.gateway.engine.gpu.serving import (
     ids,
     random_prompts,
     serve,
+    small_config,
     two_gpus,
 )
 from tests.gateway.engine.test_kinds import World
@@ -81,7 +81,7 @@ def test_two_gpus_swap_adapters_and_blocks_and_give_one_gpu_s_tokens(
     blobs = BlobStore(f"file://{tmp_path / 'blobs'}")
 
     def engine_of(size: int, tokens: int, slots: int) -> LLMEngine:
-        config = EngineConfig(
+        config = small_config(
             base=four_layers, device="cuda", dtype="float32", tensor_parallel_size=size, kv_cache_tokens=tokens,
             kv_host_bytes=1 << 30, num_adapter_slots=slots, host_cache_bytes=256 << 20, max_num_seqs=16,
             max_lora_rank=16, overlap_steps=overlap_steps, enforce_eager=enforce_eager, lend_adapter_pages=False,
