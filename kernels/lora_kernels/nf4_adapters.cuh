@@ -15,9 +15,10 @@
 #include "nf4_shrink.cuh"
 
 constexpr int PAGE_BYTES = 2048, H_BYTES = TOKENS * 32;  // of B for 64 rows of W, and of h
-constexpr int ON_THEIR_WAY = FEW_REGISTERS > 64 ? 4 : 2;
-constexpr int STEPS = ON_THEIR_WAY * A_SIZE / 2;  // times INPUTS on their way, of many tokens and of few
-constexpr int FEW_STEPS = A_SIZE == 2 ? ON_THEIR_WAY * 3 / 2 : ON_THEIR_WAY;
+// Of A and x on their way, times INPUTS; as many steps a set as registers hold, of many tokens and of few.
+constexpr int SETS = FEW_REGISTERS > 64 ? 2 : 1;
+constexpr int STEPS = SETS == 1 ? A_SIZE : A_SIZE == 2 ? 3 : 2;
+constexpr int FEW_STEPS = STEPS + 1;
 constexpr int PARTS_AT_ONCE = FEW_REGISTERS > 64 ? 5 : 3;
 constexpr int SHRINKERS = 3;  // warps of a thread block
 
@@ -128,12 +129,11 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, int num_blocks,
             const u16* row = adapters.x + (long long)token[m] * adapters.stride_x;
             from_x[m] = token[m] >= 0 ? row + lane % 4 * (16 / A_SIZE) : nullptr;
         }
-        wait_for_kernel_before();  // x is its result
         float sum[2][4] = {};
         if (length > 8)
-            multiply_inputs<2, STEPS>(sum, from_x, from_a, begin, end);
+            multiply_inputs<2, SETS, STEPS>(sum, from_x, from_a, begin, end);
         else
-            multiply_inputs<1, FEW_STEPS>(sum, from_x, from_a, begin, end);
+            multiply_inputs<1, SETS, FEW_STEPS>(sum, from_x, from_a, begin, end);
 #if ADAPTED == 2
 #pragma unroll
         for (int n = 0; n < 2; ++n) {

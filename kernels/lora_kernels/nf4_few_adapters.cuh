@@ -93,7 +93,7 @@ __device__ __forceinline__ void shrink(const Adapters& adapters, const u16* x, i
         const int token = group < head.y ? adapters.order[head.x + group] : -1;
         const u16* const from_x[2] = {token >= 0 ? x + token * stride_x + lane % 4 * (16 / A_SIZE) : nullptr, nullptr};
         float sum[2][4] = {};
-        multiply_inputs<1, STEPS>(sum, from_x, from_a, first_input(part), first_input(part + 1));
+        multiply_inputs<1, 1, STEPS>(sum, from_x, from_a, first_input(part), first_input(part + 1));
         if (token < 0) continue;
 #pragma unroll
         for (int n = 0; n < 2; ++n)

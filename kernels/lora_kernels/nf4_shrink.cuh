@@ -31,40 +31,63 @@ __device__ __forceinline__ void fragments(u32 (&pairs)[4], const uint4& a, int h
     for (int i = 0; i < 4; ++i) pairs[i] = A_SIZE == 2 ? words[i] : widen_pair(words[half * 2 + i / 2], i % 2);
 }
 
-// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of INPUTS, of which STEPS
-// times INPUTS are on their way at once. from_x: of the first HALVES times 8 tokens, lane / 4 and that + 8, null for
-// none; from_a: of these ranks; each at the lane's inputs.
-template <int HALVES, int STEPS>
+// Adds to sum[2][4], 16 tokens by 16 ranks, the products of inputs [begin, end), multiples of INPUTS. SETS of STEPS times
+// INPUTS are on their way: a single one is awaited and multiplied; of several, one comes while another is multiplied, and
+// the first numbers of A while the kernel before runs, whose result x is. from_x: of the first HALVES times 8 tokens,
+// lane / 4 and that + 8, null for none; from_a: of these ranks; each at the lane's inputs.
+template <int HALVES, int SETS, int STEPS>
 __device__ __forceinline__ void multiply_inputs(float (&sum)[2][4], const u16* const (&from_x)[2],
                                                 const u8* const (&from_a)[2], int begin, int end) {
     const uint4 zero = make_uint4(0, 0, 0, 0);
-    for (int at = begin; at < end; at += STEPS * INPUTS) {
-        uint4 x[STEPS][X_LOADS][2], a[STEPS][2];
+    uint4 x[SETS][STEPS][X_LOADS][HALVES], a[SETS][STEPS][2];
+    auto load_a = [&](uint4(&set)[STEPS][2], int at) {
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const int input = at + s * INPUTS;
-                a[s][n] = from_a[n] && input < end ? load_once(from_a[n] + input * A_SIZE) : zero;
-#pragma unroll
-                for (int half = 0; half < X_LOADS; ++half)
-                    x[s][half][n] = n < HALVES && from_x[n] && input < end
-                                        ? __ldcg(reinterpret_cast<const uint4*>(from_x[n] + input) + half)
-                                        : zero;
+                set[s][n] = from_a[n] && input < end ? load_once(from_a[n] + input * A_SIZE) : zero;
             }
+    };
+    auto load_x = [&](uint4(&set)[STEPS][X_LOADS][HALVES], int at) {
 #pragma unroll
         for (int s = 0; s < STEPS; ++s)
 #pragma unroll
-            for (int half = 0; half < X_LOADS; ++half) {
-                const uint4 x0 = x[s][half][0], x1 = x[s][half][1];
-                const u32 near[4] = {x0.x, x1.x, x0.y, x1.y}, far[4] = {x0.z, x1.z, x0.w, x1.w};
+            for (int half = 0; half < X_LOADS; ++half)
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    u32 pairs[4];
-                    fragments(pairs, a[s][n], half);
-                    multiply(sum[n], near, pairs[0], pairs[1]);
-                    multiply(sum[n], far, pairs[2], pairs[3]);
+                for (int m = 0; m < HALVES; ++m) {
+                    const int input = at + s * INPUTS;
+                    set[s][half][m] = from_x[m] && input < end
+                                          ? __ldcg(reinterpret_cast<const uint4*>(from_x[m] + input) + half)
+                                          : zero;
                 }
-            }
+    };
+    constexpr bool is_ahead = SETS > 1;
+#pragma unroll
+    for (int set = 0; is_ahead && set < SETS; ++set) load_a(a[set], begin + set * STEPS * INPUTS);
+    wait_for_kernel_before();
+#pragma unroll
+    for (int set = 0; is_ahead && set < SETS; ++set) load_x(x[set], begin + set * STEPS * INPUTS);
+    for (int at = begin; at < end; at += SETS * STEPS * INPUTS) {
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+            if (!is_ahead) load_a(a[set], at), load_x(x[set], at);
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+                for (int half = 0; half < X_LOADS; ++half) {
+                    const uint4 x0 = x[set][s][half][0], x1 = HALVES > 1 ? x[set][s][half][HALVES - 1] : zero;
+                    const u32 near[4] = {x0.x, x1.x, x0.y, x1.y}, far[4] = {x0.z, x1.z, x0.w, x1.w};
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        u32 pairs[4];
+                        fragments(pairs, a[set][s][n], half);
+                        multiply(sum[n], near, pairs[0], pairs[1]);
+                        multiply(sum[n], far, pairs[2], pairs[3]);
+                    }
+                }
+            const int next = at + (SETS + set) * STEPS * INPUTS;
+            if (is_ahead) load_a(a[set], next), load_x(x[set], next);
+        }
     }
 }

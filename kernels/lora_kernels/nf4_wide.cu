@@ -33,8 +33,8 @@ constexpr int MMA_TOKENS = TOKENS < 128 ? TOKENS : 128;
 constexpr int MMAS = TOKENS / MMA_TOKENS;
 constexpr int PENDING = GROUPS > 2 ? 0 : 1;  // stages whose products are awaited one stage later
 // Of a consumer and of the producer's warps, together no more than the launch has: 640 times 96, or 384 times 168.
-constexpr int REGISTERS = GROUPS > 2 ? 104 : !ADAPTED ? 232 : MMAS > 1 ? 224 : 208;
-constexpr int FEW_REGISTERS = !ADAPTED ? 40 : GROUPS > 2 ? 64 : MMAS > 1 ? 56 : 88;
+constexpr int REGISTERS = GROUPS > 2 ? 104 : !ADAPTED ? 232 : MMAS > 1 ? 224 : 176;
+constexpr int FEW_REGISTERS = !ADAPTED ? 40 : GROUPS > 2 ? 64 : MMAS > 1 ? 56 : 152;
 constexpr int STAGE_BLOCKS = IN_GROUPS * SPAN;
 constexpr int X_BYTES = STAGE_BLOCKS * TOKENS * 128, W_BYTES = ROW_GROUPS * STAGE_BLOCKS * 2048;
 constexpr int SCALE_BYTES = ROW_GROUPS * STAGE_BLOCKS * 256;
