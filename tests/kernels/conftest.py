@@ -36,10 +36,34 @@ def exact_fp8() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def rows_alike() -> Iterator[None]:
+    """Products of a tile in the interpreter whose rows have the same bits at any place, as on a GPU.
+
+    Its own are the BLAS library's, which on some processors adds up the last rows of a tile in another order.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+        if min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16:
+            return multiply(self, a, b, d, *how)
+        exact = np.einsum("...ij,...jk->...ik", a.data.astype(np.float64), b.data.astype(np.float64))
+        return interpreter.TensorHandle(exact.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        yield
+
+
 @pytest.fixture(
     scope="session", params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def device(request: pytest.FixtureRequest, exact_fp8: None) -> str:
+def device(request: pytest.FixtureRequest, exact_fp8: None, rows_alike: None) -> str:
     """The device of the kernel's arguments."""
     device = str(request.param)
     if device == "cpu" and torch.cuda.is_available():
