@@ -12,7 +12,6 @@ import torch
 from adapters_store.base_spec import BaseSpec
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter
-from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenDelta
@@ -21,6 +20,7 @@ from gateway.engine.scheduler import SchedulerOutput
 from gateway.errors import AdapterNotFinite, InternalError
 from gateway.models.config import DecoderConfig
 from tests.gateway.engine.conftest import TinyWorld
+from tests.gateway.engine.gpu.serving import small_config
 from tests.tiny import edited_adapter, overflowing, store_adapter
 
 MakeEngine = Callable[..., LLMEngine]
@@ -136,8 +136,7 @@ def test_on_a_gpu_one_of_64_adapters_that_overflows_ends_alone(
     settings: dict[str, Any] = {"enforce_eager": enforce_eager, "overlap_steps": overlap_steps}
     # Adapters do not come in at the same steps twice, and in bf16 a row's rounding depends on how many others run.
     settings |= {"dtype": dtype, "batch_invariant": dtype == "bfloat16"}
-    settings |= {"host_cache_bytes": 512 << 20, "kv_host_bytes": 256 << 20}  # pinned, and tests run side by side
-    engine = LLMEngine(EngineConfig(kv_cache_tokens=16_384, **settings), blobs, lambda: None)
+    engine = LLMEngine(small_config(kv_cache_tokens=16_384, **settings), blobs, lambda: None)
     good = [write_adapter(blobs, tmp_path, engine.model.spec, 16, i) for i in range(64)]
     overflow = write_adapter(blobs, tmp_path, engine.model.spec, 16, 64, std=1e25)
     others = [call(f"r{i}", adapter, 9 + i, max_tokens=48) for i, adapter in enumerate(good[:63])]
