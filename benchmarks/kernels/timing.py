@@ -32,6 +32,13 @@ def copies(nbytes: int) -> int:
 
 def measure(launches: Sequence[Launch]) -> Timing:
     """Time launches (one a rotated buffer) captured one after the other into a CUDA graph."""
+    graph = capture(launches)
+    runs = [median_us(graph) / len(launches) for _ in range(2)]
+    return Timing(statistics.mean(runs), abs(runs[0] - runs[1]) / max(runs))
+
+
+def capture(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+    """A graph of these launches, which have run once."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())  # the inputs may still be in the making
     with torch.cuda.stream(stream):
@@ -42,11 +49,11 @@ def measure(launches: Sequence[Launch]) -> Timing:
     with torch.cuda.graph(graph, stream=stream):
         for launch in launches:
             launch()
-    runs = [_median_us(graph) / len(launches) for _ in range(2)]
-    return Timing(statistics.mean(runs), abs(runs[0] - runs[1]) / max(runs))
+    return graph
 
 
-def _median_us(graph: torch.cuda.CUDAGraph) -> float:
+def median_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of a replay, the median of `REPLAYS`."""
     times = []
     for _ in range(REPLAYS + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
