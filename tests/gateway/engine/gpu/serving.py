@@ -91,17 +91,29 @@ def engine_with(blobs: BlobStore, base: str, **settings: Any) -> LLMEngine:
 
 def serve(
     engine: LLMEngine, prompts: list[list[int]], max_tokens: int, refs: Seq[AdapterRef | None] = (None,)
-) -> dict[str, list[int]]:
-    """Greedy tokens of the adapters, or the bare base, in turn."""
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+) -> dict[str, list[TokenLogprob]]:
+    """Greedy tokens of the adapters, or the bare base, in turn; each with the two likeliest."""
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2)
     for i, prompt in enumerate(prompts):
         engine.add(GenerateRequest(str(i), params, prompt=prompt, adapter=refs[i % len(refs)]), prompt)
-    tokens: dict[str, list[int]] = {}
-    while engine.has_work:
-        for delta in engine.step().deltas:
-            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    tokens = drain(engine)
     engine.check_integrity()
     return tokens
+
+
+def assert_alike(ours: dict[str, list[TokenLogprob]], other: dict[str, list[TokenLogprob]]) -> None:
+    """The same tokens in fp32, as likely, up to one where two are as likely: there rounding chooses, and so the batch.
+
+    Behind that token a row has nothing to be compared with.
+    """
+    assert ours.keys() == other.keys()
+    for key, row in ours.items():
+        for token, wanted in zip(row, other[key], strict=True):
+            likeliest = {token_id: logprob for token_id, _, logprob in wanted.top}
+            assert token.logprob == pytest.approx(likeliest.get(token.token_id), abs=2e-4), (key, token, wanted)
+            if token.token_id != wanted.token_id:
+                assert likeliest[token.token_id] == pytest.approx(wanted.logprob, abs=2e-4), (key, token, wanted)
+                break
 
 
 def random_prompts(count: int, length: int) -> list[list[int]]:
