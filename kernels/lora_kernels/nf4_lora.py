@@ -8,7 +8,7 @@ from lora_kernels.sgmv import sgmv_expand, sgmv_expand_ref, sgmv_shrink, sgmv_sh
 
 FEWEST_ROWS, FEWEST_PAGES = 8, 4  # nf4_few_adapters.cuh's TOKENS and MOST_PAGES
 _FEW_ROWS = 16
-_SOME_PAGES = 64
+_MOST_HIDDEN_PAGES = 128
 
 
 def nf4_lora_matmul_ref(
@@ -71,23 +71,26 @@ def most_fused_pages(num_tokens: int) -> int:
 def most_hidden_pages(num_tokens: int) -> int:
     """Up to how many pages A x may be computed beside the base's product; measured likewise.
 
-    At 64 it gained from 64 to 256 rows, and nothing at 512; at 256 pages it lost 57 us a layer of 256 rows.
+    At 128 it gained from 64 to 256 rows, and 4 % at 512; at 160 it lost as much as it gained, at 192 it lost 6 %.
     """
-    return _SOME_PAGES if _FEW_ROWS < num_tokens <= SHORT_STEP // 2 else 0
+    return _MOST_HIDDEN_PAGES if _FEW_ROWS < num_tokens <= SHORT_STEP // 2 else 0
 
 
 def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices: int) -> bool:
     """Whether A x of so many pages is computed beside the base's product, rather than by a launch of its own.
 
-    Measured likewise: 64 pages of q, k and v for 64 rows, beside which the product is shortest, gained 5 us of 13. The
-    warps beside the base read up to 1.6 TB/s, and the product takes 0.14 + 0.0024 us a row for a million weights, 3 us
-    at least: less of it beside as many pages was not measured.
+    Measured likewise: with a page a row it gained for all linears, with two for all but q, k and v, with more for gate
+    and up alone.
     """
-    fits = num_slices * most_pages * 5_500 <= out_features * (num_tokens + 110)
+    fits = num_slices * most_pages * 2_000 <= out_features * num_tokens
     return fits and most_pages <= most_hidden_pages(num_tokens)
 
 
 def page_limits(num_tokens: int, most_pages: int) -> list[int]:
-    """The numbers of pages, ascending up to `most_pages`, up to which steps of so many rows run alike."""
-    limits = (most_fused_pages(num_tokens), most_hidden_pages(num_tokens), most_pages)
+    """The numbers of pages, ascending up to `most_pages`, up to which steps of so many rows run alike.
+
+    Among them, where A x is hidden, a page a row: as many as of adapters of rank 16.
+    """
+    fused, hidden = most_fused_pages(num_tokens), most_hidden_pages(num_tokens)
+    limits = (fused, min(max(fused, num_tokens), hidden), hidden, most_pages)
     return sorted({min(limit, most_pages) for limit in limits} - {0})

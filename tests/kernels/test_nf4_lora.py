@@ -86,8 +86,10 @@ def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
     assert hides_shrink(64, 64, 28672, 2)
     assert hides_shrink(64, 64, 6144, 3)
     assert not hides_shrink(64, 64, 3072, 3)
-    assert hides_shrink(256, 64, 6144, 3)
-    assert not hides_shrink(256, 65, 28672, 2)
+    assert not hides_shrink(64, 128, 6144, 3)
+    assert hides_shrink(64, 128, 4096, 1)
+    assert hides_shrink(256, 128, 6144, 3)
+    assert not hides_shrink(256, 129, 28672, 2)
     assert not hides_shrink(1024, 1, 28672, 2)
     assert not hides_shrink(16, 1, 28672, 2)
 
@@ -99,8 +101,11 @@ def test_what_is_done_beside_the_base_depends_on_how_much_it_is() -> None:
         (8, 128, [4, 128]),
         (16, 256, [8, 256]),
         (24, 24, [16, 24]),
+        (24, 96, [16, 24, 96]),
         (64, 64, [16, 64]),
-        (256, 256, [16, 64, 256]),
+        (64, 256, [16, 64, 128, 256]),
+        (128, 128, [16, 128]),
+        (256, 256, [16, 128, 256]),
         (384, 384, [16, 384]),
         (2048, 99, [8, 99]),
     ],
