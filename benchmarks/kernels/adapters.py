@@ -49,6 +49,7 @@ RANK = 16
 ROUNDS = 15
 DISTINCT = (1, 4, 16, 64, 256)
 FEW_ROWS = ((1, 1), (8, 1), (8, 8), (16, 1), (16, 4), (16, 8), (16, 16))
+AS_MANY_BYTES = ((64, 32, 64), (64, 64, 32))  # rows, adapters, rank: two rows an adapter, and one
 US_TARGETS = {"adapters 64x1 r16": 12.0, "adapters 256x1 r16": 16.0}
 FLOOR_TARGETS = {"adapters 64x64 r16": 1.4, "adapters 256x256 mixed": 1.3}
 BYTES_A_RANK = ITEMSIZE * sum(len(widths) * width_in + sum(widths) for width_in, widths in GROUPS.values())
@@ -232,6 +233,8 @@ def run() -> None:
             _record(f"adapters {num_tokens}x{distinct} r{RANK}", spread(num_tokens, [RANK] * distinct))
     for num_tokens, distinct in FEW_ROWS:
         _record(f"adapters {num_tokens}x{distinct} r{RANK}", spread(num_tokens, [RANK] * distinct))
+    for num_tokens, distinct, rank in AS_MANY_BYTES:
+        _record(f"adapters {num_tokens}x{distinct} r{rank}", spread(num_tokens, [rank] * distinct))
     ours = _record("adapters 256x256 mixed", mixed)
     even = _record("adapters 256x256 one rank", one_rank(mixed))
     report_ratio("adapters 256x256 mixed", "times_one_rank", ours.us / even.us, 1.1)
