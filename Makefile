@@ -35,7 +35,7 @@ serve: env
 	@$(BIN)/patchbay serve $(ARGS)
 
 test: env
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --no-loadscope-reorder $(ARGS)
 
 lint: env
 	@$(BIN)/ruff check .

@@ -15,6 +15,9 @@ from tests import postgresql as postgresql_server
 from tests import s3 as s3_server
 
 if TYPE_CHECKING:
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
+
     from adapters_store.database import Database
 
 # Ray reads these when it is first imported, here and in its workers.
@@ -22,6 +25,19 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Triton reads this one when it is first imported, which other packages do.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
+    """Runs files side by side, but for those that need a Ray, of which a machine has one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "ray" if {"e2e", "server", "soak"} & set(file.split("/")) else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -142,9 +142,9 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
             variants = [{"ADAPTED": 0}]
-            if isinstance(plan, WidePlan):
+            if num_blocks in (64, 3) and isinstance(plan, WidePlan):
                 variants += [{"ADAPTED": 1}, {"ADAPTED": 2}]
-            elif entry["capability"] == [9, 0]:
+            elif num_blocks in (64, 3) and entry["capability"] == [9, 0]:
                 variants += [{"ADAPTED": 1, "BLOCKS": 1}, {"ADAPTED": 2, "BLOCKS": 1}]
             for architecture in architectures[tuple(entry["capability"])]:
                 cases += [(architecture, source, macros | variant) for variant in variants]
