@@ -89,8 +89,9 @@ def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices
 def page_limits(num_tokens: int, most_pages: int) -> list[int]:
     """The numbers of pages, ascending up to `most_pages`, up to which steps of so many rows run alike.
 
-    Among them, where A x is hidden, a page a row: as many as of adapters of rank 16.
+    Among them, where A x is hidden, a page a row, as many as of adapters of rank 16, and half of what may be hidden:
+    the warps that compute it share out as many pages as there may be.
     """
     fused, hidden = most_fused_pages(num_tokens), most_hidden_pages(num_tokens)
-    limits = (fused, min(max(fused, num_tokens), hidden), hidden, most_pages)
+    limits = (fused, min(num_tokens, hidden // 2), min(num_tokens, hidden), hidden, most_pages)
     return sorted({min(limit, most_pages) for limit in limits} - {0})
