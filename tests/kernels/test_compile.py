@@ -131,23 +131,23 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, source, macros) of every plan in the table, as it is and for other widths, each once."""
     from lora_kernels.nf4_plans import NarrowPlan, WidePlan, invariant_plans
 
-    architectures = {(8, 0): ("sm_80",), (8, 6): ("sm_86", "sm_89"), (9, 0): ("sm_90a",)}
+    architectures = {(8, 0): "sm_80", (8, 6): "sm_89", (9, 0): "sm_90a"}
     cases = []
     for entry in json.loads((files("lora_kernels") / "nf4_plans.json").read_text()):
         if not entry.keys() & {"narrow", "wide"}:
             continue  # unpacked first
         plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
         source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
-        for num_blocks in (64, 172, 14, 3):
+        for num_blocks in (64, 3):  # the plan as it is, and as narrow as it becomes
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
             variants = [{"ADAPTED": 0}]
-            if num_blocks in (64, 3) and isinstance(plan, WidePlan):
+            if isinstance(plan, WidePlan):
                 variants += [{"ADAPTED": 1}, {"ADAPTED": 2}]
-            elif num_blocks in (64, 3) and entry["capability"] == [9, 0]:
+            elif entry["capability"] == [9, 0]:
                 variants += [{"ADAPTED": 1, "BLOCKS": 1}, {"ADAPTED": 2, "BLOCKS": 1}]
-            for architecture in architectures[tuple(entry["capability"])]:
-                cases += [(architecture, source, macros | variant) for variant in variants]
+            architecture = architectures[tuple(entry["capability"])]
+            cases += [(architecture, source, macros | variant) for variant in variants]
     for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):
         for plan in invariant_plans(4096, 4096, capability):
             macros = {name.upper(): value for name, value in asdict(plan).items() if name != "share"}
