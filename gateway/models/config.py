@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gateway.errors import BaseModelUnsupported, ConfigInvalid
 
@@ -56,8 +56,8 @@ class DecoderConfig:
             )
         hf = AutoConfig.from_pretrained(folder, local_files_only=True)
         _refuse_unserved(folder, hf)
-        rotary = LlamaRotaryEmbedding(hf)
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        inv_freq, rope_attention_scaling = _rope(hf, head_dim)
         return cls(
             model_type=model_type,
             vocab_size=hf.vocab_size,
@@ -70,8 +70,8 @@ class DecoderConfig:
             rms_norm_eps=hf.rms_norm_eps,
             tie_word_embeddings=hf.tie_word_embeddings,
             max_position_embeddings=hf.max_position_embeddings,
-            inv_freq=rotary.inv_freq.float(),
-            rope_attention_scaling=float(rotary.attention_scaling),
+            inv_freq=inv_freq,
+            rope_attention_scaling=rope_attention_scaling,
             sliding_windows=_sliding_windows(hf),
             eos_token_ids=_eos_token_ids(folder, hf),
             quantization=_quantization(hf),
@@ -121,6 +121,19 @@ def _model_type(folder: Path) -> str:
     except ValueError as error:
         raise BaseModelUnsupported(f"{path} is not valid JSON: {error}") from error
     return str(config.get("model_type"))
+
+
+def _rope(hf: Any, head_dim: int) -> tuple[torch.Tensor, float]:
+    """The rotary embedding's inverse frequencies, fp32 [head_dim / 2], and what its sines and cosines are scaled by.
+
+    Those of transformers, without its models, whose import takes as long as torch's.
+    """
+    rope_type = hf.rope_parameters.get("rope_type", "default")
+    if rope_type == "default":
+        powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+        return 1.0 / hf.rope_parameters["rope_theta"] ** powers, 1.0
+    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[rope_type](hf)
+    return inv_freq.float(), float(attention_scaling)
 
 
 def _refuse_unserved(folder: Path, hf: Any) -> None:
