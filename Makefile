@@ -35,7 +35,8 @@ serve: env
 	@$(BIN)/patchbay serve $(ARGS)
 
 test: env
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --no-loadscope-reorder $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=logical --maxprocesses=4 --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 lint: env
 	@$(BIN)/ruff check .

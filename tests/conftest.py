@@ -28,8 +28,10 @@ if not torch.cuda.is_available():
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling:
-    """Runs files side by side, but for those that need a Ray, of which a machine has one."""
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadFileScheduling | None:
+    """With `--dist=loadfile`, files run side by side, but for those that need a Ray, of which a machine has one."""
+    if config.getoption("dist") != "loadfile":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     class OneRay(LoadFileScheduling):
