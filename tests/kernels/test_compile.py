@@ -128,7 +128,7 @@ def test_kernels_compile_for(capability: int) -> None:
 
 
 def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, source, macros) of every plan in the table, as it is and for other widths, each once."""
+    """(architecture, source, macros) of every plan in the table, as it is and as narrow as it becomes, each once."""
     from lora_kernels.nf4_plans import NarrowPlan, WidePlan, invariant_plans
 
     architectures = {(8, 0): "sm_80", (8, 6): "sm_89", (9, 0): "sm_90a"}
@@ -138,7 +138,7 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
             continue  # unpacked first
         plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
         source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
-        for num_blocks in (64, 3):  # the plan as it is, and as narrow as it becomes
+        for num_blocks in (64, 3):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
             variants = [{"ADAPTED": 0}]
