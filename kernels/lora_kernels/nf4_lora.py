@@ -71,7 +71,7 @@ def most_fused_pages(num_tokens: int) -> int:
 def most_hidden_pages(num_tokens: int) -> int:
     """Up to how many pages A x may be computed beside the base's product; measured likewise.
 
-    At 128 it gained from 64 to 256 rows, and 4 % at 512; at 160 it lost as much as it gained, at 192 it lost 6 %.
+    At 128 it gained from 64 to 256 rows, and at 64 3 % at 512; at 160 it lost 8 % at 160 rows and gained 6 % at 256.
     """
     return _MOST_HIDDEN_PAGES if _FEW_ROWS < num_tokens <= SHORT_STEP // 2 else 0
 
@@ -79,8 +79,8 @@ def most_hidden_pages(num_tokens: int) -> int:
 def hides_shrink(num_tokens: int, most_pages: int, out_features: int, num_slices: int) -> bool:
     """Whether A x of so many pages is computed beside the base's product, rather than by a launch of its own.
 
-    Measured likewise: with a page a row it gained for all linears, with two for all but q, k and v, with more for gate
-    and up alone.
+    Measured likewise: with a page a row it gained for all linears, with two at 64 rows for all but q, k and v, with
+    more for gate and up alone.
     """
     fits = num_slices * most_pages * 2_000 <= out_features * num_tokens
     return fits and most_pages <= most_hidden_pages(num_tokens)
