@@ -141,7 +141,7 @@ def test_a_port_in_use_is_said_before_anything_starts(config: GatewayConfig) -> 
         started = time.monotonic()
         with pytest.raises(ConfigInvalid, match=f":{taken}: another process listens there"):
             app.start(GatewayConfig(engine=config.engine, store=config.store, server=ServerConfig(http_port=taken)))
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < 4.0, "less than a start of Serve takes"
 
 
 def test_a_base_that_does_not_load_is_named(local_ray: None, config: GatewayConfig, tmp_path: Path) -> None:

@@ -363,7 +363,7 @@ def test_a_deadline_cancels_the_generation(doors: Doors, tenant: TenantClient, i
     before = len(doors.router.finished)
     method, read = (inference.GenerateStream, list) if streaming else (inference.Generate, lambda answer: answer)
     with pytest.raises(grpc.RpcError) as failure:
-        read(method(_endless(doors), metadata=bearer(tenant.key), timeout=0.5))
+        read(method(_endless(doors), metadata=bearer(tenant.key), timeout=1.5))
     assert failure.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
     _wait(lambda: len(doors.router.finished) > before)
     assert doors.router.finished[before].finish_reason == "cancelled"
