@@ -15,6 +15,7 @@ from gateway.engine.block_manager import BlockManager
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.request import AdapterRef
 from gateway.engine.sequence import Sequence, SequenceStatus
+from gateway.engine.speculation import Speculation
 from gateway.engine.waiting_queue import WaitingQueue
 
 # Virtual tokens of a prompt's token that is computed and of a token that is generated, as in the paper on VTC.
@@ -81,8 +82,7 @@ class Scheduler:
     stays as it is: nothing is preempted, and a sequence that ends gives its blocks and its pin back only when the last
     step that it is in is done.
 
-    Sequences that speculate get drafts from what a step has left of tokens, rows (`max_rows`) and blocks; when anything
-    is short, drafts are what is dropped.
+    Sequences that speculate get drafts from what a step has left (`Speculation`), up to `max_rows` rows in all.
     """
 
     def __init__(
@@ -99,16 +99,12 @@ class Scheduler:
         self.residency = residency
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.max_rows = max_rows
+        self.speculation = Speculation(blocks, max_num_batched_tokens=max_num_batched_tokens, max_rows=max_rows)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # by priority, then by admission
         self.num_preemptions = 0
-        self.num_drafts = 0
-        self.num_accepted = 0
         self._adapters = BatchAdapters(max_adapter_pages)
         self._waits_to_preempt = False
-        self._num_speculating = 0
-        self._room_for_drafts = max_rows
         self._num_scheduled = 0  # steps
         self._num_done = 0
         self._ended_in_flight: list[Sequence] = []
@@ -121,7 +117,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue the first sequence of a new request."""
         self.waiting.add(sequence)
-        self._num_speculating += sum(s.lookup is not None for s in sequence.request.sequences)
+        self.speculation.add(sequence.request.sequences)
 
     def schedule(self) -> SchedulerOutput:
         """Take blocks and slots for the next step, which the caller runs, and account for its tokens as computed.
@@ -139,8 +135,8 @@ class Scheduler:
             self.waiting.rewind()
             upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
-        if self._num_speculating:
-            self._draft(step)
+        if self.speculation:
+            self.speculation.draft(step, leave=self._reserve)
         if step:
             self._advance(step, output)
         elif not self._is_in_flight:
@@ -167,15 +163,12 @@ class Scheduler:
 
         It is a token as any other then, computed already; if not, nothing is left of it and of those behind it.
         """
-        if not sequence.drafts or sequence.drafts.pop(0) != sequence.token_ids[-1]:
-            sequence.drafts.clear()
+        if not self.speculation.verify(sequence):
             return False
         sequence.num_computed += 1
         sequence.num_tokens += 1
         sequence.tenant.charge(_OUTPUT_COST)
         self.blocks.seal(sequence, sequence.num_computed)
-        self.num_accepted += 1
-        sequence.request.num_accepted += 1
         return True
 
     def abandon(self) -> None:
@@ -193,7 +186,7 @@ class Scheduler:
         elif sequence.status is SequenceStatus.WAITING:
             self.waiting.discard(sequence)
         sequence.status = SequenceStatus.FINISHED
-        self._num_speculating -= sequence.lookup is not None
+        self.speculation.remove(sequence)
         self._ended_in_flight.append(sequence)
         self._release_ended()
 
@@ -232,9 +225,8 @@ class Scheduler:
     def _runnable(self) -> list[Sequence]:
         """The running sequences, decode first, without those whose last token is in flight or had better be known."""
         runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
-        if self._num_speculating:
-            # To wait is worth it where a guess will find room; the step before tells.
-            runnable = [s for s in runnable if not s.awaits_tokens(self._room_for_drafts > 0)]
+        if self.speculation:
+            runnable = [s for s in runnable if not self.speculation.had_better_wait(s)]
         if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
             runnable.sort(key=lambda s: s.num_uncomputed > 1)
         return runnable
@@ -373,27 +365,6 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._adapters.remove(sequence)
-
-    def _draft(self, step: dict[Sequence, int]) -> None:
-        """Have the step's speculating sequences guess, each as far as its share of what is left goes."""
-        asking = [
-            s for s in step if s.lookup is not None and s.num_uncomputed == 1 and s.num_tokens == len(s.token_ids)
-        ]
-        room = max(0, min(self.max_num_batched_tokens - sum(step.values()), self.max_rows - len(step)))
-        self._room_for_drafts = room
-        for place, sequence in enumerate(asking):
-            share = room // (len(asking) - place)
-            self._take_drafts(sequence, min(share, sequence.max_tokens - sequence.num_tokens - 1))
-            room -= len(sequence.drafts)
-
-    def _take_drafts(self, sequence: Sequence, most: int) -> None:
-        assert sequence.lookup is not None
-        drafts = sequence.lookup.guess()[:most]
-        if not self.blocks.grow(sequence, sequence.num_tokens + len(drafts), leave=self._reserve, may_borrow=False):
-            del drafts[len(sequence.block_table) * self.blocks.block_size - sequence.num_tokens :]
-        sequence.drafts[:] = drafts
-        sequence.request.num_drafts += len(drafts)
-        self.num_drafts += len(drafts)
 
     def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
         """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
