@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_store.errors import AdapterLoadFailed
+from adapters_store.errors import AdapterLoadFailed, StoreError, StoreUnavailable
 from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_copier import PageCopy
@@ -123,7 +123,7 @@ class AdapterResidency:
         self._resident = Residents(host.holds)
         self._copying: dict[str, _Copying] = {}
         self._loading: dict[str, _Loading] = {}
-        self._failed: dict[str, AdapterLoadFailed] = {}
+        self._failed: dict[str, StoreError] = {}
         self._is_idle = False
         self._host_pages = 0  # that loads and copies hold
         self._loads = 0
@@ -146,8 +146,8 @@ class AdapterResidency:
         """Pin the adapter and return its slot; None while it is on its way or every slot it could take is pinned.
 
         Ask again on a later step: the load goes on. Raises `AdapterLoadFailed` when it cannot be read, does
-        not fit the base, has a rank that needs more pages than there are, or other virtual tokens than it says;
-        asking again on a later step tries anew.
+        not fit the base, has a rank that needs more pages than there are, or other virtual tokens than it says, and
+        `StoreUnavailable` when the store does not answer; asking again on a later step tries anew.
         """
         if (entry := self._resident.get(adapter.digest)) is None:
             entry = self._bring_in(adapter)
@@ -224,6 +224,10 @@ class AdapterResidency:
         """
         loading = self._loading.get(digest)
         return loading is not None and loading.is_loaded and not loading.waits_for_step
+
+    def would_help(self, resident: str, digest: str) -> bool:
+        """Whether a resident adapter holds anything that the one which `is_waiting_for_room` lacks."""
+        return self._slots.lacks_for(self._loading[digest].future.result(), self._resident[resident].slot)
 
     def is_waiting_for_lent_pages(self, digest: str) -> bool:
         """Whether the adapter is in host memory and only pages that were lent keep it from a slot.
@@ -408,11 +412,17 @@ class AdapterResidency:
             reason = f"it has {num_tokens} virtual tokens and the request counts {adapter.num_virtual_tokens}"
             raise AdapterLoadFailed(adapter.digest, reason)
 
-    def _fail(self, digest: str, loading: _Loading) -> AdapterLoadFailed:
+    def _fail(self, digest: str, loading: _Loading) -> StoreError:
         self._let_go(digest)
         self._failures += 1
         cause = loading.future.exception()
-        reason = cause.reason if isinstance(cause, AdapterLoadFailed) else str(cause)
-        failure = self._failed[digest] = AdapterLoadFailed(digest, reason)
+        failure = self._failed[digest] = _failure(digest, cause)
         failure.__cause__ = cause
         return failure
+
+
+def _failure(digest: str, cause: BaseException | None) -> StoreError:
+    """What a load ended with, as the adapter's own failure unless it is the store's."""
+    if isinstance(cause, StoreUnavailable):
+        return StoreUnavailable(str(cause))
+    return AdapterLoadFailed(digest, cause.reason if isinstance(cause, AdapterLoadFailed) else str(cause))

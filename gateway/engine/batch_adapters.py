@@ -19,9 +19,10 @@ class BatchAdapters:
     A sequence that would pass `max_pages` is overtaken by others of its priority, whose adapters fit or run already,
     `_MAX_OVERTAKEN` times. Then it is the `holder`: no adapter passes it.
 
-    For the first of those that wait for a slot the adapter is drained that will be done the soonest: no more sequences
-    with that one are admitted, nor such as need a slot too, and all others are. Where one waits for its own tenant's,
-    whose share of the slots is taken, no adapter of that tenant passes it.
+    For the first of those that wait for a slot, or for what else an adapter takes on the device, one of the adapters
+    that hold some of it is drained, the one that will be done the soonest: no more sequences with that one are
+    admitted, nor such as need a slot too, and all others are. Where one waits for its own tenant's, whose share of the
+    slots is taken, no adapter of that tenant passes it.
     """
 
     def __init__(self, max_pages: int | None) -> None:
@@ -53,13 +54,14 @@ class BatchAdapters:
         else:
             self.holder = sequence
 
-    def wait_for_slot(self, sequence: Sequence, running: Iterable[Sequence]) -> None:
+    def wait_for_slot(self, sequence: Sequence, holders: Iterable[Sequence]) -> None:
         """Note that the sequence found no slot in this step: the first whose adapter does not run.
 
-        Of the adapters that run the one is drained whose longest sequence has the fewest tokens left.
+        holders: the sequences that run with adapters of which any would make room. The one is drained whose longest
+        sequence has the fewest tokens left.
         """
         left: dict[str, int] = {}
-        for other in running:
+        for other in holders:
             if other.adapter is not None:
                 digest = other.adapter.digest
                 left[digest] = max(left.get(digest, 0), other.max_tokens - other.num_tokens)

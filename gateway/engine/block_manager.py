@@ -91,9 +91,13 @@ class BlockManager:
         sequence.num_sealed = len(sequence.block_table)
         on_host = self.host.count(sequence.block_hashes[sequence.num_sealed : shareable])
         sequence.num_computed = (sequence.num_sealed + on_host) * self.block_size
-        self.prefix_queries += sequence.num_tokens
-        self.prefix_hits += sequence.num_computed
         return sequence.num_computed
+
+    def count_reuse(self, sequence: Sequence, num_reused: int) -> None:
+        """Note for `prefix_queries` and `prefix_hits` that a sequence begins to run, so many tokens computed before."""
+        if self.enable_prefix_caching:
+            self.prefix_queries += sequence.num_tokens
+            self.prefix_hits += num_reused
 
     def fork(self, parent: Sequence, child: Sequence) -> int | None:
         """Give a sequence without blocks those of its request's prompt, which `parent` has computed.
@@ -110,9 +114,6 @@ class BlockManager:
         child.block_hashes = parent.block_hashes[:shared]
         child.num_sealed = min(parent.num_sealed, shared)
         child.num_computed = first
-        if self.enable_prefix_caching:
-            self.prefix_queries += child.num_tokens
-            self.prefix_hits += first
         return parent.block_table[shared] if first % self.block_size else None
 
     def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0, may_borrow: bool = True) -> bool:

@@ -8,7 +8,7 @@ from itertools import islice
 from operator import attrgetter
 from typing import Final, NamedTuple
 
-from adapters_store.errors import AdapterLoadFailed
+from adapters_store.errors import StoreError
 from adapters_store.residency import AdapterResidency
 from gateway.engine.batch_adapters import BatchAdapters
 from gateway.engine.block_manager import BlockManager
@@ -51,7 +51,7 @@ class SchedulerOutput:
     drafted: dict[int, int] = field(default_factory=dict)
     copies: list[tuple[int, int]] = field(default_factory=list)
     prefixes: list[Chunk] = field(default_factory=list)
-    failed: list[tuple[Sequence, AdapterLoadFailed]] = field(default_factory=list)
+    failed: list[tuple[Sequence, StoreError]] = field(default_factory=list)
     num_tokens: int = 0
     saves: list[BlockCopy] = field(default_factory=list)
     loads: list[BlockCopy] = field(default_factory=list)
@@ -72,8 +72,9 @@ class Scheduler:
     `max_adapter_pages` limits the pages of distinct adapters that run in one step (an adapter of more pages runs with
     no other adapter): at the limit those whose adapter runs already go first (`BatchAdapters`).
 
-    A prompt that would take all that is left of a step leaves half of it where one that is more urgent waits, or one of
-    a tenant that was served less.
+    Prompts are computed by priority, by what their tenants were served, by admission. One that would take all that is
+    left of a step leaves half of it where one that is more urgent waits, or one of a tenant that was served less; what
+    nobody is admitted to take of that, it gets back.
 
     The first of a request's sequences computes the prompt; the others wait for it outside the queue, then share its
     blocks.
@@ -129,9 +130,11 @@ class Scheduler:
         if self._waits_to_preempt and self._is_in_flight:
             return output
         self._waits_to_preempt = False
-        if self._schedule_running(step):
+        halved: list[Sequence] = []
+        if self._schedule_running(step, halved):
             self.residency.poll(is_idle=not self.running)
             self._admit(step, output)
+            self._give_back(step, halved)
             self.waiting.rewind()
             upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
@@ -196,10 +199,11 @@ class Scheduler:
         assert self.blocks.num_free == self.blocks.num_blocks
         self.blocks.check_integrity()
 
-    def _schedule_running(self, step: dict[Sequence, int]) -> bool:
+    def _schedule_running(self, step: dict[Sequence, int], halved: list[Sequence]) -> bool:
         """Fill `step` from the running sequences, decode first. False when blocks did not suffice for all of them.
 
-        `step` is empty then if a step is in flight: what the next one could take is known when that is done.
+        `step` is empty then if a step is in flight: what the next one could take is known when that is done. halved:
+        gets those that have left some of the step to who waits.
         """
         enough = True
         budget = self.max_num_batched_tokens
@@ -209,6 +213,7 @@ class Scheduler:
                 break
             if num_tokens == budget and self._leaves_some(sequence):
                 num_tokens = -(-budget // 2)
+                halved.append(sequence)
             while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
                 sequence, sequence.num_computed + num_tokens
             ):
@@ -227,8 +232,10 @@ class Scheduler:
         runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
         if self.speculation:
             runnable = [s for s in runnable if not self.speculation.had_better_wait(s)]
-        if [s for s in runnable if s.num_tokens - s.num_computed > 1]:
-            runnable.sort(key=lambda s: s.num_uncomputed > 1)
+        prompts = [s for s in runnable if s.num_uncomputed > 1]
+        if prompts:
+            prompts.sort(key=lambda s: (s.priority, s.tenant.served))
+            runnable = [s for s in runnable if s.num_uncomputed <= 1] + prompts
         return runnable
 
     def _leaves_some(self, sequence: Sequence) -> bool:
@@ -263,18 +270,20 @@ class Scheduler:
                 if lacks_blocks:
                     break
                 continue
-            parent, copied, num_cached = _parent(sequence), None, 0
+            parent, copied = _parent(sequence), None
             if parent is None:
                 num_cached = self.blocks.adopt_prefix(sequence)
                 sequence.num_computed = max(num_cached, self.residency.num_prefix_tokens(sequence.slot))
             else:
                 copied = self.blocks.fork(parent, sequence)
+                num_cached = sequence.num_computed
             num_tokens = min(sequence.num_uncomputed, budget)
             if not self._take_blocks(sequence, num_tokens, step):
                 self.blocks.release(sequence)
                 self._unpin(sequence)
                 self.waiting.pass_over(sequence, keeps_place=True)
                 break
+            self.blocks.count_reuse(sequence, num_cached)
             if parent is None:
                 output.loads += self.blocks.loads(sequence, num_cached)
                 if num_cached < sequence.num_computed:
@@ -284,6 +293,17 @@ class Scheduler:
             self._start_running(sequence)
             step[sequence] = num_tokens
             budget -= num_tokens
+
+    def _give_back(self, step: dict[Sequence, int], halved: list[Sequence]) -> None:
+        """Give what admission has left of the step to those that had made room for it."""
+        left = self.max_num_batched_tokens - sum(step.values())
+        for sequence in halved:
+            if sequence not in step:
+                continue  # preempted by who was admitted
+            num_tokens = min(sequence.num_uncomputed, step[sequence] + left)
+            if self.blocks.grow(sequence, sequence.num_computed + num_tokens, leave=self._reserve, may_borrow=False):
+                left -= num_tokens - step[sequence]
+                step[sequence] = num_tokens
 
     def _next_waiting(self) -> Sequence | None:
         """The next that may run; when no more may, the next that may preempt."""
@@ -298,8 +318,16 @@ class Scheduler:
             return True
         if self._adapters.holds_back(sequence, adapter):
             return False
-        while not self._pin(sequence, adapter, output):
+        while True:
             has_pages = self._adapters.has_room(adapter)
+            try:
+                slot = self.residency.acquire(adapter) if has_pages else None
+            except StoreError as error:
+                output.failed.append((sequence, error))
+                return False
+            if slot is not None:
+                sequence.slot, sequence.pinned = slot, True
+                return True
             if has_pages and self.residency.exceeds_share(adapter):
                 self._adapters.wait_for_own(adapter.tenant)
                 return False
@@ -307,27 +335,19 @@ class Scheduler:
                 return False
             if not self._make_adapter_yield(sequence, step):
                 if has_pages:
-                    self._adapters.wait_for_slot(sequence, self.running)
+                    self._adapters.wait_for_slot(sequence, self._holders_of_room(adapter))
                 else:
                     self._adapters.wait_for_pages(sequence)
                 return False
-        return True
+
+    def _holders_of_room(self, adapter: AdapterRef) -> list[Sequence]:
+        """Those that run with adapters of which each holds something that this one waits for."""
+        running = {s.adapter.digest for s in self.running if s.adapter is not None}
+        holders = {digest for digest in running if self.residency.would_help(digest, adapter.digest)}
+        return [s for s in self.running if s.adapter is not None and s.adapter.digest in holders]
 
     def _waits_for_lent_pages(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self.residency.is_waiting_for_lent_pages(sequence.adapter.digest)
-
-    def _pin(self, sequence: Sequence, adapter: AdapterRef, output: SchedulerOutput) -> bool:
-        if not self._adapters.has_room(adapter):
-            return False
-        try:
-            slot = self.residency.acquire(adapter)
-        except AdapterLoadFailed as error:
-            output.failed.append((sequence, error))
-            return False
-        if slot is None:
-            return False
-        sequence.slot, sequence.pinned = slot, True
-        return True
 
     def _make_adapter_yield(self, sequence: Sequence, step: dict[Sequence, int]) -> bool:
         """Preempt all that run with an adapter which nobody as urgent as the sequence uses. False if there is none."""

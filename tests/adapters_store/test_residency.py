@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from adapters_store.blobs import BlobStore
-from adapters_store.errors import AdapterLoadFailed
+from adapters_store.errors import AdapterLoadFailed, StoreUnavailable
 from adapters_store.host_cache import HostCache
 from adapters_store.lora_layout import LoRALayout
 from adapters_store.residency import AdapterResidency
@@ -131,6 +131,23 @@ def test_a_failure_reaches_all_who_wait_and_is_then_tried_anew(world: World) -> 
             world.residency.acquire(adapter)
     assert world.residency.stats.failures == 1
     path.write_bytes(good)
+    world.residency.poll()
+    assert world.acquire(adapter) is not None
+
+
+def test_a_store_that_does_not_answer_is_no_failure_of_the_adapter(world: World) -> None:
+    adapter = world.put()
+    path = world.blobs.local_path(adapter.digest)
+    aside = path.rename(path.with_suffix(".aside"))
+    path.mkdir()  # what can be no more read than a disk that is gone
+    assert world.residency.acquire(adapter) is None
+    assert world.ready.acquire(timeout=30)
+    world.residency.poll()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match=r"cannot be read"):
+            world.residency.acquire(adapter)
+    path.rmdir()
+    aside.rename(path)
     world.residency.poll()
     assert world.acquire(adapter) is not None
 

@@ -187,3 +187,32 @@ def test_a_batch_without_bottlenecks_runs_as_if_there_were_none(
     tokens_of(engine, world, ["base", "lora", "ia3"])
     assert batches
     assert all(batch.bottlenecks == () for batch in batches)
+
+
+@pytest.mark.parametrize("world", ["llama"], indirect=True)
+def test_who_waits_for_room_for_a_bottleneck_holds_back_no_adapter_that_has_none(
+    world: World, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(num_bottleneck_pages=6)
+    sizes = {name: engine.host_cache.get(ref.digest).result().num_bottleneck_pages for name, ref in world.refs.items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    assert sizes[largest] == 6
+
+    def add(key: str, adapter: str, max_tokens: int) -> None:
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        request = GenerateRequest(key, sampling, prompt=list(PROMPT), adapter=world.refs[adapter])
+        engine.add(request, engine.encode(request))
+
+    def running() -> set[str]:
+        return {s.request.request.request_id for s in engine.scheduler.running}
+
+    add("has all", largest, 30)
+    add("done soonest", "lora", 12)
+    while running() != {"has all", "done soonest"}:
+        engine.step()
+    add("waits", next(name for name, size in sizes.items() if size and name != largest), 2)
+    engine.step()
+    add("again", "lora", 2)
+    engine.step()
+    assert running() == {"has all", "done soonest", "again"}
+    assert outcomes(engine)[0] == {"has all", "done soonest", "waits", "again"}

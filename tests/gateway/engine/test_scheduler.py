@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters_store.errors import AdapterLoadFailed
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
@@ -283,6 +284,41 @@ def test_an_urgent_request_takes_the_slot_of_an_adapter_that_only_others_use(
     assert finish(engine) == {"kept", "also kept", "gives way", "urgent"}
 
 
+def test_an_urgent_request_whose_adapter_cannot_be_loaded_takes_nothing(
+    world: TinyWorld, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(num_adapter_slots=1, max_lora_rank=16)
+    load(engine, world, "a4", "b20")
+    add(engine, world, "running", 4, "a4", max_tokens=40)
+    while not running(engine):
+        engine.step()
+    params = SamplingParams(temperature=0, max_tokens=4)
+    misread = replace(world.refs["b20"], rank=4)  # of 20 ranks, as is found when it is loaded
+    bad = GenerateRequest("bad", params, prompt=[9, 8, 7], adapter=misread, priority=-1)
+    engine.add(bad, engine.encode(bad))
+    ends: list[BaseException | None] = []
+    while len(ends) == 0:
+        ends += [delta.error for delta in engine.step().deltas if delta.request_id == "bad"]
+    assert [type(error) for error in ends] == [AdapterLoadFailed]
+    assert engine.scheduler.num_preemptions == 0
+    assert finish(engine) == {"running"}
+
+
+def test_who_waits_for_blocks_is_counted_once_in_the_cache_s_statistics(
+    world: TinyWorld, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(kv_cache_tokens=64)
+    add(engine, world, "running", 30, max_tokens=20)
+    engine.step()
+    add(engine, world, "waits", 40, max_tokens=4, cache_salt="another")
+    for _ in range(5):
+        engine.step()
+    assert running(engine) == ["running"]
+    assert engine.blocks.prefix_queries == 30
+    finish(engine)
+    assert engine.blocks.prefix_queries == 30 + 40
+
+
 def test_one_tenants_queue_does_not_delay_the_other(world: TinyWorld, make_engine: MakeEngine) -> None:
     engine = make_engine(max_num_batched_tokens=64, max_num_seqs=8)
     for i in range(1000):
@@ -313,7 +349,35 @@ def test_a_long_prompt_leaves_half_of_the_step_to_who_comes_first(
     add(engine, world, "long", 90, tenant="many")
     engine.step()
     add(engine, world, "short", 6, **who)
-    assert plan(engine) == ({"long": 8, "short": 6} if gets_in else {"long": 16})
+    # What the short one leaves of the half goes back.
+    assert plan(engine) == ({"long": 10, "short": 6} if gets_in else {"long": 16})
+
+
+def test_a_long_prompt_that_runs_lets_those_of_other_tenants_pass(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_batched_tokens=16, enable_prefix_caching=False)
+    add(engine, world, "long", 90, tenant="many")
+    engine.step()
+    add(engine, world, "shorter", 30, tenant="other")
+    assert [plan(engine) for _ in range(3)] == [
+        {"long": 8, "shorter": 8},
+        {"shorter": 16},
+        {"shorter": 6, "long": 10},
+    ]
+
+
+def test_what_nobody_can_be_admitted_to_take_goes_back_to_the_long_prompt(
+    world: TinyWorld, make_engine: MakeEngine
+) -> None:
+    engine = make_engine(max_num_batched_tokens=16, num_adapter_slots=1, enable_prefix_caching=False)
+    load(engine, world, "a4", "b20")
+    add(engine, world, "holds the slot", 4, "a4", max_tokens=40)
+    while not running(engine):
+        engine.step()
+    add(engine, world, "waits for it", 4, "b20", tenant="other")
+    run_two_steps(engine)
+    add(engine, world, "long", 90, tenant="many")
+    run_two_steps(engine)
+    assert plan(engine) == {"holds the slot": 1, "long": 15}
 
 
 def serve_backlog(engine: LLMEngine, world: TinyWorld, weights: dict[str, float]) -> dict[str, float]:
