@@ -12,7 +12,8 @@ from gateway.engine.request import AdapterRef, FinishReason, GenerateRequest, To
 from gateway.engine.sampling_params import SamplingParams
 from gateway.rpc import delivery_pb2 as pb
 
-# The errors that a message alone makes again; a subclass that is not here travels as its nearest base.
+# The errors that a message alone makes again; of others, `AdapterLoadFailed` travels with its data, and a subclass that
+# is not here as its nearest base.
 _ERRORS: Final[dict[str, type[Exception]]] = {
     cls.__name__: cls
     for cls in (
@@ -110,6 +111,8 @@ def decode_delta(delta: pb.Delta) -> TokenDelta:
 
 def encode_error(error: BaseException) -> pb.Error:
     """The error as far as a caller may see it: one that is not of ours loses its own text."""
+    if isinstance(error, store_errors.AdapterLoadFailed):
+        return pb.Error(type="AdapterLoadFailed", message=error.reason, digest=error.digest)
     name = next((cls.__name__ for cls in type(error).__mro__ if _ERRORS.get(cls.__name__) is cls), None)
     return pb.Error(
         type=name or "InternalError",
@@ -120,7 +123,9 @@ def encode_error(error: BaseException) -> pb.Error:
 
 
 def decode_error(error: pb.Error) -> Exception:
-    """An error of the same type, text and parameter as the one encoded."""
+    """An error of the same type, text and data as the one encoded."""
+    if error.type == "AdapterLoadFailed":
+        return store_errors.AdapterLoadFailed(error.digest, error.message)
     cls = _ERRORS.get(error.type, errors.InternalError)
     decoded = cls(error.message)
     if isinstance(decoded, errors.GatewayError | store_errors.StoreError):

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 from adapters_store.errors import StoreError, StoreUnavailable
 from adapters_store.reports import VersionReport
 from adapters_store.strict_json import shown
-from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob
+from gateway.engine.request import AdapterRef, GenerateRequest, TokenLogprob, Usage
 from gateway.engine.sampling_params import SamplingParams
 from gateway.errors import AdapterNotFinite, EngineUnavailable, GatewayError, Overloaded
 
 if TYPE_CHECKING:
     from adapters_store.golden import GoldenPrompt
+    from adapters_store.manifest import AdapterManifest
     from adapters_store.versions import AdapterVersion
     from gateway.metrics import FrontDoorMetrics
     from gateway.server.router import Router
@@ -29,6 +30,7 @@ TENANT: Final = "@self-test"
 _PROMPT: Final = "The quick brown fox"  # less than a block of the cache: nothing of it is ever found there
 _NUM_TOKENS: Final = 8
 _NUM_TOP: Final = 20
+_MOST_BIAS: Final = 100.0
 _ROUNDING: Final = 1e-4  # nats; between batches fp32 differs by some 1e-6, and what trained at all by more than this
 _RETRY_S: Final = 0.5
 _NO_CHANGE: Final = "it changes nothing: its log-probabilities are the base's, as where every B is zero"
@@ -38,8 +40,9 @@ _NOT_FINITE: Final = "its logits are not finite (NaN or infinite)"
 class SelfTest:
     """Runs versions on replicas as ordinary requests, in a share of their own beside the tenants'.
 
-    A version passes when it changes the base's log-probabilities on a fixed prompt, all its logits are finite, and its
-    greedy completions of the golden prompts begin as they should. timeout_s: for all of one test, waiting included.
+    A version passes when it changes the base's log-probabilities on a fixed prompt (one with trained tokens: on a
+    prompt of these), all its logits are finite, and its greedy completions of the golden prompts begin as they should.
+    timeout_s: for all of one test, waiting included.
     """
 
     def __init__(self, router: Router, metrics: FrontDoorMetrics, timeout_s: float) -> None:
@@ -77,7 +80,8 @@ class SelfTest:
 
     async def _examine(self, version: AdapterVersion, golden: Sequence[GoldenPrompt]) -> VersionReport:
         adapter = AdapterRef.of(version.ref, version.manifest)
-        runs = self._logprobs(None), self._logprobs(adapter)  # the base while the adapter comes in
+        trained = await self._trained_tokens(version.manifest)
+        runs = self._logprobs(None, trained), self._logprobs(adapter, trained)  # the base while the adapter comes in
         base, adapted = await asyncio.gather(*runs, return_exceptions=True)
         if isinstance(base, BaseException):
             raise base  # which is no fault of the adapter
@@ -102,24 +106,49 @@ class SelfTest:
             return _report(f"it could not run: {error}")
         return _report(None, finite=True, largest_change=change, num_golden=len(golden))
 
-    async def _logprobs(self, adapter: AdapterRef | None) -> list[TokenLogprob]:
-        request = _request(_PROMPT, adapter, max_tokens=_NUM_TOKENS, logprobs=_NUM_TOP, ignore_eos=True)
+    async def _trained_tokens(self, manifest: AdapterManifest) -> list[int]:
+        """A prompt of the tokens that have rows of their own, as many as it has room for; empty where there are none.
+
+        Twice, where that fits: what a prompt's first token is matters little to many bases.
+        """
+        ids = sorted({token_id for rows in manifest.token_rows for token_id in rows.ids or ()})
+        return (2 * ids)[: (await self._router.info()).max_model_len - _NUM_TOKENS] if ids else []
+
+    async def _logprobs(self, adapter: AdapterRef | None, trained: list[int]) -> list[TokenLogprob]:
+        """Of the tokens that follow the fixed prompt; or that follow the trained tokens, and are of these."""
+        request = _request(
+            trained or _PROMPT,
+            adapter,
+            max_tokens=_NUM_TOKENS,
+            logprobs=_NUM_TOP,  # by the model's own distribution, whatever the bias
+            ignore_eos=True,
+            logit_bias=dict.fromkeys(trained, _MOST_BIAS),
+        )
         async with aclosing(self._router.generate(request)) as stream:
             return [logprob async for deltas in stream for delta in deltas for logprob in delta.logprobs]
 
     async def _completion(self, prompt: GoldenPrompt, adapter: AdapterRef) -> str:
         """The greedy completion, as far as it is to be compared."""
-        text = ""
-        request = _request(prompt.prompt, adapter, max_tokens=len(prompt.completion.encode()) + 1)
-        async with aclosing(self._router.generate(request)) as stream:
+        text, cut = await self._beginning(prompt, adapter)
+        if cut is not None:  # by the default length, before there was enough: ask again, now that the room is known
+            room = (await self._router.info()).max_model_len - adapter.num_virtual_tokens - cut.prompt_tokens
+            most = len(prompt.completion.encode()) + 1
+            text, _ = await self._beginning(prompt, adapter, max_tokens=min(room, most))
+        return text
+
+    async def _beginning(self, prompt: GoldenPrompt, adapter: AdapterRef, **sampling: Any) -> tuple[str, Usage | None]:
+        """Of the greedy completion as much as is to be compared; the counts where its length was cut before that."""
+        text, cut = "", None
+        async with aclosing(self._router.generate(_request(prompt.prompt, adapter, **sampling))) as stream:
             async for deltas in stream:
                 text += "".join([delta.text for delta in deltas])
                 if len(text) >= len(prompt.completion):
-                    break
-        return text
+                    return text, None
+                cut = deltas[-1].usage if deltas[-1].finish_reason == "length" else None
+        return text, cut
 
 
-def _request(prompt: str, adapter: AdapterRef | None, **sampling: Any) -> GenerateRequest:
+def _request(prompt: str | Sequence[int], adapter: AdapterRef | None, **sampling: Any) -> GenerateRequest:
     name = f"selftest-{uuid.uuid4().hex}"
     params = SamplingParams(temperature=0.0, **sampling)
     return GenerateRequest(name, params, prompt=prompt, adapter=adapter, tenant=TENANT, cache_salt=name)
