@@ -54,6 +54,17 @@ class Room(NamedTuple):
         return any(own and wanted > there for own, there, wanted in zip(self, free, needed, strict=True))
 
 
+class Place(NamedTuple):
+    """Where an adapter lies that other ranks put there too: its pages of ranks, and the first of its rows of tokens.
+
+    Rows of vectors and pages of bottlenecks are each as good as any other, and every rank chooses its own: who holds
+    no more than another rank has as many free. A run of rows may not fit where others lie otherwise.
+    """
+
+    pages: tuple[int, ...]
+    token_row: int = -1
+
+
 class AdapterSlots:
     """Who holds which pages, and the pools themselves. One thread only.
 
@@ -183,6 +194,10 @@ class AdapterSlots:
         """The pages of a loaded slot, in order of rank."""
         return self._slot_pages[slot]
 
+    def place(self, slot: int) -> Place:
+        """Where the adapter in a loaded slot lies."""
+        return Place(self.pages_of(slot).ids, self.tokens.row(slot) if self.tokens is not None else -1)
+
     def virtual_tokens(self, slot: int) -> Tensor | None:
         """What comes before the prompts of a slot's adapter, in host memory, as `AdapterWeights`; mostly nothing.
 
@@ -216,18 +231,19 @@ class AdapterSlots:
             a, b = a * a_scales[..., None], b * torch.cat(columns, dim=-1)
         return a.transpose(1, 2).flatten(2, 3), b.flatten(1, 2)
 
-    def load(self, slot: int, image: PageImage, pages: tuple[int, ...] | None = None) -> PageCopy:
+    def load(self, slot: int, image: PageImage, place: Place | None = None) -> PageCopy:
         """Start to copy an adapter into a free slot and fresh pages, for which the caller has made room.
 
-        pages: which, of the free ones; None leaves the choice to the supply.
+        place: where, all of it free; None leaves the choice to the supplies.
         No step may use the slot, nor may it be freed, before the copy is done or the steps' stream waits for it; steps
         that were launched before may still read what lay in these pages.
         """
         assert slot in self._free_slots, f"slot {slot} is taken"
         assert self.has_room(image), f"{Room.needed(image)} asked for, {self.free_room} free"
-        if pages is None:
+        if place is None:
             pages = self.pages.take(image.num_pages)
         else:
+            pages = place.pages
             self.pages.take_these(pages)
         row = -1
         if image.vectors is not None and self.vectors is not None:
@@ -237,7 +253,7 @@ class AdapterSlots:
             bottleneck_pages = self.bottlenecks.take(slot, image.bottleneck)
         token_row = -1
         if image.token_tables and self.tokens is not None:
-            token_row = self.tokens.take(slot, image.token_tables)
+            token_row = self.tokens.take(slot, image.token_tables, place.token_row if place is not None else None)
         copy = self._copier.start(image, pages or bottleneck_pages, row, token_row)
         self._free_slots.remove(slot)
         self._slot_pages[slot] = AdapterPages(image.rank, pages)

@@ -53,6 +53,10 @@ class TokenPool:
         """Whether the adapter in a slot has rows."""
         return slot in self._runs
 
+    def row(self, slot: int) -> int:
+        """The first row of the adapter in a slot, -1 where it has none."""
+        return self._runs[slot].start if slot in self._runs else -1
+
     def holders(self, token_slots: npt.NDArray[np.int32]) -> list[int]:
         """Those of a step's slots whose adapters have rows."""
         return [slot for slot in self._runs if (token_slots == slot).any()]
@@ -66,10 +70,17 @@ class TokenPool:
         """Whether so many rows lie free in one run, if these slots were free."""
         return num_rows == 0 or any(stop - start >= num_rows for start, stop in self._gaps(given_back))
 
-    def take(self, slot: int, tables: tuple[TokenTable, ...]) -> int:
-        """Give the adapter in a slot a run, for which there is room. Returns the first of its rows, to be filled."""
+    def take(self, slot: int, tables: tuple[TokenTable, ...], start: int | None = None) -> int:
+        """Give the adapter in a slot a run, for which there is room. Returns the first of its rows, to be filled.
+
+        start: of which free run; None leaves the choice to the pool.
+        """
         num_rows = sum(len(table.ids) for table in tables)
-        start = place = next(start for start, stop in self._gaps() if stop - start >= num_rows)
+        if start is None:
+            start = next(begin for begin, stop in self._gaps() if stop - begin >= num_rows)
+        is_free = any(begin <= start and start + num_rows <= stop for begin, stop in self._gaps())
+        assert is_free, f"of the rows [{start}, {start + num_rows}) some are taken"
+        place = start
         embedded, head = None, None
         for modules, ids, _ in tables:
             if "embed_tokens" in modules:

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple, cast
 
 import numpy as np
 
-from adapters_store.slots import AdapterSlots
+from adapters_store.slots import AdapterSlots, Place
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.pending import IntArray, PendingTokens
 from gateway.engine.scheduler import Chunk, SchedulerOutput
@@ -39,7 +39,7 @@ class StepNews:
     """A step for the ranks that have no scheduler, in few arrays, which are sent and read in no time.
 
     rows: int64 [num_chunks, 8], each a `RowNews`. token_ids, blocks: int64, what the rows' sequences have grown by, row
-    after row. ended: keys of sequences that come no more. freed, loaded: slots, and for slots digests and pages, whose
+    after row. ended: keys of sequences that come no more. freed, loaded: slots, and for slots digests and places, whose
     adapters have changed since the last step that used any, to be done in this order before the step. drafts: by key,
     where a sequence has any in the step. saves, loads, copies: the step's, of cache blocks. prefixes: the step's, as
     (key, start, num_tokens). num_pending, sources: of its `PendingTokens`, where it has any.
@@ -51,7 +51,7 @@ class StepNews:
     blocks: IntArray
     ended: list[int]
     freed: list[int]
-    loaded: list[tuple[int, str, tuple[int, ...]]]
+    loaded: list[tuple[int, str, Place]]
     drafts: dict[int, list[int]]
     saves: list[BlockCopy]
     loads: list[BlockCopy]
@@ -120,8 +120,12 @@ class Announcer:
 
     def _slot_changes(
         self, chunks: Iterable[Chunk], slots: AdapterSlots
-    ) -> tuple[list[int], list[tuple[int, str, tuple[int, ...]]]]:
-        """The others load what a step uses, when it does; what has left here is freed there to make room for it."""
+    ) -> tuple[list[int], list[tuple[int, str, Place]]]:
+        """The others load what a step uses, when it does; what has left here is freed there to make room for it.
+
+        All of it, whoever has its place now: what remains there is here too, in the same place, and so what is loaded
+        finds its own place free.
+        """
         adapters = {chunk.sequence.slot: chunk.sequence.adapter for chunk in chunks}
         news = {
             slot: (slots.generation(slot), adapter.digest)
@@ -135,7 +139,7 @@ class Announcer:
         for slot in freed:
             del self._generations[slot]
         self._generations |= {slot: generation for slot, (generation, _) in news.items()}
-        return freed, [(slot, digest, slots.pages_of(slot).ids) for slot, (_, digest) in news.items()]
+        return freed, [(slot, digest, slots.place(slot)) for slot, (_, digest) in news.items()]
 
     def _forget_ended(self) -> list[int]:
         ended = [sequence for sequence in self._told if sequence.finished]

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import torch
 
 from adapters_store.blobs import BlobStore
+from adapters_store.errors import StoreError
 from adapters_store.host_cache import AdapterReader, HostCache
 from adapters_store.lora_layout import LoRALayout
 from adapters_store.page_copier import PageCopy
+from adapters_store.page_image import PageImage
 from adapters_store.shard import Shard, read_share
 from adapters_store.slots import AdapterSlots
 from gateway.config import EngineConfig
@@ -30,6 +34,11 @@ from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
 from gateway.layers.tensor_parallel import TensorParallel
 from gateway.models.loader import LoadedModel, load_model, resolve_device
+
+logger = logging.getLogger(__name__)
+
+_READ_S: Final = 60.0  # of a step, in which everybody waits; one that takes 300 s is given up
+_PAUSE_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +130,9 @@ class _Worker:
         self._copies = [copy for copy in self._copies if not copy.is_done]
         for slot in news.freed:
             slots.free(slot)
-        for slot, digest, pages in news.loaded:
-            copy = slots.load(slot, host.get(digest).result(), pages)
+        until = time.monotonic() + _READ_S
+        for slot, digest, place in news.loaded:
+            copy = slots.load(slot, read_patiently(host, digest, until), place)
             copy.hold_stream()
             self._copies.append(copy)
 
@@ -132,6 +142,21 @@ class _Worker:
         token_ids = torch.empty(news.num_pending, dtype=torch.int64, device=self._ranks.device)
         self._ranks.broadcast(token_ids)
         return PendingTokens(token_ids, news.sources)
+
+
+def read_patiently(host: HostCache, digest: str, until: float) -> PageImage:
+    """An adapter that rank 0 has read: a store that fails here is asked again, and may answer.
+
+    until: on the monotonic clock. Raises what reading did last, then; what does not come of the store, at once.
+    """
+    while True:
+        try:
+            return host.get(digest).result()
+        except (StoreError, OSError) as error:
+            if time.monotonic() >= until:
+                raise
+            logger.warning("adapter %s cannot be read by every rank, and a step waits for it: %s", digest[:12], error)
+        time.sleep(_PAUSE_S)
 
 
 def share_reader(model: LoadedModel, shard: Shard, dtype: torch.dtype) -> AdapterReader:

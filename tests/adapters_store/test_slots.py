@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters_store.lora_layout import LoRALayout, num_pages_for
-from adapters_store.slots import AdapterSlots
+from adapters_store.slots import AdapterSlots, Place
 from adapters_store.weights import AdapterWeights
 from lora_kernels.segments import PAGE_RANK
 
@@ -114,8 +114,9 @@ def test_what_kernels_read_of_a_layer_is_contiguous(dtype: torch.dtype) -> None:
 
 def test_an_adapter_is_loaded_into_the_pages_that_are_asked_for() -> None:
     slots, adapter = make_slots(), random_weights(20, seed=1)
-    slots.load(2, make_image(adapter, torch.float32, LAYOUT), (4, 1))
-    assert slots.pages_of(2).ids == (4, 1)
+    slots.load(2, make_image(adapter, torch.float32, LAYOUT), Place((4, 1)))
+    assert slots.place(2) == Place((4, 1))
+    assert_slot_holds(slots, 2, adapter)
     slots.check_integrity()
 
 

@@ -19,8 +19,8 @@ def table(modules: tuple[str, ...], ids: list[int], seed: int) -> TokenTable:
     return TokenTable(modules, torch.tensor(sorted(ids)), torch.randn(len(ids), HIDDEN, generator=generator))
 
 
-def load(pool: TokenPool, slot: int, *tables: TokenTable) -> None:
-    start = pool.take(slot, tables)
+def load(pool: TokenPool, slot: int, *tables: TokenTable, start: int | None = None) -> None:
+    start = pool.take(slot, tables, start)
     for one in tables:
         pool.rows[start : start + len(one.ids)] = one.rows
         start += len(one.ids)
@@ -89,3 +89,18 @@ def test_room_is_one_run_also_among_what_would_be_given_back(given_back: tuple[i
     assert pool.has_room(largest, given_back)
     assert not pool.has_room(largest + 1, given_back)
     assert pool.has_room(0)
+
+
+def test_a_run_is_the_one_that_is_asked_for() -> None:
+    pool, own = pool_of(10), table(BOTH, [3, 5], 0)
+    load(pool, 1, own, start=6)
+    assert (pool.row(1), pool.row(0)) == (6, -1)
+    x = torch.zeros(1, HIDDEN)
+    pool.embed(x, torch.tensor([5]), torch.tensor([1]))
+    assert torch.equal(x, own.rows[1:])
+    assert pool.has_room(6)
+    assert not pool.has_room(7)
+    for taken in (5, 7, 9, -1):
+        with pytest.raises(AssertionError, match="some are taken"):
+            pool.take(0, (own,), taken)
+    pool.check_integrity()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -11,16 +13,37 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from adapters_store.bottleneck_slots import BottleneckSlots
+from adapters_store.page_image import PageImage
 from adapters_store.slots import AdapterSlots
+from adapters_store.token_pool import TokenPool
+from adapters_store.vector_slots import VectorSlots
+from adapters_store.weights import TokenTable
+from gateway.engine.detokenizer import IncrementalDetokenizer
+from gateway.engine.detokenizer import TokenTable as Vocabulary
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.mirror import Announcer, Mirror, StepNews
 from gateway.engine.pending import PendingTokens
-from gateway.engine.scheduler import SchedulerOutput
-from gateway.engine.sequence import Sequence
+from gateway.engine.request import AdapterRef, GenerateRequest
+from gateway.engine.sampling_params import SamplingParams
+from gateway.engine.sampling_row import SamplingRow
+from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.sequence import RunningRequest, Sequence
+from tests.adapters_store.random_adapters import (
+    BOTTLENECKS,
+    LAYOUT,
+    VECTORS,
+    bottleneck_image,
+    make_image,
+    random_bottlenecks,
+    random_weights,
+)
 from tests.gateway.engine import test_speculation
 from tests.gateway.engine.conftest import TinyWorld
 from tests.gateway.engine.test_in_flight import CALLS, Call, serve
+from tests.tiny import make_tokenizer
 
+MakeSequence = Callable[[AdapterRef, int], Sequence]
 MakeEngine = Callable[..., LLMEngine]
 
 
@@ -51,8 +74,8 @@ class OtherRank:
     def _load(self, news: StepNews) -> None:
         for slot in news.freed:
             self.slots.free(slot)
-        for slot, digest, pages in news.loaded:
-            self.slots.load(slot, self.engine.host_cache.get(digest).result(), pages)
+        for slot, digest, place in news.loaded:
+            self.slots.load(slot, self.engine.host_cache.get(digest).result(), place)
         self.slots.check_integrity()
 
     def _compare(self, got: SchedulerOutput, wanted: SchedulerOutput) -> None:
@@ -126,3 +149,100 @@ def test_sequences_that_have_ended_are_forgotten(world: TinyWorld, build_engine:
     serve(engine, world, [Call(0, 5, None, 0, 1, 8, comes) for comes in range(0, 200, 4)])
     assert sum(len(news.ended) for news in other.news) > 30
     assert len(other.mirror._sequences) == len(other.announcer._told) < 20
+
+
+@pytest.fixture(scope="module")
+def make_sequence(tmp_path_factory: pytest.TempPathFactory) -> MakeSequence:
+    vocabulary = Vocabulary(make_tokenizer(tmp_path_factory.mktemp("tokenizer")).backend_tokenizer)
+    params = SamplingParams()
+
+    def sequence(adapter: AdapterRef, slot: int) -> Sequence:
+        running = RunningRequest(GenerateRequest("r", params, prompt=[1], adapter=adapter), 1, 16)
+        detokenizer = IncrementalDetokenizer(vocabulary, [1], params)
+        return Sequence(running, 0, [1], b"", SamplingRow(params, [1], 1), detokenizer, slot=slot)
+
+    return sequence
+
+
+def small_slots() -> AdapterSlots:
+    width = LAYOUT.groups[0].in_features
+    return AdapterSlots(
+        LAYOUT, 6, 6, torch.float32, "cpu", VectorSlots(VECTORS, 3, "cpu"), BottleneckSlots(BOTTLENECKS, 3, "cpu"),
+        TokenPool(100, width, 1000, torch.float32, "cpu"),
+    )  # fmt: skip
+
+
+def trained_tokens(number: int) -> PageImage:
+    rows = torch.full((number, LAYOUT.groups[0].in_features), float(number))
+    return PageImage(0, (), token_tables=(TokenTable(("embed_tokens",), torch.arange(number), rows),))
+
+
+class TwoRanks:
+    """The slots of rank 0, and of another that hears of the adapters that steps use."""
+
+    def __init__(self, make_sequence: MakeSequence) -> None:
+        self.here, self.there = small_slots(), small_slots()
+        self.held: dict[int, tuple[AdapterRef, PageImage]] = {}  # by slot of rank 0
+        self._make_sequence = make_sequence
+        self._announcer = Announcer()
+        self._number = count(1)
+
+    def load(self, image: PageImage) -> int:
+        slot = self.here.next_free_slot
+        assert slot is not None
+        self.here.load(slot, image)
+        self.held[slot] = AdapterRef(f"t/{slot}:1", f"{next(self._number):064}", image.rank), image
+        return slot
+
+    def free(self, slot: int) -> None:
+        self.here.free(slot)
+        del self.held[slot]
+
+    def step(self, *slots: int) -> None:
+        scheduled = [Chunk(self._make_sequence(self.held[slot][0], slot), 0, 1) for slot in slots]
+        news = self._announcer.news(SchedulerOutput(next(self._number), scheduled), None, self.here)
+        for slot in news.freed:
+            self.there.free(slot)
+        for slot, digest, place in news.loaded:
+            ref, image = self.held[slot]
+            assert digest == ref.digest
+            self.there.load(slot, image, place)
+        self.there.check_integrity()
+        assert all(self.there.place(slot) == self.here.place(slot) for slot in slots)
+
+
+def test_rows_of_tokens_lie_alike_where_some_adapters_were_never_used(make_sequence: MakeSequence) -> None:
+    """The first of them leaves a gap on rank 0 that another rank has never had."""
+    ranks = TwoRanks(make_sequence)
+    unused = ranks.load(trained_tokens(40))
+    first = ranks.load(trained_tokens(30))
+    ranks.step(first)
+    ranks.free(unused)
+    for _ in range(2):
+        ranks.step(ranks.load(trained_tokens(30)))
+    ranks.free(first)
+    ranks.step(ranks.load(trained_tokens(40)))
+
+
+def test_what_fits_on_rank_0_fits_on_the_others(make_sequence: MakeSequence) -> None:
+    """Adapters of all kinds come and go at random, and steps use some of them."""
+    images = [
+        make_image(random_weights(4, 0)),
+        make_image(random_weights(40, 0)),
+        PageImage(0, (), VECTORS.neutral),
+        bottleneck_image(random_bottlenecks({"output": 5})),
+        bottleneck_image(random_bottlenecks({"attention": 5, "output": 5})),
+        *map(trained_tokens, (10, 20, 30, 40, 60)),
+    ]
+    ranks, random_ = TwoRanks(make_sequence), random.Random(0)
+    num_loaded = 0
+    for _ in range(3000):
+        image = random_.choice(images)
+        if ranks.here.has_room(image):
+            ranks.load(image)
+            num_loaded += 1
+        else:
+            ranks.free(random_.choice(list(ranks.held)))
+        if random_.random() < 0.3:
+            ranks.step(*random_.sample(list(ranks.held), min(2, len(ranks.held))))
+    assert num_loaded > 1000

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,40 @@ def test_an_adapter_that_does_not_fit_ends_its_request_and_no_rank(
     assert "gate_proj of layer 0" in str(end.error)
     assert len(serve(engine, request("s", PROMPT, world.refs["a4"]))["s"]) == 16
     assert engine.healthy
+
+
+class SeenElsewhere(BlobStore):
+    """A folder that the other ranks see at another path."""
+
+    def __init__(self, url: str, elsewhere: str) -> None:
+        super().__init__(url)
+        self._elsewhere = elsewhere
+
+    def __reduce__(self) -> tuple[type[BlobStore], tuple[str, None, int]]:
+        return BlobStore, (self._elsewhere, None, 0)
+
+
+def test_a_store_that_fails_one_rank_for_a_while_ends_no_request(
+    world: TinyWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = tmp_path / "blobs"
+    elsewhere.symlink_to(elsewhere)  # too many levels of links
+    blobs = SeenElsewhere(world.blobs.url, f"file://{elsewhere}")
+    config = EngineConfig(
+        base=str(world.base), quantization="none", device="cpu", kv_cache_tokens=512, tensor_parallel_size=2
+    )
+    engine = LLMEngine(config, blobs, lambda: None)
+    with ThreadPoolExecutor(1) as thread:
+        served = thread.submit(serve, engine, request("r", PROMPT, world.refs["a4"]))
+        warnings = ""
+        while not served.done() and "too many levels" not in warnings.lower():
+            warnings += capfd.readouterr().err
+            time.sleep(0.05)
+        elsewhere.unlink()
+        elsewhere.symlink_to(world.blobs.url.removeprefix("file://"))
+        assert len(served.result()["r"]) == 16
+    assert world.refs["a4"].digest[:12] in warnings
+    engine.close()
 
 
 @pytest.mark.parametrize(
