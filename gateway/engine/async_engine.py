@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
@@ -24,6 +25,8 @@ from gateway.errors import EngineUnavailable, InternalError, Overloaded
 logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL = 0.1  # seconds between snapshots
+_STEP_S = 300.0  # a step that takes longer never ends; in a first one kernels are compiled
+_LONG_PROMPT = 32_768  # characters: 30 ms, for which a short prompt need not wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +44,21 @@ class AsyncEngine:
     """Owns the engine thread. Requests go in by an inbox, tokens leave through `on_step`, once per step.
 
     `on_step` is called on the engine thread and must be quick. Every request that `submit` accepted ends in exactly
-    one final delta per sequence, also when the engine fails or stops.
+    one final delta per sequence, also when the engine fails or stops. `on_failure` is called there when it has failed.
     """
 
-    def __init__(self, config: EngineConfig, blobs: BlobStore, on_step: Callable[[StepOutput], None]) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        blobs: BlobStore,
+        on_step: Callable[[StepOutput], None],
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
         if config.torch_threads is not None:
             torch.set_num_threads(config.torch_threads)
         self._config = config
         self._on_step = on_step
+        self._on_failure = on_failure
         self._inbox: queue.SimpleQueue[_Add | _Cancel] = queue.SimpleQueue()
         self._wake = threading.Event()
         self._stopping = False
@@ -56,10 +66,13 @@ class AsyncEngine:
         self._gate = threading.Lock()  # an item put while the inbox is open is drained before it closes
         self._failure: BaseException | None = None
         self._num_unfinished = 0
+        self._num_encoding = 0
+        self._step_began = math.inf
         self._stats = EngineStats()
         self._next_snapshot = 0.0
         self._engine = LLMEngine(config, blobs, on_adapter_ready=self._wake.set)
-        self._tokenizing = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        self._encode_short = ThreadPoolExecutor(1, thread_name_prefix="encode-short")
+        self._encode_long = ThreadPoolExecutor(1, thread_name_prefix="encode-long")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -79,8 +92,9 @@ class AsyncEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine thread runs, and neither it nor another rank has failed."""
-        return self._failure is None and self._thread.is_alive() and self._engine.healthy
+        """Whether the engine thread runs, and neither it nor another rank has failed or hangs in a step."""
+        hangs = time.monotonic() - self._step_began > _STEP_S
+        return self._failure is None and not hangs and self._thread.is_alive() and self._engine.healthy
 
     async def start(self) -> None:
         """Start the engine thread."""
@@ -92,7 +106,8 @@ class AsyncEngine:
         self._wake.set()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join)
-        self._tokenizing.shutdown(wait=False)
+        self._encode_short.shutdown(wait=False)
+        self._encode_long.shutdown(wait=False)
         self._engine.close()
 
     async def submit(self, request: GenerateRequest) -> int:
@@ -102,10 +117,9 @@ class AsyncEngine:
         `EngineUnavailable` when the engine is stopping or has failed.
         """
         self._check_open()
-        if self._num_unfinished >= self._config.max_waiting:
+        if self._num_unfinished + self._num_encoding >= self._config.max_waiting:
             raise Overloaded(f"{self._config.max_waiting} requests are waiting; retry in a moment.", retry_after=1.0)
-        loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._tokenizing, self._engine.encode, request)
+        prompt = await self._encode(request)
         with self._gate:
             self._check_open()
             self._inbox.put(_Add(request, prompt))
@@ -120,6 +134,14 @@ class AsyncEngine:
     def stats(self) -> EngineStats:
         """The engine's last snapshot."""
         return self._stats
+
+    async def _encode(self, request: GenerateRequest) -> list[int]:
+        thread = self._encode_long if request.num_chars > _LONG_PROMPT else self._encode_short
+        self._num_encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(thread, self._engine.encode, request)
+        finally:
+            self._num_encoding -= 1
 
     def _check_open(self) -> None:
         if self._stopping or not self._open:
@@ -136,6 +158,7 @@ class AsyncEngine:
         if self._failure is None:
             self._emit(self._engine.abort_all("cancelled", None))
         else:
+            self._on_failure()
             ended = InternalError("The engine failed on this batch. Retry the request.")
             self._emit(self._engine.abort_all("error", ended))
 
@@ -149,9 +172,12 @@ class AsyncEngine:
         self._emit(self._drain_inbox())
         if not self._engine.has_work:
             self._snapshot()
-            self._wake.wait()
+            if not self._stopping:
+                self._wake.wait()
             return
+        self._step_began = time.monotonic()
         output = self._engine.step()
+        self._step_began = math.inf
         self._emit(output)
         self._snapshot_if_due()
         if output.num_tokens == 0 and self._engine.has_work:

@@ -68,6 +68,13 @@ class GenerateRequest:
         """Tokens that the adapter puts before the prompt."""
         return self.adapter.num_virtual_tokens if self.adapter is not None else 0
 
+    @property
+    def num_chars(self) -> int:
+        """Characters that are to be made tokens; 0 where `prompt` is token ids."""
+        if self.messages is not None:
+            return sum(len(str(message.get("content", ""))) for message in self.messages)
+        return len(self.prompt) if isinstance(self.prompt, str) else 0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -185,6 +185,7 @@ class DeliveryClient:
         self.replica: Final = replica
         self._metrics_text = metrics_text
         self._run = run
+        self._is_withdrawn = False
         self._links: dict[str, Link] = {}
         self._streams: dict[str, RequestStream] = {}
 
@@ -203,6 +204,8 @@ class DeliveryClient:
         link = self._links.get(address.target)
         if link is None or link.address != address or not link.alive:
             link = self._links[address.target] = Link(address, self)
+            if self._is_withdrawn:
+                link.drain()
         await link.wait_ready()
         return link
 
@@ -224,10 +227,15 @@ class DeliveryClient:
             if stream is not None:
                 stream.push(delta)
 
-    async def drain(self, timeout_s: float) -> None:
-        """Ask the front doors for no more requests, and wait for those that run, at most `timeout_s` seconds."""
+    def withdraw(self) -> None:
+        """Ask the front doors, also those that are yet to come, for no more requests."""
+        self._is_withdrawn = True
         for link in self._links.values():
             link.drain()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Withdraw, and wait for the requests that run, at most `timeout_s` seconds."""
+        self.withdraw()
         deadline = time.monotonic() + timeout_s
         await asyncio.sleep(_POLL_S)  # what was sent before the front doors knew has come then
         while self._streams and time.monotonic() < deadline:

@@ -40,7 +40,7 @@ class EngineReplica:
         self._loop = asyncio.get_running_loop()
         self._registry = new_registry()
         blobs = BlobStore(config.store.blobs, config.store.cache, config.store.cache_bytes)
-        self._engine = await asyncio.to_thread(AsyncEngine, config.engine, blobs, self._on_step)
+        self._engine = await asyncio.to_thread(AsyncEngine, config.engine, blobs, self._on_step, self._on_failure)
         self._metrics = EngineMetrics(self._registry, self._engine.model_name, name, self._engine.stats)
         self._delivery = DeliveryClient(name, self._generate, self._metrics_text)
         favour_steps()
@@ -88,6 +88,10 @@ class EngineReplica:
     def _on_step(self, step: StepOutput) -> None:
         """On the engine thread: hand the step over, once."""
         self._loop.call_soon_threadsafe(self._step_done, step)
+
+    def _on_failure(self) -> None:
+        """On the engine thread: to the front doors a replica that refuses everything would be the least busy one."""
+        self._loop.call_soon_threadsafe(self._delivery.withdraw)
 
     def _step_done(self, step: StepOutput) -> None:
         self._delivery.deliver(step.deltas)

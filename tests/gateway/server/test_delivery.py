@@ -49,6 +49,10 @@ async def read_all(mailbox: Mailbox) -> list[TokenDelta]:
     return taken
 
 
+class UploadRefused(StoreError):
+    """Of a class that the other end does not know."""
+
+
 class Replica:
     """A replica's end whose requests run until the test has made their deltas."""
 
@@ -128,14 +132,15 @@ def test_a_delta_crosses_the_wire_whole() -> None:
         (ContextLengthExceeded("too long", param="messages"), ContextLengthExceeded),
         (Overloaded("full", retry_after=2.5), Overloaded),
         (StoreUnavailable("no disk"), StoreUnavailable),
-        (AdapterLoadFailed("ab" * 32, "blob is missing"), StoreError),
+        (AdapterLoadFailed("ab" * 32, "blob is missing"), AdapterLoadFailed),
+        (UploadRefused("no room"), StoreError),
     ],
 )
 def test_an_error_keeps_its_type_text_and_data(error: Exception, expected: type[Exception]) -> None:
     decoded = decode_error(encode_error(error))
     assert type(decoded) is expected
     assert str(decoded) == str(error)
-    for name in ("param", "retry_after"):
+    for name in ("param", "retry_after", "digest", "reason"):
         assert getattr(decoded, name, None) == getattr(error, name, None)
 
 
@@ -344,6 +349,21 @@ async def test_a_draining_replica_finishes_what_it_has_and_gets_no_more(door: De
         target.client.deliver([delta("a", "x", finish_reason="stop")])
         assert [d.text for d in await read_all(mailbox)] == ["x"]
         await asyncio.wait_for(drained, WAIT)
+
+
+async def test_a_replica_that_has_withdrawn_gets_nothing_from_any_front_door(door: DeliveryServer) -> None:
+    other = DeliveryServer()
+    await other.start()
+    async with replica("failed") as failed, replica("works") as works:
+        (mailbox,) = await submit(door, failed, request("a"))
+        await works.client.connect(door.address)
+        failed.client.withdraw()
+        await until(lambda: [c.replica for c in door.connections] == ["works"])
+        failed.client.deliver([delta("a", "x", finish_reason="stop")])
+        assert [d.text for d in await read_all(mailbox)] == ["x"]
+        await failed.client.connect(other.address)
+        await until(lambda: not other.connections)
+    await other.stop()
 
 
 async def test_a_replica_connects_again_after_its_link_broke(door: DeliveryServer) -> None:
