@@ -198,6 +198,7 @@ class LimitsConfig:
     max_prompts: int = 128
     max_logprobs: int = 20
     max_stop: int = 16
+    max_stop_chars: int = 1024
     max_logit_bias: int = 1024
     default_max_rank: int = 64
     max_import_error: float = 0.01

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from tokenizers import Tokenizer
@@ -174,7 +175,8 @@ class _StopMatcher:
             self._matched[number] = length
 
 
-def _borders(pattern: str) -> list[int]:
+@lru_cache(maxsize=1024)  # a request's sequences have the same stop strings, as have most requests of a client
+def _borders(pattern: str) -> tuple[int, ...]:
     """For each prefix of the pattern, the length of its longest proper prefix that is also its suffix."""
     borders = [0] * len(pattern)
     length = 0
@@ -184,7 +186,7 @@ def _borders(pattern: str) -> list[int]:
         if pattern[length] == pattern[index]:
             length += 1
         borders[index] = length
-    return borders
+    return tuple(borders)
 
 
 def _decoder_steps(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:

@@ -44,7 +44,7 @@ class SamplingParams:
         _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _within("top_k", self.top_k, -1, 1 << 31)
         _within("min_p", self.min_p, 0.0, 1.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 10.0)  # no finite logit may become infinite
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         if self.seed is not None:

@@ -206,6 +206,7 @@ def check_limits(sampling: SamplingParams, limits: LimitsConfig) -> None:
     _at_most("n", sampling.n, limits.max_n)
     _at_most("logprobs", sampling.logprobs or 0, limits.max_logprobs)
     _at_most("stop", len(sampling.stop), limits.max_stop, "entries")
+    _at_most("stop", max(map(len, sampling.stop), default=0), limits.max_stop_chars, "characters each")
     _at_most("stop_token_ids", len(sampling.stop_token_ids), limits.max_stop, "entries")
     _at_most("logit_bias", len(sampling.logit_bias), limits.max_logit_bias, "entries")
 

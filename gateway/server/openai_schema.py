@@ -48,7 +48,7 @@ def _text_of(part: Any) -> str:
     kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
     if kind != "text" or not isinstance(text, str):
         raise PydanticCustomError(
-            "unsupported", "must be text: content parts of type {kind} are not supported", {"kind": str(kind)}
+            "unsupported", "must be text: content parts of type {kind} are not supported", {"kind": ascii(kind)[:80]}
         )
     return text
 

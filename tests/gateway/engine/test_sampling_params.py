@@ -18,6 +18,7 @@ from gateway.errors import InvalidRequest
         ({"temperature": math.nan}, "temperature must be at least 0.0, not nan"),
         ({"top_p": 0.0}, "top_p must be above 0.0, not 0.0"),
         ({"top_p": math.nan}, "top_p must be above 0.0, not nan"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be at least 0.01, not 1e-40"),
         ({"n": 0}, "n must be at least 1, not 0"),
         ({"max_tokens": 4, "min_tokens": 5}, "min_tokens must be at most 4, not 5"),
         ({"logit_bias": {3: -101.0}}, "logit_bias must be at least -100.0, not -101.0"),

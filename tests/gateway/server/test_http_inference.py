@@ -263,6 +263,7 @@ def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> N
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
         ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "a" * 1025}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": [1]}, "stop[0]"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -276,6 +277,7 @@ def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> N
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "\ud83d"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "x", "colour": "red"}]}, "messages[0].colour"),
         ({"model": None}, "model"),
@@ -288,8 +290,8 @@ def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> N
 def test_bad_chat_fields_are_refused_by_name(
     doors: Doors, tenant: TenantClient, fields: dict[str, Any], param: str
 ) -> None:
-    body = {"model": doors.model, "messages": MESSAGES} | fields
-    response = tenant.http.post("/v1/chat/completions", json=body)
+    body = json.dumps({"model": doors.model, "messages": MESSAGES} | fields)  # httpx itself refuses half a character
+    response = tenant.http.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param, error
