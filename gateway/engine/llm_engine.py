@@ -23,7 +23,7 @@ from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.model_runner import ModelRunner
 from gateway.engine.pending import PendingTokens
 from gateway.engine.prompt import PromptEncoder
-from gateway.engine.prompt_lookup import PromptLookup
+from gateway.engine.prompt_lookup import NgramIndex, PromptLookup
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampler import RawLogprob, Sampler
 from gateway.engine.sampling_row import SamplingRow
@@ -156,8 +156,10 @@ class LLMEngine:
         # Each is in no prompt and only once in a sequence, so that no guess finds one.
         vocab_size = self.model.decoder.config.vocab_size
         virtual = range(vocab_size, vocab_size + request.num_virtual_tokens)
+        given, guessed = [*virtual, *prompt], request.sampling.num_speculative_tokens
+        ngrams = NgramIndex(given)
         for index in range(request.sampling.n):
-            token_ids, guessed = [*virtual, *prompt], request.sampling.num_speculative_tokens
+            token_ids = given.copy()
             running.sequences.append(
                 Sequence(
                     request=running,
@@ -167,7 +169,7 @@ class LLMEngine:
                     sampling=SamplingRow(request.sampling, token_ids, len(token_ids), index, len(virtual)),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                     end_ids=end_ids,
-                    lookup=PromptLookup(token_ids, guessed) if guessed else None,
+                    lookup=PromptLookup(token_ids, guessed, (len(given), ngrams)) if guessed else None,
                 )
             )
         self._requests[request.request_id] = running

@@ -6,7 +6,31 @@ from typing import Final
 
 _SIZES: Final = (4, 3, 2)  # tokens that must have occurred before; more of them are better evidence
 _GROWTH: Final = 2
-_INDEXED_AT_ONCE: Final = 2048  # a long prompt is entered in pieces: all other sequences wait for it
+_ENTERED_AT_ONCE: Final = 2048  # all other sequences wait for it
+
+
+class NgramIndex:
+    """Where each n-gram of 2 to 4 tokens occurred last, before a token of `token_ids` from `start` on.
+
+    token_ids: only grows. One entry for each n-gram of what was entered.
+    """
+
+    def __init__(self, token_ids: list[int], start: int = 0) -> None:
+        self._token_ids = token_ids
+        self._num_entered = start
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def enter(self, end: int) -> None:
+        """Enter the n-grams that end before one of the tokens up to `end`, of a long list a part each time."""
+        end = min(end, self._num_entered + _ENTERED_AT_ONCE)
+        for size in _SIZES:
+            for place in range(max(self._num_entered, size), end):
+                self._after[tuple(self._token_ids[place - size : place])] = place
+        self._num_entered = max(self._num_entered, end)
+
+    def find(self, ngram: tuple[int, ...]) -> int | None:
+        """The place behind its last occurrence."""
+        return self._after.get(ngram)
 
 
 class PromptLookup:
@@ -16,15 +40,16 @@ class PromptLookup:
     or not: the next is longer by two where all of it came (transformers' schedule), else as long as what came of it.
     Where nothing did, nothing is proposed until a guess of one token has come true.
 
-    token_ids: the sequence's own list, which only grows. most: tokens of a guess. Keeps one entry for each n-gram of 2
-    to 4 tokens; the work is by the tokens that are new since the last guess, of a long prompt a part each time.
+    token_ids: the sequence's own list, which only grows. most: tokens of a guess. given: what it begins with, as its
+    siblings' lists do, and their index of that. The work is by the tokens that are new since the last guess.
     """
 
-    def __init__(self, token_ids: list[int], most: int) -> None:
+    def __init__(self, token_ids: list[int], most: int, given: tuple[int, NgramIndex] | None = None) -> None:
         self._token_ids = token_ids
         self._most = self._length = most
-        self._num_seen = self._num_indexed = 0
-        self._after: dict[tuple[int, ...], int] = {}  # the place behind each n-gram's last occurrence
+        self._num_seen = 0
+        self._num_given, self._given = given or (0, NgramIndex(token_ids))
+        self._own = NgramIndex(token_ids, self._num_given)
         self._guess: list[int] = []
 
     def guess(self) -> list[int]:
@@ -33,7 +58,8 @@ class PromptLookup:
         if self._num_seen < known:
             self._judge(self._token_ids[self._num_seen :])
             self._num_seen = known
-            self._index(min(known, self._num_indexed + _INDEXED_AT_ONCE))
+            self._given.enter(self._num_given)
+            self._own.enter(known)
             self._guess = self._look_up(max(self._length, 1))
         return self._guess[: self._length]
 
@@ -45,17 +71,11 @@ class PromptLookup:
         elif self._guess and both == len(self._guess):
             self._length = min(self._length + _GROWTH, self._most)
 
-    def _index(self, end: int) -> None:
-        """Enter the n-grams that end before one of the tokens up to `end`; of equal ones the last counts."""
-        for size in _SIZES:
-            for place in range(max(self._num_indexed, size), end):
-                self._after[tuple(self._token_ids[place - size : place])] = place
-        self._num_indexed = end
-
     def _look_up(self, count: int) -> list[int]:
         end = len(self._token_ids)
         for size in _SIZES:
-            start = self._after.get(tuple(self._token_ids[-size:]))
+            ngram = tuple(self._token_ids[-size:])
+            start = self._own.find(ngram) or self._given.find(ngram)  # behind a token, so never at 0
             if start is not None:
                 # A guess that reaches the end goes on with itself: what repeats is guessed to go on repeating.
                 return [self._token_ids[start + i % (end - start)] for i in range(count)]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.engine.prompt_lookup import PromptLookup
+from gateway.engine.prompt_lookup import NgramIndex, PromptLookup
 
 
 def by_search(tokens: list[int], count: int) -> list[int]:
@@ -25,15 +25,22 @@ def by_search(tokens: list[int], count: int) -> list[int]:
 @given(
     tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
     steps=st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    num_given=st.integers(0, 60),
 )
-def test_the_longest_ending_that_occurred_before_is_followed(tokens: list[int], steps: list[int]) -> None:
-    known: list[int] = []
-    lookup = PromptLookup(known, 5)
+def test_the_longest_ending_that_occurred_before_is_followed(
+    tokens: list[int], steps: list[int], num_given: int
+) -> None:
+    known = tokens[:num_given]
+    given = known.copy()
+    ngrams = NgramIndex(given)
+    lookup, sibling = (PromptLookup(ids, 5, (len(given), ngrams)) for ids in (known, given))
     for step in steps:
         known += tokens[len(known) : len(known) + step]
         guess = lookup.guess()
         assert guess == by_search(known, len(guess))
         assert len(guess) <= 5
+    guess = sibling.guess()
+    assert guess == by_search(given, len(guess))
 
 
 def test_a_guess_is_longest_at_first() -> None:
@@ -51,7 +58,7 @@ def test_asking_again_changes_nothing() -> None:
 
 def test_a_long_prompt_is_entered_in_pieces() -> None:
     tokens = [*range(5000), 4500, 4501]
-    lookup = PromptLookup(tokens, 2)
+    lookup = PromptLookup(tokens, 2, (len(tokens), NgramIndex(tokens.copy())))
     assert lookup.guess() == []
     for new in ([6000], [6001], [4400, 4401]):
         tokens += new
