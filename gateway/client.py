@@ -411,14 +411,26 @@ def _adapter_parts(path: Path) -> tuple[str, list[Path]]:
 
 def _server_sent(response: httpx.Response) -> Iterator[Json]:
     """The JSON bodies of an OpenAI event stream, until its [DONE]. Raises the `ApiError` that it may hold."""
-    for line in response.iter_lines():
-        if not line.startswith("data:"):
+    for line in _lines(response.iter_bytes()):
+        if not line.startswith(b"data:"):
             continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
             return
         body = json.loads(data)
         if "error" in body:
             raise ApiError(response.status_code, body["error"], response.headers.get("x-request-id"), None)
         yield body
     raise ClientError("The stream broke off before its end; send the request again.")
+
+
+def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The whole lines of an event stream; a CRLF that two pieces share may make an empty one more.
+
+    Bytes split at LF, CRLF and CR only, as the stream's lines do; text would at U+2028 and others too.
+    """
+    rest = b""
+    for piece in pieces:
+        lines = (rest + piece).splitlines(keepends=True)
+        rest = lines.pop() if lines and not lines[-1].endswith((b"\n", b"\r")) else b""
+        yield from lines

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Final
 from gateway.errors import AuthenticationFailed, PermissionDenied
 
 if TYPE_CHECKING:
-    from adapters_store.accounts import Accounts, Principal
+    from adapters_store.accounts import Principal
+    from gateway.server.context import ServerContext
 
 ADMIN_SALT: Final = "@admin"
 """Prefix-cache salt of an admin key's calls; no tenant can have this id."""
@@ -98,14 +99,15 @@ GRPC_POLICY: Final[Mapping[str, Access]] = {
 }
 
 
-async def authorize(accounts: Accounts, authorization: str | None, access: Access) -> Principal | None:
+async def authorize(context: ServerContext, authorization: str | None, access: Access) -> Principal | None:
     """The caller named by an `Authorization: Bearer pb_...` value; None on a public route.
 
     Raises `AuthenticationFailed` without a valid key and `PermissionDenied` when the key may not use the route.
     """
     if access is Access.PUBLIC:
         return None
-    principal = await asyncio.to_thread(accounts.authenticate, _bearer(authorization))
+    key, loop = _bearer(authorization), asyncio.get_running_loop()
+    principal = await loop.run_in_executor(context.lookups, context.accounts.authenticate, key)
     if principal is None:
         raise AuthenticationFailed("The API key is not valid: it is unknown, malformed or revoked.")
     if access is Access.ADMIN and principal.role != "admin":

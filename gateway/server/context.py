@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from grpc_health.v1.health import aio as grpc_health  # type: ignore[attr-defined]
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from gateway.server.self_test import SelfTest
     from gateway.trainer.files import TrainingFiles
     from gateway.trainer.jobs import FineTuningJobs
+
+_LOOKUP_THREADS: Final = 4
 
 
 class Readiness:
@@ -44,6 +47,8 @@ class ServerContext:
     health: the servicer to add to the gRPC server; its statuses are set by the `FrontDoor`.
     metrics_text: the Prometheus text of /metrics, in the version 0.0.4 text format (UTF-8), this process's own and,
         with server.metrics_aggregate, all replicas'.
+    lookups: the threads that check keys and resolve names, which every request needs. Nothing else runs in them: what
+        reads or writes blobs may hold all of the loop's own threads for seconds.
     """
 
     config: GatewayConfig
@@ -59,3 +64,4 @@ class ServerContext:
     readiness: Readiness
     health: grpc_health.HealthServicer
     metrics_text: Callable[[], Awaitable[bytes]]
+    lookups: Executor = field(default_factory=lambda: ThreadPoolExecutor(_LOOKUP_THREADS, "patchbay-lookup"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
+from adapters_store.errors import StoreUnavailable
 from adapters_store.tables import fine_tuning_jobs
 from gateway.metrics import FrontDoorMetrics, merge_texts, render
 
@@ -40,8 +41,12 @@ class Exposition:
         self._aggregate = aggregate
 
     async def text(self) -> bytes:
-        """Prometheus' text format 0.0.4. Raises `StoreUnavailable` when the database does not answer."""
-        self._metrics.set_jobs(await asyncio.to_thread(self._count_jobs))
+        """Prometheus' text format 0.0.4, without the number of jobs while the database does not answer."""
+        try:
+            jobs = await asyncio.to_thread(self._count_jobs)
+        except StoreUnavailable:
+            jobs = {}
+        self._metrics.set_jobs(jobs)
         self._metrics.set_state(
             running_requests=self._router.num_running,
             connected_replicas=self._router.num_replicas,

@@ -103,7 +103,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if access is None:
             raise PermissionDenied("This method is not open to callers.")
         metadata = dict(context.invocation_metadata() or ())
-        principal = await authorize(self._context.accounts, metadata.get("authorization"), access)
+        principal = await authorize(self._context, metadata.get("authorization"), access)
         assert principal is not None, "public methods are not wrapped"
         return principal
 

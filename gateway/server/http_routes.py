@@ -40,6 +40,9 @@ from gateway.server.openai_schema import invalid_request
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_FORMS: Final = frozenset({("POST", "/v1/adapters"), ("POST", "/v1/files")})
+"""The routes that read a form as it arrives; what others are sent is held in memory, whatever its content type."""
+
 _FORM_ROOM: Final = 1 << 20
 """Bytes of a multipart body beside its files."""
 
@@ -58,10 +61,11 @@ class PolicyRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            route = request.method, self.path
             try:
-                await _admit(request, HTTP_POLICY[request.method, self.path])
-                request = _bounded(request)
-                if not _is_form(request):
+                await _admit(request, HTTP_POLICY[route])
+                request = _bounded(request, is_form=route in _FORMS)
+                if route not in _FORMS:
                     await request.body()
                 return await handle(request)
             except Exception as error:
@@ -89,18 +93,14 @@ def context_of(request: Request) -> ServerContext:
 
 async def _admit(request: Request, access: Access) -> None:
     header = request.headers.get("authorization")
-    request.state.principal = await authorize(context_of(request).accounts, header, access)
+    request.state.principal = await authorize(context_of(request), header, access)
 
 
-def _is_form(request: Request) -> bool:
-    return request.headers.get("content-type", "").startswith("multipart/")
-
-
-def _bounded(request: Request) -> Request:
+def _bounded(request: Request, *, is_form: bool) -> Request:
     """The request, whose body raises `RequestTooLarge` where it passes the limit of its kind."""
     limits = context_of(request).config.limits
     limit = limits.max_request_bytes
-    if _is_form(request):
+    if is_form:
         limit = max(limits.max_upload_bytes, limits.max_training_file_bytes) + _FORM_ROOM
     told = request.headers.get("content-length", "")
     if told.isdecimal() and int(told) > limit:

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.errors import ConfigInvalid
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+MAX_HEAD_BYTES: Final = 64 << 10
+"""Of a request's line and headers, or of its trailers; one read of the socket may pass it."""
+_HEAD_TOO_LARGE: Final = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+)
 _BACKLOG: Final = 2048
 
 
@@ -60,12 +66,42 @@ def port_error(name: str, host: str, port: int, error: Exception) -> ConfigInval
     return ConfigInvalid(f"cannot listen on {host}:{port}: {why}. Choose another {param} (0: any).", param=param)
 
 
+class BoundedHttp(HttpToolsProtocol):
+    """uvicorn's faster protocol, which closes a connection (431) whose head or trailers pass `MAX_HEAD_BYTES`.
+
+    Its parser has no limits and joins what it has of a URL or header with each piece that comes, so one without end
+    would take all memory and, before that, the event loop. uvicorn's other protocol, h11, has limits, but takes twice
+    the time for a streamed chunk (23 us instead of 11 us, on one core of a 2-core virtual machine).
+    """
+
+    _num_pending = 0  # bytes since the last complete head or piece of a body
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came."""
+        self._num_pending += len(data)
+        super().data_received(data)
+        if self._num_pending > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.transport.write(_HEAD_TOO_LARGE)
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._num_pending = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        self._num_pending = 0
+        super().on_body(body)
+
+
 class HttpListener:
     """A running uvicorn server on this event loop, which handles no signals."""
 
     def __init__(self, app: ASGIApp, sock: socket.socket, drain_s: float) -> None:
         config = uvicorn.Config(
             app,
+            http=BoundedHttp,
             lifespan="off",
             log_config=None,
             access_log=False,

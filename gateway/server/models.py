@@ -62,8 +62,9 @@ class ModelService:
         base = (await self._context.router.info()).model_name
         ref = _full_ref(model.removeprefix(f"{base}:"), principal.tenant or self._context.config.server.default_tenant)
         tenant = principal.tenant or ref.partition("/")[0]
+        context, loop = self._context, asyncio.get_running_loop()
         try:
-            return await asyncio.to_thread(self._context.registry.resolve, tenant, ref, caller)
+            return await loop.run_in_executor(context.lookups, context.registry.resolve, tenant, ref, caller)
         except AdapterNotFound:
             raise ModelNotFound(str(AdapterNotFound(model)), param="model") from None
 

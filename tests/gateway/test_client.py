@@ -173,6 +173,17 @@ def test_a_stream_yields_its_text() -> None:
     assert "".join(client.chat_stream("base", [])) == "Hello"
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("size", [1, 1000])
+def test_a_line_of_a_stream_ends_at_newlines_alone(newline: str, size: int) -> None:
+    text = "a\u2028b\u2029c\x85d€"
+    lines = ["data: " + json.dumps(_piece(text), ensure_ascii=False), "", "data: [DONE]", ""]
+    body = "".join(line + newline for line in lines).encode()
+    pieces = [body[start : start + size] for start in range(0, len(body), size)]
+    client = client_of(lambda _: httpx.Response(200, content=iter(pieces)))
+    assert "".join(client.chat_stream("base", [])) == text
+
+
 def test_an_error_inside_a_stream_is_raised() -> None:
     client = _stream(_piece("Hel"), {"error": {"message": "No replica.", "code": "engine_unavailable"}})
     with pytest.raises(ApiError, match=r"No replica\."):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
+from pathlib import Path
 
 import grpc
 import httpx
@@ -12,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from starlette.routing import Route
 
 from gateway.rpc import patchbay_pb2 as pb
+from gateway.rpc import patchbay_pb2_grpc as pb_grpc
 from gateway.server.auth import GRPC_POLICY, HTTP_POLICY, Access
 from gateway.server.http_routes import PolicyRoute
 from tests.gateway.server.conftest import TenantClient
@@ -87,6 +91,28 @@ def test_a_revoked_key_is_refused_at_once(doors: Doors, tenant: TenantClient, ad
     with pytest.raises(grpc.RpcError) as failure:
         _call(doors, "/patchbay.v1.Adapters/List", tenant.key)
     assert failure.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+def test_a_key_and_a_model_are_looked_up_while_slow_work_holds_all_of_the_loops_threads(
+    doors: Doors, tenant: TenantClient, adapter: Path
+) -> None:
+    tenant.upload("own", adapter).raise_for_status()
+    done = threading.Event()
+
+    async def hold() -> list[asyncio.Task[bool]]:
+        return [asyncio.create_task(asyncio.to_thread(done.wait)) for _ in range(64)]  # an executor has 32 at most
+
+    held = doors.run(hold())
+    try:
+        body = {"model": "own", "prompt": "the", "max_tokens": 1}
+        assert tenant.http.post("/v1/completions", json=body).json()["model"] == f"{tenant.id}/own:1"
+        with channel(doors) as client:
+            stub = pb_grpc.InferenceStub(client)  # type: ignore[no-untyped-call]
+            request = pb.GenerateRequest(model="own", text="the", sampling=pb.SamplingParams(max_tokens=1))
+            assert stub.Generate(request, metadata=bearer(tenant.key), timeout=30).model == f"{tenant.id}/own:1"
+        assert not any(task.done() for task in held)
+    finally:
+        done.set()
 
 
 @pytest.mark.parametrize(

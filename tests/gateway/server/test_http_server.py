@@ -65,11 +65,12 @@ def test_a_body_that_is_no_json_object_is_a_400(tenant: TenantClient, content: b
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_over_the_limit_is_a_413(tenant: TenantClient, declared: bool) -> None:
+def test_a_body_over_the_limit_is_a_413(tenant: TenantClient, declared: bool, kind: str) -> None:
     body = b'{"model": "' + b"x" * (1 << 16) + b'"}'
     content: Any = body if declared else iter([body[:100], body[100:]])
-    response = tenant.http.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+    response = tenant.http.post("/v1/completions", content=content, headers={"content-type": kind})
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
 
@@ -192,6 +193,16 @@ def test_an_archive_is_the_same_adapter(tenant: TenantClient, adapter: Path) -> 
     )
     assert response.status_code == 200, response.text
     assert response.json()["digest"] == tenant.upload("loose", adapter).json()["digest"]
+
+
+def test_a_forms_content_type_may_be_written_in_any_case(doors: Doors, tenant: TenantClient) -> None:
+    lines = TRAINING * 100
+    assert len(lines) > doors.context.config.limits.max_request_bytes
+    files = {"file": ("train.jsonl", lines)}
+    request = tenant.http.build_request("POST", "/v1/files", data={"purpose": "fine-tune"}, files=files)
+    request.headers["content-type"] = request.headers["content-type"].replace("multipart/form-data", "Multipart/Form-Data")
+    response = tenant.http.send(request)
+    assert response.status_code == 200, response.text
 
 
 def test_a_name_after_the_files_is_as_good(tenant: TenantClient, adapter: Path) -> None:
