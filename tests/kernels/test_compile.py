@@ -128,7 +128,10 @@ def test_kernels_compile_for(capability: int) -> None:
 
 
 def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
-    """(architecture, source, macros) of every plan in the table, as it is and as narrow as it becomes, each once."""
+    """(architecture, source, macros) of every plan in the table, as it is and as narrow as it becomes, each once.
+
+    With adapters they differ as without: as it is with one kind of them, as narrow as it becomes with the other.
+    """
     from lora_kernels.nf4_plans import NarrowPlan, WidePlan, invariant_plans
 
     architectures = {(8, 0): "sm_80", (8, 6): "sm_89", (9, 0): "sm_90a"}
@@ -138,14 +141,14 @@ def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
             continue  # unpacked first
         plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
         source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
-        for num_blocks in (64, 3):
+        for num_blocks, adapted in ((64, 1), (3, 2)):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
             variants = [{"ADAPTED": 0}]
             if isinstance(plan, WidePlan):
-                variants += [{"ADAPTED": 1}, {"ADAPTED": 2}]
+                variants += [{"ADAPTED": adapted}]
             elif entry["capability"] == [9, 0]:
-                variants += [{"ADAPTED": 1, "BLOCKS": 1}, {"ADAPTED": 2, "BLOCKS": 1}]
+                variants += [{"ADAPTED": adapted, "BLOCKS": 1}]
             architecture = architectures[tuple(entry["capability"])]
             cases += [(architecture, source, macros | variant) for variant in variants]
     for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):
