@@ -161,7 +161,7 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 
     def __init__(self, context: ServerContext, checks: asyncio.Semaphore, principal: Principal) -> None:
         self._context = context
-        self.checks = checks
+        self._checks = checks
         self._principal = principal
         self._thread = ThreadPoolExecutor(1, "patchbay-upload")
         self._staged: Staging | None = None
@@ -198,7 +198,7 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         begin = self._staging.begin_archive if archive else self._staging.begin_file
         sink = await self.run(lambda: begin(file_name))
         await self.run(self._staging.expect_validation)
-        return UploadFile(self, sink)
+        return UploadFile(self, sink, is_archive=archive)
 
     async def add_folder(self, path: str) -> None:
         """Take the peft folder at a path or URL that the operator lets the server read (`store.import_roots`).
@@ -219,11 +219,10 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         """
         tenant, own_name = self.target(name, alias)
         base = (await self._context.router.info()).base_spec
-        async with self.checks:
-            max_rank = await self.run(lambda: self._max_rank(tenant))
-            engine = self._context.config.engine
-            most = {"max_virtual_tokens": engine.max_virtual_tokens, "max_token_rows": engine.num_token_rows}
-            staged = await self.run(lambda: self._staging.validate(base, max_rank, base_fingerprint, **most))
+        engine = self._context.config.engine
+        most = {"max_virtual_tokens": engine.max_virtual_tokens, "max_token_rows": engine.num_token_rows}
+        max_rank = await self.run(lambda: self._max_rank(tenant))
+        staged = await self.check(lambda: self._staging.validate(base, max_rank, base_fingerprint, **most))
         test = self._test(staged.golden) if self._context.config.store.self_test else None
         registry = self._context.registry
         version = await self.run(lambda: registry.publish(tenant, own_name, staged, alias, test=test))
@@ -244,6 +243,14 @@ class Upload(AbstractAsyncContextManager["Upload"]):
     async def run(self, work: Callable[[], T]) -> T:
         """Do blocking work in the upload's thread."""
         return await asyncio.wrap_future(self.start(work))
+
+    async def check(self, work: Callable[[], T]) -> T:
+        """Unpack or validate in the upload's thread: under way until it ends, also where the call is cancelled."""
+        loop = asyncio.get_running_loop()
+        await self._checks.acquire()
+        checked = self.start(work)
+        checked.add_done_callback(lambda _: loop.call_soon_threadsafe(self._checks.release))
+        return await asyncio.wrap_future(checked)
 
     def start(self, work: Callable[[], T]) -> Future[T]:
         """Have the upload's thread do blocking work, after all that was started before."""
@@ -277,9 +284,10 @@ class Upload(AbstractAsyncContextManager["Upload"]):
 class UploadFile:
     """One file of an upload, written in pieces of some size while the next one arrives."""
 
-    def __init__(self, upload: Upload, sink: UploadSink) -> None:
+    def __init__(self, upload: Upload, sink: UploadSink, *, is_archive: bool) -> None:
         self._upload = upload
         self._sink = sink
+        self._is_archive = is_archive
         self._chunks: list[bytes] = []
         self._num_bytes = 0
         self._writing: Future[None] | None = None
@@ -295,8 +303,7 @@ class UploadFile:
         """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
         await self._write_piece()
         await self._written()
-        async with self._upload.checks:
-            await self._upload.run(self._sink.finish)
+        await (self._upload.check if self._is_archive else self._upload.run)(self._sink.finish)
 
     async def _write_piece(self) -> None:
         await self._written()

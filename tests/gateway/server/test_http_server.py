@@ -200,7 +200,8 @@ def test_a_forms_content_type_may_be_written_in_any_case(doors: Doors, tenant: T
     assert len(lines) > doors.context.config.limits.max_request_bytes
     files = {"file": ("train.jsonl", lines)}
     request = tenant.http.build_request("POST", "/v1/files", data={"purpose": "fine-tune"}, files=files)
-    request.headers["content-type"] = request.headers["content-type"].replace("multipart/form-data", "Multipart/Form-Data")
+    content_type = request.headers["content-type"].replace("multipart/form-data", "Multipart/Form-Data")
+    request.headers["content-type"] = content_type
     response = tenant.http.send(request)
     assert response.status_code == 200, response.text
 
