@@ -93,17 +93,18 @@ async def test_an_engine_that_is_stopped_has_not_failed(start: Start, heard: Hea
 
 async def test_a_step_that_never_ends_is_unhealthy(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = await start()
-    execute, goes_on = engine._engine.runner.execute, threading.Event()
+    execute, begun, goes_on = engine._engine.runner.execute, threading.Event(), threading.Event()
 
     def hang(*given: Any) -> Any:
+        begun.set()
         assert goes_on.wait(WAIT)
         return execute(*given)
 
     monkeypatch.setattr(engine._engine.runner, "execute", hang)
     await engine.submit(request("a"))
-    await asyncio.sleep(0.1)
+    await until(begun.is_set)
     assert engine.healthy
-    monkeypatch.setattr(async_engine, "_STEP_S", 0.05)
+    monkeypatch.setattr(async_engine, "_STEP_S", 0.0)
     assert not engine.healthy
     goes_on.set()
     await until(lambda: engine.healthy)
