@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
 import stat
 import struct
@@ -34,7 +35,8 @@ def unpack(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Unpack `folder`/upload.archive into `folder`.
 
     request: "name" (what the uploader called it, for errors) and "max_bytes" (of all files together).
-    Returns {"folder", "files"}: the one folder they lay in, and their names.
+    Returns {"folder", "files"}: the one folder they lay in, and their names. Raises `AdapterInvalid` or
+    `UploadTooLarge`, and OSError where the disk is full.
     """
     path, name = folder / ARCHIVE_FILE, shown(str(request["name"]))
     sink = _Unpacked(folder, name, path.stat().st_size, int(request["max_bytes"]))
@@ -52,6 +54,8 @@ def unpack(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError:  # what zipfile says to a password and to compressions that it lacks
         raise AdapterInvalid(_UNREADABLE, file=name) from None
     except (OSError, ValueError, OverflowError) as error:  # gzip's checksum errors, tar's malformed numbers
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
         raise AdapterInvalid(f"the archive is damaged ({shown(str(error))})", file=name) from None
     return {"folder": sink.source or "", "files": sorted(sink.files)}
 
@@ -150,7 +154,7 @@ def _unpack_zip(path: Path, sink: _Unpacked) -> None:
         for member in archive.infolist():
             sink.count_member()
             kind = stat.S_IFMT(member.external_attr >> 16)
-            if member.is_dir() or kind == stat.S_IFDIR:
+            if member.orig_filename.endswith("/") or kind == stat.S_IFDIR:  # `is_dir` fails on an empty name
                 continue
             if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 raise AdapterInvalid(_UNREADABLE, file=shown(member.filename))

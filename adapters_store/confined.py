@@ -8,6 +8,7 @@ process or to unpickle. The hook guards Python code; the rlimits guard the nativ
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -77,6 +78,10 @@ def _run(task: Task, folder: Path, request: dict[str, Any]) -> dict[str, Any]:
         return {"too_large": {"what": error.what, "limit": error.limit}}
     except MemoryError:
         return {"out_of_memory": True}
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return {"disk_full": True}
 
 
 def _end_with_parent() -> None:

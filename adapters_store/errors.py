@@ -91,7 +91,16 @@ class VersionNotReady(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """The database or the blob store does not answer."""
+    """The database or the blob store does not answer, or has no room."""
+
+
+class DiskFull(StoreUnavailable):
+    """Uploads are staged on a disk that has no space left."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "No space is left on the disk where uploads are staged. Retry once the operator has made room."
+        )
 
 
 class AdapterLoadFailed(StoreError):

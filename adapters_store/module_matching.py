@@ -76,7 +76,9 @@ def refuse(field: str, reason: str) -> AdapterInvalid:
 
 
 def _is_target(targets: Patterns, path: str, layers: Layers | None, layers_pattern: Patterns | None) -> bool:
-    if isinstance(targets, str) and targets.lower() == "all-linear":
+    if isinstance(targets, str):
+        return targets.lower() == "all-linear" or _matches(targets, path, "target_modules")
+    if path in targets:  # peft asks a module that is named by its whole path for no layer
         return True
     return _matches(targets, path, "target_modules") and _is_in_layers(path, layers, layers_pattern)
 
@@ -93,6 +95,7 @@ def _is_in_layers(path: str, layers: Layers | None, layers_pattern: Patterns | N
     patterns: Iterable[str] = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern or (r"[^.]*",)
     for pattern in patterns:
         match = compile_pattern(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", "layers_pattern").match(path)
-        if match is not None:
-            return int(match["idx"]) in ((layers,) if isinstance(layers, int) else layers)
+        if match is not None:  # without an index, where one side of a "|" in the pattern did: peft then takes no module
+            index = match["idx"]
+            return index is not None and int(index) in ((layers,) if isinstance(layers, int) else layers)
     return False

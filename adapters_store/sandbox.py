@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from adapters_store.errors import AdapterInvalid, StoreError, UploadTooLarge
+from adapters_store.errors import AdapterInvalid, DiskFull, StoreError, UploadTooLarge
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class ConfinedProcess:
     def run(self, request: dict[str, Any], limits: SandboxLimits) -> dict[str, Any]:
         """Do the task on the folder, and return its answer.
 
-        Raises `AdapterInvalid` or `UploadTooLarge` as the task does, `AdapterInvalid` when it passes its limits, and
-        `StoreError` when the process itself fails.
+        Raises `AdapterInvalid` or `UploadTooLarge` as the task does, `AdapterInvalid` when it passes its limits,
+        `DiskFull`, and `StoreError` when the process itself fails.
         """
         order = {"folder": str(self._folder), "request": request, "limits": asdict(limits)}
         try:
@@ -87,6 +87,8 @@ class ConfinedProcess:
             raise UploadTooLarge(**answer["too_large"])
         if "out_of_memory" in answer:
             raise AdapterInvalid(_over_limits(self._task))
+        if "disk_full" in answer:
+            raise DiskFull
         if "invalid" in answer:
             raise AdapterInvalid(**answer["invalid"])
         result: dict[str, Any] = answer["result"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -9,7 +10,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from typing import IO, Final, Self
 from adapters_store.archive import ARCHIVE_FILE
 from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE
-from adapters_store.errors import AdapterInvalid, StoreError, UploadTooLarge
+from adapters_store.errors import AdapterInvalid, DiskFull, StoreError, UploadTooLarge
 from adapters_store.file_names import (
     CONFIG_FILE,
     GOLDEN_FILE,
@@ -35,6 +36,7 @@ from adapters_store.strict_json import shown
 
 _HEADROOM: Final = 128 << 20  # for the header, and for VeRA's matrices where the file leaves them out
 _EARLY: Final = threading.BoundedSemaphore(2)  # processes that wait for uploads which may take long to arrive
+_MAX_FILES: Final = 64  # of which most are ignored: few have a meaning
 _NAME_BYTES: Final = 8
 _OWN_NAME: Final = re.compile(rf"[0-9a-f]{{{2 * _NAME_BYTES}}}")  # whatever else lies there is not ours to remove
 
@@ -67,15 +69,17 @@ class StagedAdapter:
 class Staging:
     """One upload's private folder under `root`; leaving the `with` block removes it, whatever happened.
 
-    Memory stays bounded: chunks go to disk as they come. Not for several threads at once.
+    Memory stays bounded: chunks go to disk as they come. Whatever writes there may raise `DiskFull`. Not for several
+    threads at once.
     """
 
     def __init__(self, root: Path, limits: UploadLimits | None = None) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         self._limits = limits or UploadLimits()
-        self._lock = _lock_new(root)
-        self._path = Path(self._lock.name).with_suffix("")
-        self._path.mkdir(mode=0o700)
+        with _writing():
+            root.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock_new(root)
+            self._path = Path(self._lock.name).with_suffix("")
+            self._path.mkdir(mode=0o700)
         self._source: str | None = None
         self._files: set[str] = set()
         self._sinks: list[UploadSink] = []
@@ -93,7 +97,8 @@ class Staging:
     def close(self) -> None:
         """Remove everything that was staged."""
         for sink in self._sinks:
-            sink.close()
+            with suppress(OSError):  # of a full disk, which has no room for the last bytes either
+                sink.close()
         if self._validator is not None:
             self._take_validator().kill()
         shutil.rmtree(self._path, ignore_errors=True)
@@ -115,7 +120,9 @@ class Staging:
         sink.finish()
 
     def begin_file(self, name: str) -> UploadSink:
-        """Begin a file whose chunks come one by one. Raises `AdapterInvalid` when its name is refused."""
+        """Begin a file whose chunks come one by one. Raises `AdapterInvalid` for its name, or one file too many."""
+        if len(self._sinks) == _MAX_FILES:
+            raise AdapterInvalid(f"the upload holds more than {_MAX_FILES} files", file=shown(name))
         folder, file = split_name(name)
         if not is_kept(folder, file):
             return self._sink(None, shown(name), self._limits.max_upload_bytes)
@@ -234,7 +241,8 @@ class UploadSink:
         self._count = count
         self._then = then
         self._num_bytes = 0
-        self._file: IO[bytes] | None = None if path is None else path.open("xb")
+        with _writing():
+            self._file: IO[bytes] | None = None if path is None else path.open("xb")
 
     def write(self, chunk: bytes) -> None:
         """Take the next bytes. Raises `UploadTooLarge`."""
@@ -243,11 +251,13 @@ class UploadSink:
         if self._num_bytes > self._max_bytes:
             raise UploadTooLarge(self._name, self._max_bytes)
         if self._file is not None:
-            self._file.write(chunk)
+            with _writing():
+                self._file.write(chunk)
 
     def finish(self) -> None:
         """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
-        self.close()
+        with _writing():
+            self.close()
         if self._then is not None:
             self._then()
 
@@ -255,6 +265,17 @@ class UploadSink:
         """Stop writing; harmless when done already."""
         if self._file is not None:
             self._file.close()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """What the system says of a full disk, as `DiskFull`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull from error
 
 
 def clean_staging(root: Path) -> int:

@@ -126,6 +126,16 @@ def refused_here(folder: Path, base: BaseSpec, **options: Any) -> AdapterInvalid
     return caught.value
 
 
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes a new file from here on gets the system's own full device."""
+    system = Path.open
+
+    def open_full(path: Path, mode: str = "r", *options: Any, **others: Any) -> Any:
+        return system(Path("/dev/full"), "wb") if "x" in mode else system(path, mode, *options, **others)
+
+    monkeypatch.setattr(Path, "open", open_full)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.archive import ARCHIVE_FILE, unpack
 from adapters_store.base_spec import BaseSpec
 from adapters_store.errors import AdapterInvalid, UploadTooLarge
 from adapters_store.sandbox import SandboxLimits
 from adapters_store.upload import Staging, UploadLimits
+
+from .conftest import fill_disk
 
 Pack = Callable[[Path, str], bytes]
 
@@ -103,6 +106,15 @@ def test_paths_outside_the_archive_are_refused(staging: Staging, tmp_path: Path,
     with Staging(tmp_path / "zip") as another:
         refused(another, buffer.getvalue())
     assert not list(tmp_path.rglob("adapter_config.json"))
+
+
+@pytest.mark.parametrize(("name", "reason"), [("", "no name"), ("\0adapter_config.json", "NUL"), ("a/\0x", "NUL")])
+def test_a_zip_entry_without_a_name_is_refused(staging: Staging, name: str, reason: str) -> None:
+    buffer, entry = io.BytesIO(), zipfile.ZipInfo("x")
+    entry.filename = name
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(entry, "{}")
+    assert reason in refused(staging, buffer.getvalue()).reason
 
 
 def test_a_zip_name_with_nul_is_refused(staging: Staging) -> None:
@@ -206,6 +218,16 @@ def test_a_zip_of_an_unusual_compression_is_refused_by_member(staging: Staging, 
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x80\x04]", b"BZh91AY&SY", b"PK\x05\x06", b"\x1f\x8b\x08"])
 def test_what_is_no_archive_is_refused(staging: Staging, data: bytes) -> None:
     assert refused(staging, data).file == "upload.tar"
+
+
+@PACKERS
+def test_a_full_disk_is_no_damage_of_the_archive(
+    tmp_path: Path, adapter: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ARCHIVE_FILE).write_bytes(pack(adapter, ""))
+    fill_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(tmp_path, {"name": "upload.tar", "max_bytes": 1 << 30})
 
 
 def test_files_beside_an_archive_are_refused(staging: Staging, adapter: Path) -> None:

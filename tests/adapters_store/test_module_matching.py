@@ -26,8 +26,10 @@ CONFIGS: list[dict[str, Any]] = [
     {"target_modules": r"model\.layers\.1\.mlp\.(gate|up)_proj"},
     {"target_modules": ["model.layers.0.self_attn.q_proj", "self_attn.o_proj"]},
     {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    {"target_modules": ["model.layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [1]},
     {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
     {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": ["h", "layers"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "x|model.layers"},
     {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["model.layers.0.self_attn.k_proj"]},
     {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*layers\.1.*"},
     {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}},
@@ -80,6 +82,16 @@ def test_a_broken_regular_expression_is_refused_by_field(base: BaseSpec, field: 
     with pytest.raises(AdapterInvalid) as caught:
         config.targets(base)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("pattern", ["layers|x", ["layers|x", "layers"], "(?:layers)?|layers"])
+def test_a_layers_pattern_that_leads_to_no_layer_matches_nothing_as_in_peft(base: BaseSpec, pattern: Any) -> None:
+    options = {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": pattern}
+    with pytest.raises(ValueError, match=r"Target modules .* not found"):
+        peft_targets(options)
+    with pytest.raises(AdapterInvalid, match="matches no linear") as caught:
+        LoRAConfig.model_validate(options).targets(base)
+    assert caught.value.field == "target_modules"
 
 
 def test_a_broken_layers_pattern_is_refused(base: BaseSpec) -> None:

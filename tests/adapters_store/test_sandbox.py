@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adapters_store import confined
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import AdapterInvalid, StoreError
+from adapters_store.errors import AdapterInvalid, StoreError, StoreUnavailable
 from adapters_store.sandbox import ConfinedProcess, SandboxLimits
 from adapters_store.upload import Staging
 
@@ -90,6 +93,20 @@ def test_a_defect_of_ours_is_not_blamed_on_the_adapter(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught:
         ConfinedProcess("unpack", tmp_path).run({}, SandboxLimits())
     assert not isinstance(caught.value, AdapterInvalid)
+
+
+def test_a_disk_that_is_full_is_not_blamed_on_the_adapter(tmp_path: Path) -> None:
+    def write(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
+        Path("/dev/full").write_bytes(b"x")
+        return {}
+
+    answer = json.dumps(confined._run(write, tmp_path, {})).encode()
+    process = ConfinedProcess("unpack", tmp_path)
+    try:
+        with pytest.raises(StoreUnavailable, match="No space is left"):
+            process._answer(answer, b"")
+    finally:
+        process.kill()
 
 
 def test_paths_and_modules_that_a_config_names_are_not_kept(adapter: Path, base: BaseSpec, staging: Staging) -> None:

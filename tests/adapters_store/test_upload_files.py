@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_store.base_spec import BaseSpec
-from adapters_store.errors import AdapterInvalid, UploadTooLarge
+from adapters_store.errors import AdapterInvalid, StoreUnavailable, UploadTooLarge
 from adapters_store.sandbox import SandboxLimits
 from adapters_store.upload import Staging, UploadLimits, clean_staging
 
-from .conftest import FINGERPRINT, edit_config, save_adapter, stage, stage_folder
+from .conftest import FINGERPRINT, edit_config, fill_disk, save_adapter, stage, stage_folder
 
 WEIGHTS = "adapter_model.safetensors"
 Q0_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -217,6 +217,14 @@ def test_harmless_files_are_dropped(staging: Staging, adapter: Path, base: BaseS
     }
 
 
+def test_an_upload_has_a_limit_of_its_files_those_that_are_dropped_too(staging: Staging) -> None:
+    for number in range(64):
+        staging.add_file(f"._{number}", [])
+    with pytest.raises(AdapterInvalid, match="more than 64 files") as caught:
+        staging.begin_file("adapter_config.json")
+    assert caught.value.file == "adapter_config.json"
+
+
 def test_the_same_file_twice_is_refused(staging: Staging) -> None:
     staging.add_file("adapter_config.json", [b"{}"])
     with pytest.raises(AdapterInvalid, match="twice"):
@@ -306,6 +314,30 @@ def test_leaving_the_staging_removes_everything(tmp_path: Path, adapter: Path) -
     with pytest.raises(RuntimeError):
         fail()
     assert list((tmp_path / "s").iterdir()) == []
+
+
+@pytest.mark.parametrize("num_bytes", [100, 100_000])  # the disk is written when the file ends, or before
+def test_a_full_disk_is_no_fault_of_the_upload_which_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int
+) -> None:
+    with Staging(tmp_path) as staging:
+        staging.expect_validation()
+        process = staging._validator
+        assert process is not None
+        fill_disk(monkeypatch)
+        with pytest.raises(StoreUnavailable, match="No space is left"):
+            staging.add_file(WEIGHTS, [bytes(num_bytes)])
+    assert list(tmp_path.iterdir()) == []
+    assert process._process.returncode is not None
+
+
+def test_leaving_an_upload_whose_last_bytes_do_not_fit_the_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Staging(tmp_path) as staging:
+        fill_disk(monkeypatch)
+        staging.begin_file(WEIGHTS).write(b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_start_up_removes_what_a_dead_process_left_and_nothing_else(tmp_path: Path, adapter: Path) -> None:
