@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 
 from adapters_store.database import Database
 from adapters_store.errors import KeyNotFound, TenantExists, TenantNotFound
-from adapters_store.names import check_name
+from adapters_store.names import check_name, is_id, is_name
 from adapters_store.tables import api_keys, tenants
 
 Role = Literal["tenant", "admin"]
@@ -82,6 +82,8 @@ class Accounts:
 
     def get_tenant(self, tenant: str) -> Tenant:
         """One tenant. Raises `TenantNotFound`."""
+        if not is_name(tenant):
+            raise TenantNotFound(tenant)
         with self._database.read() as connection:
             row = connection.execute(select(tenants).where(tenants.c.id == tenant)).one_or_none()
         if row is None:
@@ -93,7 +95,7 @@ class Accounts:
 
         An admin key has no tenant; a tenant's key must name one.
         """
-        if (tenant is None) != (role == "admin"):
+        if (tenant is None) != (role == "admin") or not (tenant is None or is_name(tenant)):
             raise TenantNotFound(tenant or "")
         try:
             with self._database.write() as connection:
@@ -119,6 +121,8 @@ class Accounts:
 
     def revoke_key(self, key_id: str) -> None:
         """Make a key useless from the next call on; revoking twice is harmless. Raises `KeyNotFound`."""
+        if not is_id(key_id):
+            raise KeyNotFound(key_id)
         revoked_at = func.coalesce(api_keys.c.revoked_at, int(time.time()))
         statement = update(api_keys).where(api_keys.c.id == key_id).values(revoked_at=revoked_at)
         with self._database.write() as connection:

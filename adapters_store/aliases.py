@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Row, and_, delete, insert, or_, select, update
 
-from adapters_store.names import AdapterRef
+from adapters_store.names import AdapterRef, is_name
 from adapters_store.tables import adapter_versions, alias_history, aliases
 
 
@@ -68,6 +68,8 @@ def set_alias(
 
 def history_of(connection: Connection, adapter_id: int, alias: str) -> list[Row[Any]]:
     """What the alias named, newest first, with the versions' statuses."""
+    if not is_name(alias):
+        return []
     is_alias = and_(alias_history.c.adapter_id == adapter_id, alias_history.c.alias == alias)
     is_version = and_(
         adapter_versions.c.adapter_id == alias_history.c.adapter_id,
@@ -89,6 +91,8 @@ def unwind_alias(connection: Connection, adapter_id: int, alias: str, to: Row[An
 
 def remove_alias(connection: Connection, adapter_id: int, alias: str) -> bool:
     """Forget an alias and what it named before; whether there was one."""
+    if not is_name(alias):
+        return False
     removed = [
         connection.execute(delete(table).where(table.c.adapter_id == adapter_id, table.c.alias == alias)).rowcount
         for table in (alias_history, aliases)

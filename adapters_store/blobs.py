@@ -124,9 +124,10 @@ class BlobStore:
         return filter(is_digest, names)
 
     def leftovers(self) -> list[str]:
-        """What killed puts left behind, by name: temporary files, or unfinished uploads of an S3 store.
+        """What killed puts left behind, by name: temporary files, or uploads to an S3 store that began an hour ago.
 
-        A put of this machine that still runs is not among them; another machine's may be. Raises `StoreUnavailable`.
+        A put of this machine into a folder that still runs is not among them; another machine's may be. Raises
+        `StoreUnavailable`.
         """
         with _reaching("read"):
             if self._is_local:
@@ -182,15 +183,17 @@ class BlobStore:
                     path.unlink()
 
     def _unfinished_uploads(self) -> Iterator[tuple[str, str]]:
-        """Of an S3 store, (bucket/key, upload id); other stores tell of none."""
+        """Of an S3 store, (bucket/key, upload id) of what may run no more; other stores tell of none."""
         if "s3" not in _protocols(self._fs):
             return
         bucket, _, prefix = self._root.partition("/")
         where: dict[str, str] = {"Bucket": bucket, "Prefix": prefix}
+        horizon = time.time() - _ABANDONED_S
         while True:
             page = self._fs.call_s3("list_multipart_uploads", **where)
             for upload in page.get("Uploads", ()):
-                yield f"{bucket}/{upload['Key']}", upload["UploadId"]
+                if upload["Initiated"].timestamp() < horizon:
+                    yield f"{bucket}/{upload['Key']}", upload["UploadId"]
             if not page.get("IsTruncated"):
                 return
             where |= {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

@@ -16,6 +16,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from adapters_store.errors import StoreUnavailable
 
@@ -71,6 +72,14 @@ class Database:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """As `read`, for queries that must agree: all see what was committed before the first. Raises as it does."""
+        with _unavailable(), self.engine.connect() as connection:
+            if connection.dialect.name == "postgresql":  # SQLite's transactions always do so
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction: committed when the block ends, rolled back when it raises.
 
@@ -121,6 +130,8 @@ def _unavailable() -> Iterator[None]:
         yield
     except (OperationalError, InterfaceError) as error:
         raise StoreUnavailable(f"the metadata database does not answer: {error.orig}") from error
+    except PoolTimeoutError as error:
+        raise StoreUnavailable("the metadata database does not answer: all connections to it are in use") from error
 
 
 def _create_engine(url: str) -> Engine:

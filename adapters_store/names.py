@@ -9,6 +9,7 @@ from typing import Final
 from adapters_store.errors import AdapterNotFound, InvalidName
 
 _NAME: Final = r"[a-z0-9][a-z0-9._-]{0,62}"
+_ID: Final = r"[A-Za-z0-9_-]{1,64}"
 _REFERENCE: Final = re.compile(
     rf"(?P<tenant>{_NAME})/(?P<name>{_NAME})(?::(?P<version>[1-9][0-9]{{0,8}})|@(?P<alias>{_NAME}))?",
     re.ASCII,
@@ -37,7 +38,17 @@ class AdapterRef:
         return cls(match["tenant"], match["name"], version, alias)
 
 
+def is_name(text: str) -> bool:
+    """Whether a text may name a tenant, an adapter or an alias. No database is asked for others: some refuse NUL."""
+    return re.fullmatch(_NAME, text, re.ASCII) is not None
+
+
+def is_id(text: str) -> bool:
+    """Whether a text may be the id of a file, a job or a key, for databases as `is_name`."""
+    return re.fullmatch(_ID, text, re.ASCII) is not None
+
+
 def check_name(what: str, name: str) -> None:
     """Raise `InvalidName` unless `name` may name a tenant, an adapter or an alias."""
-    if re.fullmatch(_NAME, name, re.ASCII) is None:
+    if not is_name(name):
         raise InvalidName(what, name)

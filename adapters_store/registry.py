@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from sqlalchemy import Connection, and_, delete, select, update
+from sqlalchemy import Connection, and_, delete, select
 
 from adapters_store.aliases import (
     CANARY_COLUMNS,
@@ -36,7 +36,7 @@ from adapters_store.errors import (
     TenantNotFound,
 )
 from adapters_store.golden import GoldenPrompt
-from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name
+from adapters_store.names import DEFAULT_ALIAS, AdapterRef, check_name, is_name
 from adapters_store.references import delete_unreferenced, lock_blob
 from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, tenants, version_tags
@@ -146,11 +146,13 @@ class AdapterRegistry:
 
     def _withdraw(self, staged: AdapterVersion) -> None:
         """Forget a version that was never ready."""
+        if self._retire_staged(staged):
+            self.purge(staged)
+
+    def _retire_staged(self, staged: AdapterVersion) -> bool:
         with self._database.write() as connection:
             adapter_id = lock_adapter(connection, staged.tenant, staged.name)
-            is_gone = move_version(connection, adapter_id, staged.version, ("staged",), "retired")
-        if is_gone:
-            self.purge(staged)
+            return _retire(connection, adapter_id, staged.version, ("staged",))
 
     def resolve(self, tenant: str, ref: str, caller: str | None = None) -> AdapterVersion:
         """The version that `ref` (`tenant/name`, `:3` or `@alias`) names now.
@@ -180,7 +182,7 @@ class AdapterRegistry:
 
     def get(self, tenant: str, name: str) -> AdapterInfo:
         """One adapter. Raises `AdapterNotFound`."""
-        infos = self._infos(tenant, name)
+        infos = self._infos(tenant, name) if is_name(tenant) and is_name(name) else ()
         if not infos:
             raise AdapterNotFound(f"{tenant}/{name}")
         return infos[0]
@@ -291,10 +293,7 @@ class AdapterRegistry:
             named_by = aliases_naming(connection, adapter_id, version)
             if named_by:
                 raise AliasInUse(f"{tenant}/{name}:{version}", named_by)
-            move_version(connection, adapter_id, version, LISTED, "retired")
-            for table in (alias_history, version_tags):
-                is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
-                connection.execute(delete(table).where(is_version))
+            _retire(connection, adapter_id, version, LISTED)
 
     def retired(self) -> tuple[AdapterVersion, ...]:
         """The versions of all tenants that wait for `purge`."""
@@ -316,17 +315,16 @@ class AdapterRegistry:
 
     def expire(self, before: int) -> None:
         """Retire what was staged before this time (unix seconds): whoever tested it is gone, and told nobody yes."""
-        is_left = and_(adapter_versions.c.status == "staged", adapter_versions.c.created_at < before)
+        query = versions_query(("staged",)).where(adapter_versions.c.created_at < before)
         with self._database.read() as connection:  # which takes no write lock
-            if connection.execute(select(adapter_versions.c.id).where(is_left).limit(1)).first() is None:
-                return
-        with self._database.write() as connection:
-            connection.execute(update(adapter_versions).where(is_left).values(status="retired"))
+            left = [version_of(row) for row in connection.execute(query)]
+        for version in left:
+            self._retire_staged(version)
 
     def _require_tenant(self, tenant: str) -> None:
         query = select(tenants.c.id).where(tenants.c.id == tenant)
         with self._database.read() as connection:
-            if connection.execute(query).one_or_none() is None:
+            if not is_name(tenant) or connection.execute(query).one_or_none() is None:
                 raise TenantNotFound(tenant)
 
     def _infos(self, tenant: str, name: str | None) -> tuple[AdapterInfo, ...]:
@@ -338,7 +336,7 @@ class AdapterRegistry:
             aliases, aliases.c.adapter_id == adapters.c.id
         )
         adapter_query = select(adapters.c.name, adapters.c.created_at).where(is_wanted).order_by(adapters.c.name)
-        with self._database.read() as connection:
+        with self._database.snapshot() as connection:
             created = {row.name: row.created_at for row in connection.execute(adapter_query)}
             versions = [version_of(row) for row in connection.execute(version_query)]
             tags, tags_by_version = tags_of_adapters(connection, is_wanted), tags_of_versions(connection, is_wanted)
@@ -365,3 +363,13 @@ class AdapterRegistry:
             )
             for adapter, found in by_name.items()
         )
+
+
+def _retire(connection: Connection, adapter_id: int, version: int, before: Collection[str]) -> bool:
+    """Retire a version whose status is one of `before`, and forget what names it; whether there was one."""
+    if not move_version(connection, adapter_id, version, before, "retired"):
+        return False
+    for table in (alias_history, version_tags):
+        is_version = and_(table.c.adapter_id == adapter_id, table.c.version == version)
+        connection.execute(delete(table).where(is_version))
+    return True

@@ -45,7 +45,8 @@ class AdapterTags:
         """Remove a tag; one that is absent is no error. Raises `AdapterNotFound`."""
         with self._database.write() as connection:
             table, owner = _find_owner(connection, tenant, name, version)
-            connection.execute(delete(table).where(_is(table, owner), table.c.key == key))
+            if _is_key(key):
+                connection.execute(delete(table).where(_is(table, owner), table.c.key == key))
 
 
 def tags_of_adapters(connection: Connection, is_wanted: ColumnElement[bool]) -> dict[str, dict[str, str]]:
@@ -84,8 +85,12 @@ def _is(table: Table, owner: Mapping[str, int]) -> ColumnElement[bool]:
     return and_(*(table.c[column] == value for column, value in owner.items()))
 
 
+def _is_key(text: str) -> bool:
+    return 0 < len(text) <= MAX_KEY and text.isprintable()
+
+
 def _check(key: str, value: str) -> None:
-    if not 0 < len(key) <= MAX_KEY or not key.isprintable():
+    if not _is_key(key):
         raise InvalidTag(f"a key has 1 to {MAX_KEY} printable characters", "key")
     if len(value) > MAX_VALUE or "\0" in value:
         raise InvalidTag(f"a value has at most {MAX_VALUE:,} characters, none of them NUL", "value")

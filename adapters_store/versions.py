@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from adapters_store.errors import AdapterNotFound, TenantNotFound, VersionNotReady
 from adapters_store.golden import GoldenPrompt
 from adapters_store.manifest import AdapterManifest
+from adapters_store.names import is_name
 from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters
 
@@ -145,6 +146,8 @@ def move_version(
 
 def lock_adapter(connection: Connection, tenant: str, name: str) -> int:
     """The adapter's id; holds its row until the commit, so that it does not go away. Raises `AdapterNotFound`."""
+    if not (is_name(tenant) and is_name(name)):
+        raise AdapterNotFound(f"{tenant}/{name}")
     query = select(adapters.c.id).where(adapters.c.tenant == tenant, adapters.c.name == name)
     adapter_id: int | None = connection.execute(query.with_for_update()).scalar_one_or_none()
     if adapter_id is None:

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, Row, and_, delete, insert, or_, select, updat
 from adapters_store.blobs import BlobStore
 from adapters_store.database import Database
 from adapters_store.errors import UploadTooLarge
+from adapters_store.names import is_id
 from adapters_store.references import delete_unreferenced, lock_blob
 from adapters_store.tables import fine_tuning_jobs, training_files
 from gateway.errors import Conflict, InvalidRequest, NotFound
@@ -71,6 +72,8 @@ class TrainingFiles:
 
     def get(self, tenant: str, file_id: str) -> TrainingFile:
         """One file. Raises `NotFound`."""
+        if not is_id(file_id):
+            raise _not_found(file_id)
         query = select(_files).where(_files.c.id == file_id, _files.c.tenant == tenant)
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()

@@ -15,6 +15,8 @@ EventType = Literal["message", "metrics"]
 
 FINAL_STATUSES: Final = frozenset(("succeeded", "failed", "cancelled"))
 _EVENT_PREFIX: Final = "ftevent-"
+_EVENT_DIGITS: Final = 24
+_MAX_EVENT: Final = 2**31 - 1  # of the database's column
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,13 @@ class FineTuningEvent:
     @property
     def id(self) -> str:
         """The event's public id, "ftevent-…"."""
-        return f"{_EVENT_PREFIX}{self.number:024d}"
+        return f"{_EVENT_PREFIX}{self.number:0{_EVENT_DIGITS}d}"
 
 
 def event_number(event_id: str) -> int:
     """The number in a public event id. Raises `InvalidRequest`."""
     digits = event_id.removeprefix(_EVENT_PREFIX)
-    if not event_id.startswith(_EVENT_PREFIX) or not (digits.isascii() and digits.isdigit()):
-        raise InvalidRequest(f"{event_id!r} is not an event id (ftevent-…).", param="after")
+    is_number = digits.isascii() and digits.isdigit() and len(digits) <= _EVENT_DIGITS
+    if not event_id.startswith(_EVENT_PREFIX) or not is_number or int(digits) > _MAX_EVENT:
+        raise InvalidRequest(f"{event_id[:80]!r} is not an event id (ftevent-…).", param="after")
     return int(digits)

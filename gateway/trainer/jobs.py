@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, and_, or_, select, update
 
 from adapters_store.database import Database
 from adapters_store.errors import InvalidName
-from adapters_store.names import check_name
+from adapters_store.names import check_name, is_id
 from adapters_store.tables import fine_tuning_events, fine_tuning_jobs, training_files
 from gateway.errors import Conflict, InvalidRequest, NotFound
 from gateway.trainer.hyperparameters import Hyperparameters, PeftOptions
@@ -50,11 +50,12 @@ class FineTuningJobs:
 
     def get(self, tenant: str, job_id: str) -> FineTuningJob:
         """One job. Raises `NotFound`."""
+        _check_id(job_id)
         query = select(_jobs).where(_jobs.c.id == job_id, _jobs.c.tenant == tenant)
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
         if row is None:
-            raise NotFound(f"No fine-tuning job {job_id!r}.", param="fine_tuning_job_id")
+            raise _not_found(job_id)
         return job_from_row(row)
 
     def list(self, tenant: str, *, after: str | None = None, limit: int = 20) -> tuple[list[FineTuningJob], bool]:
@@ -77,6 +78,7 @@ class FineTuningJobs:
 
         Raises `NotFound`, or `Conflict` when the job has ended already.
         """
+        _check_id(job_id)
         mine = and_(_jobs.c.id == job_id, _jobs.c.tenant == tenant)
         waiting = update(_jobs).where(mine, _jobs.c.status.in_(("validating_files", "queued")))
         running = update(_jobs).where(mine, _jobs.c.status == "running")
@@ -129,14 +131,14 @@ def add_event(
     type: str = "message",
     data: Mapping[str, Any] | None = None,
 ) -> None:
-    """Append one event to a job's log, inside the caller's transaction."""
+    """Append one event to a job's log, inside the caller's transaction. PostgreSQL keeps no NUL, which is shown."""
     connection.execute(
         _events.insert().values(
             job_id=job_id,
             created_at=int(time.time()),
             level=level,
             type=type,
-            message=message,
+            message=message.replace("\0", "\\0"),
             data=None if data is None else dict(data),
         )
     )
@@ -189,6 +191,15 @@ def _new_row(job_id: str, tenant: str, request: FineTuningRequest) -> dict[str, 
     }
 
 
+def _check_id(job_id: str) -> None:
+    if not is_id(job_id):
+        raise _not_found(job_id)
+
+
+def _not_found(job_id: str) -> NotFound:
+    return NotFound(f"No fine-tuning job {job_id!r}.", param="fine_tuning_job_id")
+
+
 def _check_suffix(suffix: str | None) -> None:
     if suffix is not None:
         try:
@@ -200,7 +211,7 @@ def _check_suffix(suffix: str | None) -> None:
 def _check_file(connection: Connection, tenant: str, file_id: str, param: str) -> None:
     files = training_files.c
     query = select(files.purpose, files.status).where(files.id == file_id, files.tenant == tenant)
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(query).one_or_none() if is_id(file_id) else None
     if row is None:
         raise InvalidRequest(f"No file {file_id!r}; upload it first (purpose fine-tune).", param=param)
     if row.purpose != "fine-tune" or row.status != "processed":

@@ -118,11 +118,14 @@ def test_tenants(accounts: Accounts) -> None:
         accounts.create_tenant("Acme Inc")
     assert [(tenant.id, tenant.max_rank) for tenant in accounts.list_tenants()] == [("acme", 32)]
     assert accounts.get_tenant("acme").max_rank == 32
-    with pytest.raises(TenantNotFound):
-        accounts.get_tenant("globex")
+    for unknown in ("globex", "a\0b"):
+        with pytest.raises(TenantNotFound):
+            accounts.get_tenant(unknown)
 
 
-@pytest.mark.parametrize(("tenant", "role"), [("globex", "tenant"), (None, "tenant"), ("acme", "admin")])
+@pytest.mark.parametrize(
+    ("tenant", "role"), [("globex", "tenant"), ("a\0b", "tenant"), (None, "tenant"), ("acme", "admin")]
+)
 def test_a_key_needs_a_tenant_that_exists_and_an_admin_key_none(
     accounts: Accounts, tenant: str | None, role: str
 ) -> None:
@@ -131,6 +134,7 @@ def test_a_key_needs_a_tenant_that_exists_and_an_admin_key_none(
     assert accounts.list_keys() == []
 
 
-def test_revoking_an_unknown_key_says_so(accounts: Accounts) -> None:
+@pytest.mark.parametrize("key_id", ["aaaaaaaa", "a\0aaaaaa"])
+def test_revoking_an_unknown_key_says_so(accounts: Accounts, key_id: str) -> None:
     with pytest.raises(KeyNotFound):
-        accounts.revoke_key("aaaaaaaa")
+        accounts.revoke_key(key_id)

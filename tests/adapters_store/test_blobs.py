@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -181,6 +182,20 @@ def test_an_unfinished_upload_to_s3_is_a_leftover_that_can_be_removed(s3_url: st
     assert f"{root}/ab/cd" in name
     store.remove_leftover(name)
     assert store.leftovers() == []
+
+
+@pytest.mark.parametrize(("age_s", "num_leftovers"), [(3500, 0), (3700, 1)])
+def test_an_upload_to_s3_that_may_still_run_is_no_leftover(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age_s: int, num_leftovers: int
+) -> None:
+    store = BlobStore(s3_url, cache_dir=tmp_path / "cache")
+    fs, root = fsspec.core.url_to_fs(s3_url)
+    fs.open(f"{root}/ab/cd", "wb", block_size=8 << 20, autocommit=False).write(bytes(9 << 20))
+    bucket, _, prefix = root.partition("/")
+    (upload,) = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)["Uploads"]
+    now = upload["Initiated"].timestamp() + age_s  # moto says the same of every upload
+    monkeypatch.setattr("adapters_store.blobs.time", SimpleNamespace(time=lambda: now))
+    assert len(store.leftovers()) == num_leftovers
 
 
 def test_an_s3_store_that_does_not_answer_or_has_no_bucket_is_unavailable(

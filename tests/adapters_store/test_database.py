@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import insert, select
+from sqlalchemy import create_engine, insert, select
 from sqlalchemy.exc import IntegrityError
 
 from adapters_store.accounts import Accounts
@@ -111,3 +111,22 @@ def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None
     (tmp_path / "folder.db").mkdir()
     with pytest.raises(StoreUnavailable):
         Database(f"sqlite:///{tmp_path / 'folder.db'}").upgrade()
+
+
+def test_a_database_whose_connections_are_all_in_use_is_unavailable(database: Database) -> None:
+    database.dispose()
+    database.engine = create_engine(database.engine.url, pool_size=1, max_overflow=0, pool_timeout=0.01)
+    for use in (database.read, database.snapshot, database.write):
+        with database.read(), pytest.raises(StoreUnavailable, match="in use"), use():
+            pass
+    database.dispose()
+
+
+def test_a_snapshot_sees_nothing_that_is_written_after_its_first_read(database: Database) -> None:
+    accounts, query = Accounts(database), select(tenants.c.id)
+    with database.snapshot() as connection:
+        assert connection.execute(query).all() == []
+        accounts.create_tenant("acme")
+        assert connection.execute(query).all() == []
+    with database.snapshot() as connection:
+        assert connection.execute(query).all() == [("acme",)]

@@ -18,8 +18,11 @@ from adapters_store.database import Database
 from adapters_store.fsck import Finding, StoreCheck
 from adapters_store.golden import GoldenPrompt
 from adapters_store.registry import AdapterRegistry
+from adapters_store.reports import VersionReport
 from adapters_store.tables import adapter_versions, adapters, alias_history, aliases, training_files
+from adapters_store.tags import AdapterTags
 from adapters_store.upload import StagedAdapter, Staging
+from adapters_store.versions import AdapterVersion
 
 
 @pytest.fixture
@@ -169,6 +172,26 @@ def test_a_version_deleted_while_it_is_checked_is_no_damage(
             registry.delete("acme", "support", 3)
 
     assert list(check.findings(delete_it)) == []
+
+
+def test_the_tags_of_a_version_that_never_came_to_be_ready_are_no_damage(
+    check: StoreCheck, registry: AdapterRegistry, database: Database, staged: StagedAdapter
+) -> None:
+    def tag(version: AdapterVersion) -> None:
+        AdapterTags(database).set("acme", "support", "a", "b", version.version)
+
+    def give_up(version: AdapterVersion) -> VersionReport:
+        tag(version)
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        registry.publish("acme", "support", staged, test=give_up)
+    assert found(check) == []
+    left = registry._stage("acme", "support", staged)
+    tag(left)
+    registry.expire(before=left.created_at + 1)
+    registry.purge(left)
+    assert found(check) == []
 
 
 def test_a_damaged_database_file_is_named(sqlite: Database, blobs: BlobStore, tmp_path: Path) -> None:

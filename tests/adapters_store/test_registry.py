@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from adapters_store.accounts import Accounts
 from adapters_store.aliases import Canary
@@ -113,6 +115,28 @@ def test_invalid_names_are_refused(registry: AdapterRegistry, staged: StagedAdap
     with pytest.raises(InvalidName):
         registry.publish("acme", "support", staged, alias=name)
     assert registry.list("acme") == ()
+
+
+@pytest.mark.parametrize("name", ["\0", "a\0b"])
+def test_a_name_that_a_database_refuses_is_not_found(
+    registry: AdapterRegistry, staged: StagedAdapter, name: str
+) -> None:
+    registry.publish("acme", "support", staged)
+    for tenant, own in (("acme", name), (name, "support")):
+        for call in (
+            lambda tenant=tenant, own=own: registry.get(tenant, own),
+            lambda tenant=tenant, own=own: registry.set_alias(tenant, own, "prod", 1),
+            lambda tenant=tenant, own=own: registry.rollback(tenant, own),
+            lambda tenant=tenant, own=own: registry.delete_alias(tenant, own, "default"),
+            lambda tenant=tenant, own=own: registry.delete(tenant, own, 1),
+        ):
+            with pytest.raises(AdapterNotFound):
+                call()
+    for of_alias in (registry.rollback, registry.delete_alias):
+        with pytest.raises(AdapterNotFound):
+            of_alias("acme", "support", name)
+    with pytest.raises(TenantNotFound):
+        registry.publish(name, "support", staged)
 
 
 def test_an_unknown_tenant_cannot_publish(registry: AdapterRegistry, blobs: BlobStore, staged: StagedAdapter) -> None:
@@ -298,3 +322,29 @@ def test_a_deleted_alias_names_nothing_and_its_version_stays(registry: AdapterRe
     with pytest.raises(AdapterNotFound):
         registry.delete_alias("acme", "support", "default")
     registry.delete("acme", "support", 1)
+
+
+@pytest.mark.parametrize("name", ["support", "other"])  # a version of an adapter that is listed, or of a new one
+@pytest.mark.parametrize("read", [2, 3, 4, 5])  # of those that a list takes
+def test_what_is_published_while_a_list_is_read_is_in_it_whole_or_not_at_all(
+    registry: AdapterRegistry, database: Database, staged: StagedAdapter, name: str, read: int
+) -> None:
+    registry.publish("acme", "support", staged)
+    num_reads = 0
+
+    def publish_between(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
+        nonlocal num_reads
+        if statement.startswith("SELECT"):
+            num_reads += 1
+            if num_reads == read:
+                registry.publish("acme", name, staged)
+
+    before = registry.list("acme")
+    event.listen(database.engine, "before_cursor_execute", publish_between)
+    try:
+        seen = registry.list("acme")
+    finally:
+        event.remove(database.engine, "before_cursor_execute", publish_between)
+    assert num_reads > read, "nothing was published meanwhile"
+    assert seen == before
+    assert len(registry.get("acme", name).versions) == (2 if name == "support" else 1)

@@ -45,6 +45,13 @@ def test_a_deleted_tag_is_gone_and_deleting_twice_is_harmless(tags: AdapterTags,
     assert (info.tags, info.version_tags) == ({}, {})
 
 
+def test_deleting_what_can_be_no_key_is_harmless_too(tags: AdapterTags) -> None:
+    for version in (None, 1):
+        tags.delete("acme", "support", "\0", version)
+    with pytest.raises(AdapterNotFound):
+        tags.delete("acme", "a\0b", "a")
+
+
 def test_a_deleted_versions_tags_go_with_it(tags: AdapterTags, registry: AdapterRegistry, database: Database) -> None:
     tags.set("acme", "support", "a", "1", version=1)
     registry.delete("acme", "support", 1)

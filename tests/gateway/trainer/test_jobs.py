@@ -12,6 +12,7 @@ from sqlalchemy import update
 from adapters_store.database import Database
 from adapters_store.tables import fine_tuning_jobs
 from gateway.errors import Conflict, InvalidRequest, NotFound
+from gateway.trainer.files import TrainingFiles
 from gateway.trainer.hyperparameters import Hyperparameters, PeftOptions
 from gateway.trainer.job import FineTuningJob, FineTuningRequest, JobError, event_number
 from gateway.trainer.job_queue import JobLost, JobQueue
@@ -261,8 +262,36 @@ def test_a_stopping_workers_job_waits_for_the_next_without_counting_as_lost(
     )
 
 
-def test_event_ids_of_others_are_refused() -> None:
-    with pytest.raises(InvalidRequest):
-        event_number("ftevent-abc")
-    with pytest.raises(InvalidRequest):
-        event_number("ftjob-12")
+@pytest.mark.parametrize("event_id", ["ftevent-abc", "ftjob-12", "ftevent-" + "9" * 24, "ftevent-" + "1" * 5000])
+def test_what_is_no_event_id_is_refused(event_id: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        event_number(event_id)
+    assert caught.value.param == "after"
+
+
+def test_the_last_event_id_that_there_can_be_pages(jobs: FineTuningJobs, create: Create) -> None:
+    job, last = create(), event_number(f"ftevent-{2**31 - 1:024d}")
+    assert len(jobs.latest_events("acme", job.id, before=last)[0]) == 1
+    assert jobs.events("acme", job.id, after=last) == []
+
+
+@pytest.mark.parametrize("text", ["", "\0", "ftjob-\0", "x" * 100])
+def test_an_id_that_a_database_refuses_is_not_found(jobs: FineTuningJobs, files: TrainingFiles, text: str) -> None:
+    for call in (jobs.get, jobs.cancel, jobs.events, jobs.latest_events, files.get, files.open, files.delete):
+        with pytest.raises(NotFound):
+            call("acme", text)
+    for pages in (jobs.list, files.list):
+        with pytest.raises(NotFound):
+            pages("acme", after=text)
+    with pytest.raises(InvalidRequest) as caught:
+        jobs.create("acme", FineTuningRequest(model="base", training_file=text))
+    assert caught.value.param == "training_file"
+
+
+def test_a_job_may_fail_on_a_text_that_a_database_refuses(
+    jobs: FineTuningJobs, queue: JobQueue, create: Create
+) -> None:
+    job = running(create, queue)
+    queue.fail(job, "w1", JobError("invalid_training_file", "line 1: the role 'a\0b' is unknown"))
+    assert jobs.get("acme", job.id).status == "failed"
+    assert messages(jobs, job)[-1] == "line 1: the role 'a\\0b' is unknown"
