@@ -169,7 +169,7 @@ class LLMEngine:
                     sampling=SamplingRow(request.sampling, token_ids, len(token_ids), index, len(virtual)),
                     detokenizer=IncrementalDetokenizer(self._table, prompt, request.sampling),
                     end_ids=end_ids,
-                    lookup=PromptLookup(token_ids, guessed, (len(given), ngrams)) if guessed else None,
+                    lookup=PromptLookup(token_ids, guessed, ngrams) if guessed else None,
                 )
             )
         self._requests[request.request_id] = running

@@ -12,7 +12,7 @@ _ENTERED_AT_ONCE: Final = 2048  # all other sequences wait for it
 class NgramIndex:
     """Where each n-gram of 2 to 4 tokens occurred last, before a token of `token_ids` from `start` on.
 
-    token_ids: only grows. One entry for each n-gram of what was entered.
+    token_ids: only grows.
     """
 
     def __init__(self, token_ids: list[int], start: int = 0) -> None:
@@ -20,13 +20,16 @@ class NgramIndex:
         self._num_entered = start
         self._after: dict[tuple[int, ...], int] = {}
 
-    def enter(self, end: int) -> None:
-        """Enter the n-grams that end before one of the tokens up to `end`, of a long list a part each time."""
-        end = min(end, self._num_entered + _ENTERED_AT_ONCE)
+    def __len__(self) -> int:
+        return len(self._token_ids)
+
+    def enter(self) -> None:
+        """Enter the n-grams that end before one of the tokens that there are, of a long list a part each time."""
+        end = min(len(self), self._num_entered + _ENTERED_AT_ONCE)
         for size in _SIZES:
             for place in range(max(self._num_entered, size), end):
                 self._after[tuple(self._token_ids[place - size : place])] = place
-        self._num_entered = max(self._num_entered, end)
+        self._num_entered = end
 
     def find(self, ngram: tuple[int, ...]) -> int | None:
         """The place behind its last occurrence."""
@@ -40,16 +43,16 @@ class PromptLookup:
     or not: the next is longer by two where all of it came (transformers' schedule), else as long as what came of it.
     Where nothing did, nothing is proposed until a guess of one token has come true.
 
-    token_ids: the sequence's own list, which only grows. most: tokens of a guess. given: what it begins with, as its
-    siblings' lists do, and their index of that. The work is by the tokens that are new since the last guess.
+    token_ids: the sequence's own list, which only grows. most: tokens of a guess. given: of what it begins with, as
+    its siblings' lists do, which share this index. The work is by the tokens that are new since the last guess.
     """
 
-    def __init__(self, token_ids: list[int], most: int, given: tuple[int, NgramIndex] | None = None) -> None:
+    def __init__(self, token_ids: list[int], most: int, given: NgramIndex | None = None) -> None:
         self._token_ids = token_ids
         self._most = self._length = most
         self._num_seen = 0
-        self._num_given, self._given = given or (0, NgramIndex(token_ids))
-        self._own = NgramIndex(token_ids, self._num_given)
+        self._given = given if given is not None else NgramIndex([])
+        self._own = NgramIndex(token_ids, start=len(self._given))
         self._guess: list[int] = []
 
     def guess(self) -> list[int]:
@@ -58,8 +61,8 @@ class PromptLookup:
         if self._num_seen < known:
             self._judge(self._token_ids[self._num_seen :])
             self._num_seen = known
-            self._given.enter(self._num_given)
-            self._own.enter(known)
+            self._given.enter()
+            self._own.enter()
             self._guess = self._look_up(max(self._length, 1))
         return self._guess[: self._length]
 

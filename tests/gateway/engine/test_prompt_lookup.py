@@ -33,7 +33,7 @@ def test_the_longest_ending_that_occurred_before_is_followed(
     known = tokens[:num_given]
     given = known.copy()
     ngrams = NgramIndex(given)
-    lookup, sibling = (PromptLookup(ids, 5, (len(given), ngrams)) for ids in (known, given))
+    lookup, sibling = (PromptLookup(ids, 5, ngrams) for ids in (known, given))
     for step in steps:
         known += tokens[len(known) : len(known) + step]
         guess = lookup.guess()
@@ -58,7 +58,7 @@ def test_asking_again_changes_nothing() -> None:
 
 def test_a_long_prompt_is_entered_in_pieces() -> None:
     tokens = [*range(5000), 4500, 4501]
-    lookup = PromptLookup(tokens, 2, (len(tokens), NgramIndex(tokens.copy())))
+    lookup = PromptLookup(tokens, 2, NgramIndex(tokens.copy()))
     assert lookup.guess() == []
     for new in ([6000], [6001], [4400, 4401]):
         tokens += new
