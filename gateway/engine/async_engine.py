@@ -20,13 +20,13 @@ from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.stats import EngineStats, StepOutput
+from gateway.engine.workers import STEP_S
 from gateway.errors import EngineUnavailable, InternalError, Overloaded
 
 logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL = 0.1  # seconds between snapshots
-_STEP_S = 300.0  # a step that takes longer never ends; in a first one kernels are compiled
-_LONG_PROMPT = 32_768  # characters: 30 ms, for which a short prompt need not wait
+_LONG_PROMPT = 32_768  # characters; shorter ones do not wait until those of a longer one are tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class AsyncEngine:
     @property
     def healthy(self) -> bool:
         """Whether the engine thread runs, and neither it nor another rank has failed or hangs in a step."""
-        hangs = time.monotonic() - self._step_began > _STEP_S
+        hangs = time.monotonic() - self._step_began > STEP_S
         return self._failure is None and not hangs and self._thread.is_alive() and self._engine.healthy
 
     async def start(self) -> None:

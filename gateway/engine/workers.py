@@ -33,7 +33,7 @@ from gateway.models.loader import LoadedModel, resolve_device
 
 logger = logging.getLogger(__name__)
 
-_STEP_S: Final = 300.0  # a step that takes longer never ends; in a first one kernels are compiled
+STEP_S: Final = 300.0  # a step that takes longer never ends; in a first one kernels are compiled
 _LOOK_S: Final = 3.0
 
 
@@ -153,14 +153,14 @@ class Workers:
     def _watch(self) -> None:
         """A worker says nothing more while all is well."""
         while not (readable := wait(self._connections, _LOOK_S)):
-            if self._num_under_way and time.monotonic() - self._moved_at > _STEP_S:
+            if self._num_under_way and time.monotonic() - self._moved_at > STEP_S:
                 break
         if self._closed:
             return
         for rank, connection in enumerate(self._connections, 1):
             if connection in readable:
                 self.failure = self._error(rank, _receive(connection))
-        self.failure = self.failure or InternalError(f"The engine's ranks have not ended a step in {_STEP_S:.0f} s.")
+        self.failure = self.failure or InternalError(f"The engine's ranks have not ended a step in {STEP_S:.0f} s.")
         self._failed.set()
         self._kill()
         self.ranks.abort()

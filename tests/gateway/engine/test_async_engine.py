@@ -104,7 +104,7 @@ async def test_a_step_that_never_ends_is_unhealthy(start: Start, monkeypatch: py
     await engine.submit(request("a"))
     await until(begun.is_set)
     assert engine.healthy
-    monkeypatch.setattr(async_engine, "_STEP_S", 0.0)
+    monkeypatch.setattr(async_engine, "STEP_S", 0.0)
     assert not engine.healthy
     goes_on.set()
     await until(lambda: engine.healthy)
