@@ -49,6 +49,7 @@ def _expand_kernel(
     VECTOR_OUT: tl.constexpr,
     TILE_OUT: tl.constexpr,
     TILES_OUT: tl.constexpr,
+    PAGES: tl.constexpr,
     PLANES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -87,18 +88,25 @@ def _expand_kernel(
             row_ptr = table_ptr + (1 + num_vectors + tile // (TILES * (CHUNK // ROWS))) * ROW_FIELDS
             first_place = tile // TILES % (CHUNK // ROWS) * ROWS
             slice_id, begin, end = _columns(tile % TILES, TILES_OUT, WIDTH_0, WIDTH_1, WIDTH_2)
-            if TILES_OUT > TILE_OUT and tl.load(row_ptr + OWN_RANK) <= RANK:
+            own_rank = tl.load(row_ptr + OWN_RANK)
+            if own_rank <= RANK:
                 _expand_tiles(
-                    h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, row_ptr, y_ptr, first_place, slice_id, begin, end,
-                    stride_plane, stride_token, stride_slice, stride_y,
-                    WIDTH_0, WIDTH_1, WIDTH_2, ROWS, TILE_OUT, TILES_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+                    h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
+                    begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                    ROWS, TILE_OUT, TILES_OUT, 1, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+                )
+            elif own_rank <= PAGES * RANK:
+                _expand_tiles(
+                    h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
+                    begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                    ROWS, TILE_OUT, TILES_OUT, PAGES, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
                 )
             else:
                 for first in tl.range(begin, tl.minimum(begin + TILES_OUT, end), TILE_OUT, num_stages=1):
                     _expand_tile(
                         h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
-                        first, end, stride_plane, stride_token, stride_slice, stride_y,
-                        WIDTH_0, WIDTH_1, WIDTH_2, ROWS, TILE_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+                        first, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                        ROWS, TILE_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
                     )
         # fmt: on
     wait(PDL)
@@ -163,6 +171,68 @@ def _expand_vector(
 
 
 @triton.jit
+def _expand_tiles(
+    h_ptr,
+    b_ptr,
+    scale_ptr,
+    bias_ptr,
+    order_ptr,
+    table_ptr,
+    row_ptr,
+    y_ptr,
+    first_place,
+    slice_id,
+    begin,
+    end,
+    stride_plane,
+    stride_token,
+    stride_slice,
+    stride_y,
+    WIDTH_0: tl.constexpr,
+    WIDTH_1: tl.constexpr,
+    WIDTH_2: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PAGES: tl.constexpr,
+    PLANES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Several tokens of an adapter of at most PAGES pages, and BLOCKS columns: BLOCK at a time on the matrix unit.
+
+    h is read once, and the tiles of B are read ahead.
+    """
+    NUM_SLICES: tl.constexpr = 1 + (WIDTH_1 > 0) + (WIDTH_2 > 0)
+    OUT: tl.constexpr = WIDTH_0 + WIDTH_1 + WIDTH_2
+    length = tl.load(row_ptr + LENGTH)
+    rank = tl.arange(0, PAGES * RANK)
+    rank_ok = rank < tl.load(row_ptr + OWN_RANK)
+    page = _pages(table_ptr, row_ptr, rank, rank_ok)
+    place = first_place + tl.arange(0, ROWS)
+    tokens = load_tokens(order_ptr, row_ptr, place, length)
+    plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None, None]
+    h_rows = h_ptr + slice_id * stride_slice + tokens[None, :, None] * stride_token + plane * stride_plane
+    wait(PDL)
+    planes = tl.load(h_rows + rank[None, None, :], mask=rank_ok[None, None, :] & (plane < PLANES), other=0.0)
+    at = (page * NUM_SLICES + slice_id) * RANK + rank % RANK
+    h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at[None, :], ACTIVATION, HAS_BIAS, HAS_SCALES)
+    h = _rounded(h, b_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    b_rows = b_ptr + (page * RANK + rank % RANK)[:, None] * OUT
+    for first in tl.range(begin, begin + BLOCKS, BLOCK, num_stages=3):
+        column = first + tl.arange(0, BLOCK)
+        column_ok = _inside_slice(column, end, BLOCKS, WIDTH_0, WIDTH_1, WIDTH_2)
+        y_tile = y_ptr + tokens[:, None] * stride_y + column[None, :]
+        y = tl.load(y_tile, mask=column_ok[None, :], other=0.0)
+        b = tl.load(b_rows + column[None, :], mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
+        delta = tl.dot(h, b.to(h.dtype), input_precision="ieee")
+        ok = (place < length)[:, None] & column_ok[None, :]
+        tl.store(y_tile, (y.to(tl.float32) + delta).to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
 def _expand_tile(
     h_ptr,
     b_ptr,
@@ -191,7 +261,7 @@ def _expand_tile(
     HAS_SCALES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Several tokens and BLOCK columns: a tile of the matrix unit."""
+    """Several tokens of an adapter of any rank, and BLOCK columns: a page at a time on the matrix unit."""
     NUM_SLICES: tl.constexpr = 1 + (WIDTH_1 > 0) + (WIDTH_2 > 0)
     OUT: tl.constexpr = WIDTH_0 + WIDTH_1 + WIDTH_2
     length = tl.load(row_ptr + LENGTH)
@@ -206,79 +276,34 @@ def _expand_tile(
     plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None, None]
     h_rows = h_ptr + slice_id * stride_slice + tokens[None, :, None] * stride_token + plane * stride_plane
     y_tile = y_ptr + tokens[:, None] * stride_y + column[None, :]
-    y = tl.zeros((ROWS, BLOCK), dtype=y_ptr.dtype.element_ty)
+    b_tile = rank[:, None] * OUT + column[None, :]
+    b_ok = (rank < own_rank)[:, None] & column_ok[None, :]
+    b = tl.load(b_ptr + page * RANK * OUT + b_tile, mask=b_ok, other=0.0)
+    wait(PDL)
     delta = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for nth in tl.range(0, tl.cdiv(own_rank, RANK), num_stages=1):
-        if nth > 0:
-            page = tl.load(more_ptr + (nth - 1) * ROW_FIELDS).to(tl.int64)
-        b_ok = (rank + nth * RANK < own_rank)[:, None] & column_ok[None, :]
-        b = tl.load(b_ptr + page * RANK * OUT + rank[:, None] * OUT + column[None, :], mask=b_ok, other=0.0)
-        wait(PDL)
-        y += tl.load(y_tile, mask=column_ok[None, :] & (nth == 0), other=0.0)
+        # The next page's numbers are on their way while this one's are multiplied.
+        next_ok = rank + (nth + 1) * RANK < own_rank
+        next_page = tl.load(more_ptr + nth * ROW_FIELDS, mask=(nth + 1) * RANK < own_rank, other=0).to(tl.int64)
+        next_b = tl.load(b_ptr + next_page * RANK * OUT + b_tile, mask=next_ok[:, None] & column_ok[None, :], other=0.0)
         planes = tl.load(h_rows + (rank + nth * RANK)[None, None, :], mask=plane < PLANES, other=0.0)
         at = (page * NUM_SLICES + slice_id) * RANK + rank[None, :]
         h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at, ACTIVATION, HAS_BIAS, HAS_SCALES)
         h = _rounded(h, b_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
         delta = tl.dot(h, b.to(h.dtype), delta, input_precision="ieee")
+        b, page = next_b, next_page
+    y = tl.load(y_tile, mask=column_ok[None, :], other=0.0)
     ok = (place < length)[:, None] & column_ok[None, :]
     tl.store(y_tile, (y.to(tl.float32) + delta).to(y_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit
-def _expand_tiles(
-    h_ptr,
-    b_ptr,
-    scale_ptr,
-    bias_ptr,
-    order_ptr,
-    row_ptr,
-    y_ptr,
-    first_place,
-    slice_id,
-    begin,
-    end,
-    stride_plane,
-    stride_token,
-    stride_slice,
-    stride_y,
-    WIDTH_0: tl.constexpr,
-    WIDTH_1: tl.constexpr,
-    WIDTH_2: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    PLANES: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """`_expand_tile` of BLOCKS columns and one page: h is read once, and the tiles are read ahead."""
-    NUM_SLICES: tl.constexpr = 1 + (WIDTH_1 > 0) + (WIDTH_2 > 0)
-    OUT: tl.constexpr = WIDTH_0 + WIDTH_1 + WIDTH_2
-    length = tl.load(row_ptr + LENGTH)
-    rank = tl.arange(0, RANK)
-    rank_ok = rank < tl.load(row_ptr + OWN_RANK)
-    page = tl.load(row_ptr + PAGE).to(tl.int64)
-    place = first_place + tl.arange(0, ROWS)
-    tokens = load_tokens(order_ptr, row_ptr, place, length)
-    plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None, None]
-    h_rows = h_ptr + slice_id * stride_slice + tokens[None, :, None] * stride_token + plane * stride_plane
-    wait(PDL)
-    planes = tl.load(h_rows + rank[None, None, :], mask=plane < PLANES, other=0.0)
-    at = (page * NUM_SLICES + slice_id) * RANK + rank[None, :]
-    h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at, ACTIVATION, HAS_BIAS, HAS_SCALES)
-    h = _rounded(h, b_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
-    b_rows = b_ptr + page * RANK * OUT + rank[:, None] * OUT
-    for first in tl.range(begin, begin + BLOCKS, BLOCK, num_stages=3):
-        column = first + tl.arange(0, BLOCK)
-        column_ok = _inside_slice(column, end, BLOCKS, WIDTH_0, WIDTH_1, WIDTH_2)
-        y_tile = y_ptr + tokens[:, None] * stride_y + column[None, :]
-        y = tl.load(y_tile, mask=column_ok[None, :], other=0.0)
-        b = tl.load(b_rows + column[None, :], mask=rank_ok[:, None] & column_ok[None, :], other=0.0)
-        delta = tl.dot(h, b.to(h.dtype), input_precision="ieee")
-        ok = (place < length)[:, None] & column_ok[None, :]
-        tl.store(y_tile, (y.to(tl.float32) + delta).to(y_ptr.dtype.element_ty), mask=ok)
+def _pages(table_ptr, row_ptr, rank, rank_ok):
+    """The page that each of these ranks of a chunk's adapter is on."""
+    nth = rank // RANK
+    more_ptr = table_ptr + (tl.load(row_ptr + MORE) + nth) * ROW_FIELDS + PAGE
+    more = tl.load(more_ptr, mask=rank_ok & (nth > 0), other=0)
+    return tl.where(nth == 0, tl.load(row_ptr + PAGE), more).to(tl.int64)
 
 
 @triton.jit
@@ -347,6 +372,8 @@ class _Expand:
     registers: int
 
 
+_PAGES = 4  # multiplied at once, of chunks of several tokens
+
 # Found on one H200; no other card has been tuned, so that all run these.
 _EXPAND_SHORT = _Expand(1024, 128, 512, 8, 128)
 _EXPAND_LONG = _Expand(1024, 128, 512, 4, 128)
@@ -398,6 +425,7 @@ def sgmv_expand_triton(
         VECTOR_OUT=config.vector_out,
         TILE_OUT=config.tile_out,
         TILES_OUT=config.tiles_out,
+        PAGES=_PAGES,
         PLANES=h.shape[0],
         ACTIVATION=activation,
         HAS_BIAS=bias_pages is not None,

@@ -48,6 +48,7 @@ for chunk, shrink, expand in (
     build(triton_shrink._shrink_kernel, sgmv, sizes, 4)
     sizes = flags | {"WIDTH_0": 4096, "WIDTH_1": 1024, "WIDTH_2": 1024, "CHUNK": chunk, "ROWS": min(chunk, 32)}
     sizes |= {"VECTOR_OUT": expand.vector_out, "TILE_OUT": expand.tile_out, "TILES_OUT": expand.tiles_out, "PLANES": 8}
+    sizes |= {"PAGES": triton_expand._PAGES}
     build(triton_expand._expand_kernel, sgmv, sizes, 4)
 sizes = flags | {"NUM_SLICES": 3, "PLANES": 2, "CHUNK": 64}
 build(triton_shrink._columns_kernel, sgmv | {"out_ptr": "*bf16"}, sizes, 4)
