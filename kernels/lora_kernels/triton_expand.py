@@ -213,12 +213,11 @@ def _expand_tiles(
     page = _pages(table_ptr, row_ptr, rank, rank_ok)
     place = first_place + tl.arange(0, ROWS)
     tokens = load_tokens(order_ptr, row_ptr, place, length)
-    plane = tl.arange(0, triton.next_power_of_2(PLANES))[:, None, None]
-    h_rows = h_ptr + slice_id * stride_slice + tokens[None, :, None] * stride_token + plane * stride_plane
+    h_tile = h_ptr + slice_id * stride_slice + tokens[:, None] * stride_token + rank[None, :]
     wait(PDL)
-    planes = tl.load(h_rows + rank[None, None, :], mask=rank_ok[None, None, :] & (plane < PLANES), other=0.0)
+    h = _sum_planes(h_tile, rank_ok, stride_plane, PLANES)
     at = (page * NUM_SLICES + slice_id) * RANK + rank % RANK
-    h = _between(tl.sum(planes, 0), scale_ptr, bias_ptr, at[None, :], ACTIVATION, HAS_BIAS, HAS_SCALES)
+    h = _between(h, scale_ptr, bias_ptr, at[None, :], ACTIVATION, HAS_BIAS, HAS_SCALES)
     h = _rounded(h, b_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
     b_rows = b_ptr + (page * RANK + rank % RANK)[:, None] * OUT
     for first in tl.range(begin, begin + BLOCKS, BLOCK, num_stages=3):
@@ -304,6 +303,15 @@ def _pages(table_ptr, row_ptr, rank, rank_ok):
     more_ptr = table_ptr + (tl.load(row_ptr + MORE) + nth) * ROW_FIELDS + PAGE
     more = tl.load(more_ptr, mask=rank_ok & (nth > 0), other=0)
     return tl.where(nth == 0, tl.load(row_ptr + PAGE), more).to(tl.int64)
+
+
+@triton.jit
+def _sum_planes(h_tile, rank_ok, stride_plane, PLANES: tl.constexpr):
+    """h of a tile of tokens and ranks, zero where the adapter has no such rank: nothing was written there."""
+    h = tl.load(h_tile, mask=rank_ok[None, :], other=0.0)
+    for plane in tl.static_range(1, PLANES):
+        h += tl.load(h_tile + plane * stride_plane, mask=rank_ok[None, :], other=0.0)
+    return h
 
 
 @triton.jit
