@@ -188,8 +188,10 @@ class LimitsConfig:
         always. tenant_weights: the shares of tenants beside others of the same priority; 1 for those not named.
     max_import_error: of an adapter that is served with fewer ranks than its deltas have (LoKr), the largest relative
         error of a linear's delta, in the Frobenius norm; 0 refuses all but exact ones.
+    max_uploads: of a tenant under way at once, at each front door; the next is told to come again.
     """
 
+    max_uploads: int = 8
     max_upload_bytes: int = 2 << 30
     max_unpacked_bytes: int = 4 << 30
     max_training_file_bytes: int = 512 << 20

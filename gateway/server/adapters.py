@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ARCHIVE_SUFFIXES: Final = (".tar", ".tar.gz", ".tgz", ".zip")
-_CONCURRENT_CHECKS: Final = 2
 _CONCURRENT_TESTS: Final = 2  # those of uploads wait for none of them
 _GRACE_S: Final = 10.0
 _PIECE: Final = 1 << 20  # bytes that the upload's thread writes at once, while as many arrive
@@ -50,7 +49,6 @@ class AdapterService:
         self._context = context
         self._registry = context.registry
         self._tags = AdapterTags(context.database)
-        self._checks = asyncio.Semaphore(_CONCURRENT_CHECKS)
         self._tests = asyncio.Semaphore(_CONCURRENT_TESTS)
 
     async def list(self, principal: Principal) -> Sequence[AdapterInfo]:
@@ -148,20 +146,19 @@ class AdapterService:
         await asyncio.to_thread(self._registry.delete, tenant, name, version)
 
     def upload(self, principal: Principal) -> Upload:
-        """An upload to fill and publish inside `async with`."""
-        return Upload(self._context, self._checks, principal)
+        """An upload to fill and publish inside `async with`, which may raise `Overloaded`: the tenant has too many."""
+        return Upload(self._context, principal)
 
 
 class Upload(AbstractAsyncContextManager["Upload"]):
     """One upload on its way: nothing of it is left after the `async with` block but what was published.
 
     All blocking work is done, in order, by one thread of its own, so a cancelled call never races its own clean-up.
-    checks: shared by all uploads, bounds how many unpack or validate at once, each in a process of its own.
     """
 
-    def __init__(self, context: ServerContext, checks: asyncio.Semaphore, principal: Principal) -> None:
+    def __init__(self, context: ServerContext, principal: Principal) -> None:
         self._context = context
-        self._checks = checks
+        self._turns = context.upload_turns
         self._principal = principal
         self._thread = ThreadPoolExecutor(1, "patchbay-upload")
         self._staged: Staging | None = None
@@ -171,17 +168,22 @@ class Upload(AbstractAsyncContextManager["Upload"]):
         own = config.limits
         limits = UploadLimits(own.max_upload_bytes, own.max_unpacked_bytes, own.max_import_error)
         root = config.store.staging
+        self._turns.begin(self._principal.tenant)
         try:
             await self.run(lambda: self._open(root, limits))
         except BaseException:
             self._close()
+            self._turns.end(self._principal.tenant)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.shield(asyncio.wrap_future(self._close()))
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._close()))
+        finally:
+            self._turns.end(self._principal.tenant)
 
     @property
     def _staging(self) -> Staging:
@@ -247,9 +249,9 @@ class Upload(AbstractAsyncContextManager["Upload"]):
     async def check(self, work: Callable[[], T]) -> T:
         """Unpack or validate in the upload's thread: under way until it ends, also where the call is cancelled."""
         loop = asyncio.get_running_loop()
-        await self._checks.acquire()
+        release = await self._turns.check(self._principal.tenant)
         checked = self.start(work)
-        checked.add_done_callback(lambda _: loop.call_soon_threadsafe(self._checks.release))
+        checked.add_done_callback(lambda _: loop.call_soon_threadsafe(release))
         return await asyncio.wrap_future(checked)
 
     def start(self, work: Callable[[], T]) -> Future[T]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gateway.metrics import FrontDoorMetrics
     from gateway.server.router import Router
     from gateway.server.self_test import SelfTest
+    from gateway.server.upload_turns import UploadTurns
     from gateway.trainer.files import TrainingFiles
     from gateway.trainer.jobs import FineTuningJobs
 
@@ -57,6 +58,7 @@ class ServerContext:
     accounts: Accounts
     registry: AdapterRegistry
     self_test: SelfTest
+    upload_turns: UploadTurns
     blobs: BlobStore
     training_files: TrainingFiles
     jobs: FineTuningJobs

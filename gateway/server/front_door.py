@@ -35,6 +35,7 @@ from gateway.server.logs import configure_logging
 from gateway.server.router import Router
 from gateway.server.self_test import SelfTest
 from gateway.server.upkeep import Upkeep
+from gateway.server.upload_turns import UploadTurns
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.jobs import FineTuningJobs
 
@@ -148,6 +149,7 @@ class FrontDoor:
             accounts=accounts,
             registry=AdapterRegistry(database, blobs),
             self_test=SelfTest(self._router, metrics, config.store.self_test_timeout_s),
+            upload_turns=UploadTurns(config.limits.max_uploads),
             blobs=blobs,
             training_files=TrainingFiles(database, blobs),
             jobs=FineTuningJobs(database),

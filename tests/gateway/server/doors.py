@@ -31,6 +31,7 @@ from gateway.server.listeners import HttpListener, bind_grpc, bind_http
 from gateway.server.mailbox import Mailbox
 from gateway.server.router import EngineInfo
 from gateway.server.self_test import SelfTest
+from gateway.server.upload_turns import UploadTurns
 from gateway.trainer.files import TrainingFiles
 from gateway.trainer.jobs import FineTuningJobs
 
@@ -183,6 +184,7 @@ class Doors:
             accounts=accounts,
             registry=AdapterRegistry(database, blobs),
             self_test=SelfTest(router, metrics, config.store.self_test_timeout_s),
+            upload_turns=UploadTurns(config.limits.max_uploads),
             blobs=blobs,
             training_files=TrainingFiles(database, blobs),
             jobs=FineTuningJobs(database),
