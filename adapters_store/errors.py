@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adapters_store.reports import VersionReport
 
 
@@ -95,12 +99,21 @@ class StoreUnavailable(StoreError):
 
 
 class DiskFull(StoreUnavailable):
-    """Uploads are staged on a disk that has no space left."""
+    """Uploads arrive on a disk that has no space left."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "No space is left on the disk where uploads are staged. Retry once the operator has made room."
-        )
+        super().__init__("No space is left on the disk where uploads arrive. Retry once the operator has made room.")
+
+
+@contextmanager
+def telling_full_disk() -> Iterator[None]:
+    """What the system says of a full disk in this block, as `DiskFull`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskFull from error
 
 
 class AdapterLoadFailed(StoreError):

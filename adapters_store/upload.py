@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -19,7 +18,7 @@ from typing import IO, Final, Self
 from adapters_store.archive import ARCHIVE_FILE
 from adapters_store.base_spec import BaseSpec
 from adapters_store.canonical import CANONICAL_FILE
-from adapters_store.errors import AdapterInvalid, DiskFull, StoreError, UploadTooLarge
+from adapters_store.errors import AdapterInvalid, StoreError, UploadTooLarge, telling_full_disk
 from adapters_store.file_names import (
     CONFIG_FILE,
     GOLDEN_FILE,
@@ -75,7 +74,7 @@ class Staging:
 
     def __init__(self, root: Path, limits: UploadLimits | None = None) -> None:
         self._limits = limits or UploadLimits()
-        with _writing():
+        with telling_full_disk():
             root.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_new(root)
             self._path = Path(self._lock.name).with_suffix("")
@@ -241,7 +240,7 @@ class UploadSink:
         self._count = count
         self._then = then
         self._num_bytes = 0
-        with _writing():
+        with telling_full_disk():
             self._file: IO[bytes] | None = None if path is None else path.open("xb")
 
     def write(self, chunk: bytes) -> None:
@@ -251,12 +250,12 @@ class UploadSink:
         if self._num_bytes > self._max_bytes:
             raise UploadTooLarge(self._name, self._max_bytes)
         if self._file is not None:
-            with _writing():
+            with telling_full_disk():
                 self._file.write(chunk)
 
     def finish(self) -> None:
         """The file has come whole; an archive is unpacked now. Raises `AdapterInvalid` or `UploadTooLarge`."""
-        with _writing():
+        with telling_full_disk():
             self.close()
         if self._then is not None:
             self._then()
@@ -265,17 +264,6 @@ class UploadSink:
         """Stop writing; harmless when done already."""
         if self._file is not None:
             self._file.close()
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """What the system says of a full disk, as `DiskFull`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DiskFull from error
 
 
 def clean_staging(root: Path) -> int:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final, cast
 
-from adapters_store.errors import UploadTooLarge
+from adapters_store.errors import UploadTooLarge, telling_full_disk
 from gateway.errors import Conflict, InvalidRequest, ModelNotFound, PermissionDenied
 from gateway.trainer.job import event_number
 
@@ -97,8 +97,8 @@ class FileService:
 
     @asynccontextmanager
     async def receive(self) -> AsyncGenerator[ReceivedFile, None]:
-        """Room on disk for a file that arrives; it is gone after the `async with` block."""
-        with tempfile.TemporaryFile(prefix="patchbay-upload-") as file:
+        """Room on disk for a file that arrives; it is gone after the `async with` block, which may raise `DiskFull`."""
+        with telling_full_disk(), tempfile.TemporaryFile(prefix="patchbay-upload-") as file:
             yield ReceivedFile(cast("BinaryIO", file), self._max_bytes)
 
     async def create(self, principal: Principal, filename: str, purpose: str, received: ReceivedFile) -> TrainingFile:

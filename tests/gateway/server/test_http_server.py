@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -342,6 +344,14 @@ def test_files_through_the_sdk(tenant: TenantClient, new_tenant: Callable[..., T
     assert tenant.openai.files.delete(file.id).deleted is True
     with pytest.raises(openai.NotFoundError):
         tenant.openai.files.retrieve(file.id)
+
+
+def test_a_file_for_which_the_disk_has_no_room_is_503(tenant: TenantClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: os.fdopen(os.open("/dev/full", os.O_RDWR), "w+b"))
+    files, data = {"file": ("train.jsonl", b"x" * 100_000)}, {"purpose": "fine-tune"}
+    response = tenant.http.post("/v1/files", data=data, files=files)
+    assert response.status_code == 503
+    assert "No space is left" in response.json()["error"]["message"]
 
 
 def test_bad_files_are_refused(doors: Doors, tenant: TenantClient) -> None:
