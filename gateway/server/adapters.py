@@ -117,8 +117,8 @@ class AdapterService:
     async def export(self, principal: Principal, tenant: str, name: str, version: int) -> PeftTar:
         """A version as a peft folder. Raises `AdapterNotFound` or `AdapterLoadFailed`."""
         _check_reach(principal, tenant, name)
-        base = (await self._context.router.info()).base_spec
-        return await asyncio.to_thread(self._export, tenant, name, version, base)
+        base, loop = (await self._context.router.info()).base_spec, asyncio.get_running_loop()
+        return await loop.run_in_executor(self._context.transfers, self._export, tenant, name, version, base)
 
     def _export(self, tenant: str, name: str, version: int, base: BaseSpec) -> PeftTar:
         found = self._registry.resolve(tenant, f"{tenant}/{name}:{version}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gateway.trainer.jobs import FineTuningJobs
 
 _LOOKUP_THREADS: Final = 4
+_TRANSFER_THREADS: Final = 4
 
 
 class Readiness:
@@ -48,8 +49,9 @@ class ServerContext:
     health: the servicer to add to the gRPC server; its statuses are set by the `FrontDoor`.
     metrics_text: the Prometheus text of /metrics, in the version 0.0.4 text format (UTF-8), this process's own and,
         with server.metrics_aggregate, all replicas'.
-    lookups: the threads that check keys and resolve names, which every request needs. Nothing else runs in them: what
-        reads or writes blobs may hold all of the loop's own threads for seconds.
+    lookups: the threads that check keys and resolve names, which every request needs; nothing else runs in them.
+    transfers: those that read or write whole blobs, which may take seconds each. The loop's own threads do what is
+        short.
     """
 
     config: GatewayConfig
@@ -67,3 +69,4 @@ class ServerContext:
     health: grpc_health.HealthServicer
     metrics_text: Callable[[], Awaitable[bytes]]
     lookups: Executor = field(default_factory=lambda: ThreadPoolExecutor(_LOOKUP_THREADS, "patchbay-lookup"))
+    transfers: Executor = field(default_factory=lambda: ThreadPoolExecutor(_TRANSFER_THREADS, "patchbay-transfer"))

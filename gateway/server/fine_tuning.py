@@ -93,6 +93,7 @@ class FileService:
 
     def __init__(self, context: ServerContext) -> None:
         self._files = context.training_files
+        self._transfers = context.transfers
         self._max_bytes = context.config.limits.max_training_file_bytes
 
     @asynccontextmanager
@@ -103,9 +104,9 @@ class FileService:
 
     async def create(self, principal: Principal, filename: str, purpose: str, received: ReceivedFile) -> TrainingFile:
         """Keep a received file. Raises `InvalidRequest` or `UploadTooLarge`."""
-        source = received.rewound()
-        return await asyncio.to_thread(
-            self._files.create, tenant_of(principal), filename, purpose, source, self._max_bytes
+        tenant, source, loop = tenant_of(principal), received.rewound(), asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._transfers, self._files.create, tenant, filename, purpose, source, self._max_bytes
         )
 
     async def get(self, principal: Principal, file_id: str) -> TrainingFile:
@@ -118,7 +119,8 @@ class FileService:
 
     async def open(self, principal: Principal, file_id: str) -> BinaryIO:
         """The bytes of a file. Raises `NotFound`."""
-        return await asyncio.to_thread(self._files.open, tenant_of(principal), file_id)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._transfers, self._files.open, tenant_of(principal), file_id)
 
     async def delete(self, principal: Principal, file_id: str) -> None:
         """Remove a file. Raises `NotFound`, or `Conflict` while a job needs it."""

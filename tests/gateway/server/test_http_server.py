@@ -8,8 +8,10 @@ import logging
 import os
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +354,24 @@ def test_a_file_for_which_the_disk_has_no_room_is_503(tenant: TenantClient, monk
     response = tenant.http.post("/v1/files", data=data, files=files)
     assert response.status_code == 503
     assert "No space is left" in response.json()["error"]["message"]
+
+
+def test_transfers_under_way_hold_up_no_other_request(
+    doors: Doors, tenant: TenantClient, adapter: Path, admin: httpx.Client
+) -> None:
+    assert tenant.upload("own", adapter).status_code == 200
+    may_end, path = threading.Event(), f"/v1/adapters/{tenant.id}/own"
+    busy = [doors.context.transfers.submit(may_end.wait, 30) for _ in range(32)]
+    with ThreadPoolExecutor(8) as clients:
+        downloads = [clients.submit(tenant.http.get, f"{path}/versions/1/download") for _ in range(8)]
+        assert tenant.http.get(path).status_code == 200
+        assert tenant.openai.models.retrieve(f"{tenant.id}/own").id == f"{tenant.id}/own"
+        assert tenant.upload("other", adapter).status_code == 200
+        assert admin.get("/v1/keys").status_code == 200
+        assert not any(download.done() for download in downloads)
+        may_end.set()
+        assert {download.result().status_code for download in downloads} == {200}
+    assert all(work.result() for work in busy)
 
 
 def test_bad_files_are_refused(doors: Doors, tenant: TenantClient) -> None:
