@@ -21,14 +21,22 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from adapters_store.errors import StoreUnavailable
 
 _SQLITE_TIMEOUT_SECONDS = 30.0
+_POSTGRESQL_OPTIONS = {  # libpq's: a server that is gone is noticed after seconds, not the system's quarter of an hour
+    "connect_timeout": 10,  # s
+    "keepalives_idle": 10,  # s
+    "keepalives_interval": 5,  # s
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # ms
+}
 _WRITES = "patchbay_writes"
 
 
 class Database:
     """One metadata database, named by an SQLAlchemy URL. Safe to use from any thread.
 
-    A SQLite file is opened in WAL mode with full fsync; its folder is made when absent. No error's text has the values
-    that were to be written, which are a tenant's.
+    A SQLite file is opened in WAL mode with full fsync; its folder is made when absent. A PostgreSQL server that does
+    not answer a connection within 10 s, or is gone for 30, is unavailable; the URL's own options come first. No error's
+    text has the values that were to be written, which are a tenant's.
     """
 
     def __init__(self, url: str) -> None:
@@ -137,7 +145,9 @@ def _unavailable() -> Iterator[None]:
 def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True)
+        libpq = parsed.get_driver_name().startswith("psycopg")
+        options = {name: value for name, value in _POSTGRESQL_OPTIONS.items() if libpq and name not in parsed.query}
+        return create_engine(parsed, pool_pre_ping=True, hide_parameters=True, connect_args=options)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": _SQLITE_TIMEOUT_SECONDS}, hide_parameters=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, insert, select
 from sqlalchemy.exc import IntegrityError
 
+from adapters_store import database as database_module
 from adapters_store.accounts import Accounts
 from adapters_store.database import Database
 from adapters_store.errors import StoreUnavailable
@@ -111,6 +113,15 @@ def test_a_database_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None
     (tmp_path / "folder.db").mkdir()
     with pytest.raises(StoreUnavailable):
         Database(f"sqlite:///{tmp_path / 'folder.db'}").upgrade()
+
+
+def test_a_postgresql_server_that_does_not_answer_is_unavailable_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(database_module._POSTGRESQL_OPTIONS, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        database = Database(f"postgresql+psycopg://someone@127.0.0.1:{silent.getsockname()[1]}/patchbay")
+        with pytest.raises(StoreUnavailable, match="does not answer"), database.read():
+            pass
+    database.dispose()
 
 
 def test_a_database_whose_connections_are_all_in_use_is_unavailable(database: Database) -> None:
