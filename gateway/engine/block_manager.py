@@ -118,9 +118,9 @@ class BlockManager:
 
     def grow(self, sequence: Sequence, num_tokens: int, *, leave: int = 0, may_borrow: bool = True) -> bool:
         """Make the sequence hold blocks for `num_tokens`. False, taking nothing, if fewer than `leave` would stay."""
-        missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
-        if missing <= 0:
+        if num_tokens <= len(sequence.block_table) * self.block_size:
             return True
+        missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         while missing + leave > self.num_free:
             if not may_borrow or not self.borrow(math.inf):
                 return False

@@ -33,6 +33,7 @@ class TokenTable:
         self._steps = _decoder_steps(tokenizer)
         self._byte_level = "ByteLevel" in self._steps
         self._pieces: dict[int, bytes] = {}
+        self._whole: dict[int, str | None] = {}
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
 
@@ -52,6 +53,16 @@ class TokenTable:
         piece = self.piece(token_id)
         spaces = len(piece) - len(piece.lstrip(b" "))
         return piece[min(spaces, strip["start"]) :] if strip else piece
+
+    def whole(self, token_id: int) -> str | None:
+        """The text that a token adds, where that is whole characters whatever comes before."""
+        try:
+            return self._whole[token_id]
+        except KeyError:
+            piece = self.piece(token_id)
+            text, consumed = codecs.utf_8_decode(piece, "replace", False)
+            whole = self._whole[token_id] = text if consumed == len(piece) else None
+            return whole
 
     def text(self, token_id: int) -> str:
         """The token alone as text, special tokens too; bytes that are no whole character show as U+FFFD."""
@@ -88,6 +99,11 @@ class IncrementalDetokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that this token makes certain; empty once a stop string has ended the text."""
+        # Nearly every token: nothing is held back before it or in it, and nothing can stop there.
+        if not self._pending and self._stops is None and not self._at_start and token_id not in self._skipped:
+            whole = self._table.whole(token_id)
+            if whole is not None:
+                return whole
         if self.stop_string is not None:
             return ""
         data = self._pending + self._next_piece(token_id)

@@ -322,25 +322,34 @@ class LLMEngine:
             if row in bad:
                 self._end(sequence.request, "error", _not_finite(sequence, scheduled, len(bad)), output)
             else:
-                if not is_draft:
-                    output.deltas.append(TokenDelta(sequence.request.request.request_id, sequence.index, "", []))
-                self._append(sequence, token, logprob, now, output)
+                self._append(sequence, token, logprob, is_draft, now, output)
 
     def _append(
-        self, sequence: Sequence, token: int, logprob: RawLogprob | None, now: float, output: StepOutput
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: RawLogprob | None,
+        is_draft: bool,
+        now: float,
+        output: StepOutput,
     ) -> None:
-        """Add a token to a sequence, and to the last delta of `output`, which is the sequence's."""
+        """Add a token to a sequence and to a delta: of a draft the last of `output`, which is the sequence's."""
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         running, detokenizer = sequence.request, sequence.detokenizer
         _clock(running, now, output)
-        delta = output.deltas[-1]
-        delta.token_ids.append(token)
-        if token not in sequence.end_ids:
-            delta.text += detokenizer.push(token)
+        is_end = token in sequence.end_ids
+        text = "" if is_end else detokenizer.push(token)
+        if is_draft:
+            delta = output.deltas[-1]
+            delta.token_ids.append(token)
+            delta.text += text
+        else:
+            delta = TokenDelta(running.request.request_id, sequence.index, text, [token])
+            output.deltas.append(delta)
         if logprob is not None:
             delta.logprobs.append(self._logprob(logprob))
-        if token in sequence.end_ids or detokenizer.stop_string is not None:
+        if is_end or detokenizer.stop_string is not None:
             delta.finish_reason = "stop"
         elif len(sequence.token_ids) >= sequence.max_tokens:
             delta.finish_reason = "length"

@@ -152,13 +152,13 @@ class Scheduler:
         Called before the tokens that it sampled are appended to their sequences.
         """
         self._num_done = output.number
-        size = self.blocks.block_size
-        for sequence, start, num_tokens in output.scheduled:
-            end = start + num_tokens
-            # What lies beyond the known tokens is a draft: its block waits for `accept`.
-            is_known = end <= len(sequence.token_ids)
-            if is_known and end // size > sequence.num_sealed and not sequence.finished:
-                self.blocks.seal(sequence, end)
+        if self.blocks.enable_prefix_caching:
+            size = self.blocks.block_size
+            for sequence, start, num_tokens in output.scheduled:
+                end = start + num_tokens
+                # What lies beyond the known tokens is a draft: its block waits for `accept`.
+                if end // size > sequence.num_sealed and end <= len(sequence.token_ids) and not sequence.finished:
+                    self.blocks.seal(sequence, end)
         self._release_ended()
 
     def accept(self, sequence: Sequence) -> bool:
@@ -207,35 +207,39 @@ class Scheduler:
         """
         enough = True
         budget = self.max_num_batched_tokens
+        grow, running = self.blocks.grow, SequenceStatus.RUNNING
         for sequence in self._runnable():
-            num_tokens = min(sequence.num_tokens - sequence.num_computed, budget)
-            if num_tokens == 0:
-                break
-            if num_tokens == budget and self._leaves_some(sequence):
-                num_tokens = -(-budget // 2)
-                halved.append(sequence)
-            while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(
-                sequence, sequence.num_computed + num_tokens
-            ):
+            num_tokens = sequence.num_tokens - sequence.num_computed
+            if num_tokens >= budget:
+                if budget == 0:
+                    break
+                num_tokens = budget
+                if self._leaves_some(sequence):
+                    num_tokens = -(-budget // 2)
+                    halved.append(sequence)
+            end = sequence.num_computed + num_tokens
+            while sequence.status is running and not grow(sequence, end):
                 enough = False
                 if self._is_in_flight:
                     step.clear()
                     return False
                 budget += self._preempt_last(step)
-            if sequence.status is SequenceStatus.RUNNING:
+            if sequence.status is running:
                 step[sequence] = num_tokens
                 budget -= num_tokens
         return enough
 
     def _runnable(self) -> list[Sequence]:
         """The running sequences, decode first, without those whose last token is in flight or had better be known."""
-        runnable = [s for s in self.running if s.num_tokens < s.max_tokens]
+        decoding: list[Sequence] = []
+        prompts: list[Sequence] = []
+        for sequence in self.running:
+            if sequence.num_tokens < sequence.max_tokens:
+                (prompts if sequence.num_tokens - sequence.num_computed > 1 else decoding).append(sequence)
+        prompts.sort(key=lambda s: (s.priority, s.tenant.served))
+        runnable = decoding + prompts
         if self.speculation:
-            runnable = [s for s in runnable if not self.speculation.had_better_wait(s)]
-        prompts = [s for s in runnable if s.num_uncomputed > 1]
-        if prompts:
-            prompts.sort(key=lambda s: (s.priority, s.tenant.served))
-            runnable = [s for s in runnable if s.num_uncomputed <= 1] + prompts
+            return [s for s in runnable if not self.speculation.had_better_wait(s)]
         return runnable
 
     def _leaves_some(self, sequence: Sequence) -> bool:
@@ -394,16 +398,17 @@ class Scheduler:
         output.saves = self.blocks.saves(output.loads)
         # Rows of one adapter lie together: kernels need not gather what is in a row already. Those whose number changes
         # from step to step lie behind, so that the others stay where they are.
-        for sequence, num_tokens in sorted(
-            step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].lookup is not None, chunk[0].slot)
-        ):
-            output.scheduled.append(Chunk(sequence, sequence.num_computed, num_tokens))
-            sequence.num_computed += num_tokens
-            sequence.last_step = output.number
-            if sequence.num_computed == sequence.num_tokens:
-                sequence.num_tokens += 1
+        order = sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].lookup is not None, chunk[0].slot))
+        scheduled, sampled, number = output.scheduled, output.sampled, output.number
+        for sequence, num_tokens in order:
+            start = sequence.num_computed
+            scheduled.append(Chunk(sequence, start, num_tokens))
+            sequence.num_computed = computed = start + num_tokens
+            sequence.last_step = number
+            if computed == sequence.num_tokens:
+                sequence.num_tokens = computed + 1
                 sequence.tenant.charge(_OUTPUT_COST)
-                output.sampled.append(sequence)
+                sampled.append(sequence)
                 if sequence.followers:
                     self._queue_followers(sequence)
                 if sequence.drafts:

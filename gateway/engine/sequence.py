@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from gateway.engine.detokenizer import IncrementalDetokenizer
 from gateway.engine.prompt_lookup import PromptLookup
@@ -20,6 +21,9 @@ class SequenceStatus(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+_FINISHED: Final = SequenceStatus.FINISHED  # asked for each row of each step, where the class is slow to tell
 
 
 @dataclass(eq=False, slots=True)
@@ -103,7 +107,7 @@ class Sequence:
     @property
     def finished(self) -> bool:
         """Whether its last delta has been made."""
-        return self.status is SequenceStatus.FINISHED
+        return self.status is _FINISHED
 
 
 @dataclass(eq=False, slots=True)

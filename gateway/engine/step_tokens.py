@@ -43,7 +43,6 @@ class StepTokens:
         ends, num_single = np.cumsum(query_lens), int(np.count_nonzero(query_lens == 1))
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
         blocks = _blocks(output.scheduled, num_single, block_size)
-        sampled = set(output.sampled)
         return cls(
             ids=_ids(output.scheduled, pending, ends),
             positions=positions,
@@ -53,7 +52,7 @@ class StepTokens:
             context_lens=starts + query_lens,
             num_single=num_single,
             block_tables=[sequence.block_table for sequence in sequences],
-            last_rows=ends[[sequence in sampled for sequence in sequences]] - 1,
+            last_rows=ends[_are_sampled(output)] - 1,
         )
 
     def __len__(self) -> int:
@@ -64,6 +63,14 @@ class StepTokens:
     def is_decode(self) -> bool:
         """Whether what follows each token is sampled."""
         return len(self.last_rows) == len(self.ids)
+
+
+def _are_sampled(output: SchedulerOutput) -> slice | list[bool]:
+    """Which chunks are sampled, as an index of them."""
+    if len(output.sampled) == len(output.scheduled):
+        return slice(None)
+    sampled = set(output.sampled)
+    return [chunk.sequence in sampled for chunk in output.scheduled]
 
 
 def _ids(chunks: Seq[Chunk], pending: PendingTokens | None, ends: IntArray) -> IntArray:
