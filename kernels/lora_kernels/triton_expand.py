@@ -298,11 +298,12 @@ def _expand_tile(
 
 @triton.jit
 def _pages(table_ptr, row_ptr, rank, rank_ok):
-    """The page that each of these ranks of a chunk's adapter is on."""
+    """The page that each of these ranks of a chunk's adapter is on; its first where the adapter has no such rank."""
     nth = rank // RANK
+    is_behind = rank_ok & (nth > 0)
     more_ptr = table_ptr + (tl.load(row_ptr + MORE) + nth) * ROW_FIELDS + PAGE
-    more = tl.load(more_ptr, mask=rank_ok & (nth > 0), other=0)
-    return tl.where(nth == 0, tl.load(row_ptr + PAGE), more).to(tl.int64)
+    more = tl.load(more_ptr, mask=is_behind, other=0)
+    return tl.where(is_behind, more, tl.load(row_ptr + PAGE)).to(tl.int64)
 
 
 @triton.jit

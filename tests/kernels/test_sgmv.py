@@ -165,7 +165,7 @@ def test_kernels_equal_a_product_a_row_on_any_layout(slots: list[int], device: s
     torch.testing.assert_close(out.cpu().double(), truth, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("slots", [LAYOUTS["mixed ranks and base rows"], LAYOUTS["long segment"]])
+@pytest.mark.parametrize("slots", [LAYOUTS["mixed ranks and base rows"], LAYOUTS["long segment"], [1, 1, -1, 6, 6]])
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_bottlenecks_and_pages_in_8_bits_are_as_exact_as_the_plain_path(
     slots: list[int], activation: Activation, device: str
@@ -179,6 +179,9 @@ def test_bottlenecks_and_pages_in_8_bits_are_as_exact_as_the_plain_path(
     bias = torch.randn(NUM_PAGES, 2, PAGE_RANK)
     for tensor, dim in ((a, 1), (b, 0), (scales[0], 1), (scales[1], 1), (bias, 1)):
         zero_beyond_rank(tensor, dim)
+    unused = sorted(set(range(NUM_PAGES)).difference(*(pages.ids for pages in PAGES.values())))
+    for tensor in (*scales, bias):
+        tensor[unused] = torch.nan  # whatever was there before
     x, before = torch.randn(len(slots), 64).to(dtype), torch.randn(len(slots), sum(widths)).to(dtype)
     plain, y = before.clone(), before.to(device, copy=True)
     h = sgmv_shrink_ref(x, a, _segments(slots), scales[0])
