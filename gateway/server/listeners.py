@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES: Final = 64 << 10
 """Of a request's line and headers, or of its trailers; one read of the socket may pass it."""
-_HEAD_TOO_LARGE: Final = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-)
+HEAD_S: Final = 30.0
+"""How long a request's line and headers may take to arrive, and a new connection to bring any."""
+_HEAD_TOO_LARGE: Final = b"431 Request Header Fields Too Large"
+_HEAD_TOO_LATE: Final = b"408 Request Timeout"
 _BACKLOG: Final = 2048
 
 
@@ -67,7 +68,8 @@ def port_error(name: str, host: str, port: int, error: Exception) -> ConfigInval
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's faster protocol, which closes a connection (431) whose head or trailers pass `MAX_HEAD_BYTES`.
+    """uvicorn's faster protocol, which closes a connection whose head or trailers pass `MAX_HEAD_BYTES` (431), or whose
+    head is not there within `HEAD_S` (408).
 
     Its parser has no limits and joins what it has of a URL or header with each piece that comes, so one without end
     would take all memory and, before that, the event loop. uvicorn's other protocol, h11, has limits, but is written in
@@ -75,24 +77,54 @@ class BoundedHttp(HttpToolsProtocol):
     """
 
     _num_pending = 0  # bytes since the last complete head or piece of a body
+    _head_timer: asyncio.TimerHandle | None = None  # while a head is awaited
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        self._stop_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
         self._num_pending += len(data)
         super().data_received(data)
-        if self._num_pending > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_HEAD_TOO_LARGE)
-            self.transport.close()
+        if self._num_pending > MAX_HEAD_BYTES:
+            self._refuse(_HEAD_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """Called by the parser."""
+        super().on_message_begin()
+        if self._head_timer is None:  # else it is the connection's first request, awaited already
+            self._await_head()
 
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._num_pending = 0
+        self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Called by the parser."""
         self._num_pending = 0
         super().on_body(body)
+
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_S, self._refuse, _HEAD_TOO_LATE)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _refuse(self, status: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
 
 
 class HttpListener:
