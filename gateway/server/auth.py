@@ -33,6 +33,8 @@ class Access(Enum):
 HTTP_POLICY: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/healthz"): Access.PUBLIC,
     ("GET", "/readyz"): Access.PUBLIC,
+    ("GET", "/health"): Access.PUBLIC,
+    ("GET", "/version"): Access.PUBLIC,
     ("GET", "/metrics"): Access.PUBLIC,
     ("GET", "/openapi.json"): Access.PUBLIC,
     ("GET", "/v1/models"): Access.ANY_KEY,

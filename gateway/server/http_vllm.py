@@ -1,9 +1,11 @@
-"""vLLM's routes for adapters at run time, as it answers them; here they publish and last. With an admin key."""
+"""vLLM's own routes, as it answers them. Those for adapters want an admin key, and here they publish and last."""
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from fastapi import APIRouter, Response
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from adapters_store.errors import AdapterNotFound
 from adapters_store.names import DEFAULT_ALIAS
@@ -15,7 +17,7 @@ from gateway.server.openai_schema import LoadLoRARequest, UnloadLoRARequest
 
 
 def vllm_routes(context: ServerContext) -> APIRouter:
-    """/v1/load_lora_adapter and /v1/unload_lora_adapter."""
+    """/v1/load_lora_adapter, /v1/unload_lora_adapter, /health and /version."""
     router = APIRouter(route_class=PolicyRoute)
     service = AdapterService(context)
     default_tenant = context.config.server.default_tenant
@@ -42,5 +44,13 @@ def vllm_routes(context: ServerContext) -> APIRouter:
         except AdapterNotFound:
             raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.", param="lora_name") from None
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @router.get("/health")
+    async def health() -> Response:
+        return Response(status_code=200 if context.readiness.ready else 503)
+
+    @router.get("/version")
+    async def show_version() -> Response:
+        return JSONResponse({"version": version("patchbay")})
 
     return router

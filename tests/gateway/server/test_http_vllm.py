@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -45,6 +46,14 @@ def test_an_adapter_is_loaded_called_reloaded_and_unloaded(
     assert admin.post("/v1/unload_lora_adapter", json=unload).status_code == 404
     assert tenant.http.get("/v1/models/sql:1").status_code == 200, "its versions stay"
     assert load(admin, name, folder).status_code == 200
+
+
+def test_health_and_version_answer_without_a_key(doors: Doors) -> None:
+    healthy = httpx.get(f"{doors.url}/health")
+    assert (healthy.status_code, healthy.content) == (200, b"")
+    with doors.not_ready("draining"):
+        assert httpx.get(f"{doors.url}/health").status_code == 503
+    assert httpx.get(f"{doors.url}/version").json() == {"version": version("patchbay")}
 
 
 def test_only_an_admin_key_may_load_and_unload(tenant: TenantClient, folder: Path) -> None:
