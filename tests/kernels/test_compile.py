@@ -131,27 +131,27 @@ def test_kernels_compile_for(capability: int) -> None:
 def _nf4_kernels() -> list[tuple[str, str, dict[str, int]]]:
     """(architecture, source, macros) of every plan in the table, as it is and as narrow as it becomes, each once.
 
-    With adapters they differ as without: as it is with one kind of them, as narrow as it becomes with the other.
+    In turn one of these two with adapters, of one kind or the other, and one without. On a GPU all are compiled.
     """
     from lora_kernels.nf4_plans import NarrowPlan, WidePlan, invariant_plans
 
     architectures = {(8, 0): "sm_80", (8, 6): "sm_89", (9, 0): "sm_90a"}
-    cases = []
-    for entry in json.loads((files("lora_kernels") / "nf4_plans.json").read_text()):
+    cases: list[tuple[str, str, dict[str, int]]] = []
+    for at, entry in enumerate(json.loads((files("lora_kernels") / "nf4_plans.json").read_text())):
         if not entry.keys() & {"narrow", "wide"}:
             continue  # unpacked first
         plan = NarrowPlan(**entry["narrow"]) if "narrow" in entry else WidePlan(**entry["wide"])
         source = "nf4.cu" if "narrow" in entry else "nf4_wide.cu"
-        for num_blocks, adapted in ((64, 1), (3, 2)):
+        for num_blocks, adapted in ((64, at % 2), (3, 2 * ((at + 1) % 2))):
             fields = asdict(plan.fitted(num_blocks))
             macros = {name.upper(): value for name, value in fields.items() if name != "share"}
-            variants = [{"ADAPTED": 0}]
             if isinstance(plan, WidePlan):
-                variants += [{"ADAPTED": adapted}]
-            elif entry["capability"] == [9, 0]:
-                variants += [{"ADAPTED": adapted, "BLOCKS": 1}]
-            architecture = architectures[tuple(entry["capability"])]
-            cases += [(architecture, source, macros | variant) for variant in variants]
+                macros["ADAPTED"] = adapted
+            elif entry["capability"] == [9, 0] and adapted:
+                macros |= {"ADAPTED": adapted, "BLOCKS": 1}
+            else:
+                macros["ADAPTED"] = 0
+            cases.append((architectures[tuple(entry["capability"])], source, macros))
     for architecture, source, capability in (("sm_90a", "nf4_wide.cu", (9, 0)), ("sm_80", "nf4.cu", (8, 0))):
         for plan in invariant_plans(4096, 4096, capability):
             macros = {name.upper(): value for name, value in asdict(plan).items() if name != "share"}

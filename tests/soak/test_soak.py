@@ -32,7 +32,7 @@ on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), rea
 long = [pytest.mark.soak, pytest.mark.timeout(0)]
 LONG_SECONDS = float(os.environ.get("PATCHBAY_SOAK_SECONDS", 1800)) / 2  # there are two tests
 RUNS = [
-    pytest.param("cpu", 10, id="short"),
+    pytest.param("cpu", 8, id="short"),
     pytest.param("cpu", LONG_SECONDS, id="long", marks=long),
     pytest.param("cuda", 60, id="short-cuda", marks=on_gpu),
     pytest.param("cuda", LONG_SECONDS, id="long-cuda", marks=[*on_gpu, *long]),
