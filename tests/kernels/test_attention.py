@@ -265,7 +265,7 @@ RAGGED = {
     "prompts of two": Case([(2, 2)] * 9),
     "nothing": Case([]),
     "a window": Case([(1, 60), (20, 70)], window=9),
-    "pieces": Case([(1, 700), (20, 30)], num_kv_heads=1, block_size=16),
+    "pieces": Case([(1, 560), (6, 30)], num_kv_heads=1, block_size=16),
 }
 
 

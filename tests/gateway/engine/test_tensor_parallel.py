@@ -70,7 +70,7 @@ def assert_same(got: dict[str, list[TokenDelta]], wanted: dict[str, list[TokenDe
 
 
 @pytest.mark.parametrize(
-    ("overlap_steps", "lends"), [(False, False), (True, False), (True, True)], ids=["in turn", "overlapping", "lending"]
+    ("overlap_steps", "lends"), [(False, False), (True, True)], ids=["in turn", "overlapping and lending"]
 )
 def test_two_ranks_give_one_rank_s_tokens(
     world: TinyWorld, build_engine: MakeEngine, tmp_path: Path, overlap_steps: bool, lends: bool
