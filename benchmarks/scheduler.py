@@ -22,7 +22,7 @@ from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.stats import StepOutput
 
 NUM_SEQS, PROMPT = 256, 8

@@ -36,7 +36,8 @@ class EngineConfig:
         65,536 (CPU).
     kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
         takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
-    max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU).
+    max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU). No
+        more sequences run at once than that.
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         half of the memory beside the base at most (CUDA).

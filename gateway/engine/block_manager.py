@@ -191,7 +191,8 @@ class BlockManager:
                 if place < sequence.num_sealed:
                     self._offer(targets[block], sequence.block_hashes[place])
                 self._release(block)
-            sequence.block_table = table
+            if table != sequence.block_table:
+                sequence.block_table = table
         return list(targets.items())
 
     def loads(self, sequence: Sequence, num_cached: int) -> list[BlockCopy]:

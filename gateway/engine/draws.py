@@ -11,7 +11,7 @@ from torch import Tensor
 from gateway.engine.pending import PendingTokens
 from gateway.engine.random_stream import uniforms_at
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.sampling_row import SamplingRow, num_outputs
+from gateway.engine.sampling_row import OutputCounts, SamplingRow
 from gateway.engine.transfers import send, send_list
 
 _CHUNK: Final = 64
@@ -22,7 +22,7 @@ class Draws:
 
     def __init__(self, rows: list[tuple[int, SamplingRow]], num_rows: int, device: torch.device) -> None:
         self._device = device
-        self._numbered = rows
+        self._counts = OutputCounts(rows)
         self._rows = send_list([i for i, _ in rows], np.int64, device)
         self._takes_all = len(rows) == num_rows
         self._streams = np.array([row.stream for _, row in rows], dtype=np.uint64)
@@ -46,7 +46,7 @@ class Draws:
 
     def _uniforms(self, pending: PendingTokens | None) -> Tensor:
         """One number in [0, 1) a row."""
-        uniforms = uniforms_at(self._streams, num_outputs(self._numbered, pending))
+        uniforms = uniforms_at(self._streams, self._counts.now(pending))
         return send(uniforms, self._device)[:, None]
 
 

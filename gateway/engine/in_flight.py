@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
 from gateway.engine.pending import PendingTokens
 from gateway.engine.sampler import Sampled
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.sequence import Sequence
 
 
@@ -23,6 +24,7 @@ class StepInFlight:
         """Where the next step's rows find their last tokens; None when this step samples for none of them."""
         if sequences == self.scheduled.sampled:
             return PendingTokens(self.sampled.token_ids, np.arange(len(sequences)))
-        places = {sequence: place for place, sequence in enumerate(self.scheduled.sampled)}
-        sources = np.array([places.get(sequence, -1) for sequence in sequences], dtype=np.int64)
+        sampled = self.scheduled.sampled
+        places = dict(zip(sampled, range(len(sampled)), strict=True))
+        sources = np.fromiter(map(places.get, sequences, repeat(-1)), np.int64, len(sequences))
         return PendingTokens(self.sampled.token_ids, sources) if (sources >= 0).any() else None

@@ -27,7 +27,8 @@ from gateway.engine.prompt_lookup import NgramIndex, PromptLookup
 from gateway.engine.request import FinishReason, GenerateRequest, TokenDelta, TokenLogprob, Usage
 from gateway.engine.sampler import RawLogprob, Sampler
 from gateway.engine.sampling_row import SamplingRow
-from gateway.engine.scheduler import Scheduler, SchedulerOutput
+from gateway.engine.scheduler import Scheduler
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
 from gateway.engine.step_graphs import MAX_ROWS
@@ -210,11 +211,11 @@ class LLMEngine:
     def _step(self) -> StepOutput:
         output = self._unfinished = StepOutput()
         scheduled = self._schedule(output)
-        if not scheduled.scheduled and self._in_flight is not None:
+        if not scheduled.num_tokens and self._in_flight is not None:
             # What is to run next may depend on the tokens, or wait for the blocks, of the step in flight.
             self._land(output)
             scheduled = self._schedule(output)
-        if scheduled.scheduled:
+        if scheduled.num_tokens:
             launched = self._launch(scheduled)
             self._land(output)
             self._in_flight = launched
@@ -274,11 +275,12 @@ class LLMEngine:
         scheduled = self.scheduler.schedule()
         for sequence, error in scheduled.failed:
             self._end(sequence.request, "error", error, output)
+        rows, chunks = scheduled.rows, scheduled.chunks
         output.num_tokens = scheduled.num_tokens
-        output.num_sequences = len(scheduled.scheduled) - len(scheduled.drafted)
-        output.num_adapters = len({chunk.sequence.slot for chunk in scheduled.scheduled} - {-1})
+        output.num_sequences = len(rows) + len(chunks) - len(scheduled.drafted)
+        output.num_adapters = len({*rows.slots.tolist(), *(chunk.sequence.slot for chunk in chunks)} - {-1})
         now = time.monotonic()
-        for sequence, start, _ in scheduled.scheduled:
+        for sequence, start, _ in chunks:  # nobody begins as a row
             running = sequence.request
             if running.scheduled_at is None:
                 running.scheduled_at = now
@@ -288,14 +290,15 @@ class LLMEngine:
 
     def _launch(self, scheduled: SchedulerOutput) -> StepInFlight:
         """Start a step on the device, behind the one in flight."""
-        pending = self._pending([chunk.sequence for chunk in scheduled.scheduled])
+        rows, sampled = scheduled.rows, scheduled.sampled
+        pending = self._pending([*rows.sequences, *(chunk.sequence for chunk in scheduled.chunks)])
         if self._workers is not None:
             self._workers.announce(scheduled, pending, self._slots)
         logits = self.runner.execute(scheduled, pending)
-        rows = [sequence.sampling for sequence in scheduled.sampled]
+        samplings = [*rows.samplings, *(sequence.sampling for sequence in sampled[len(rows) :])]
         for row, number in scheduled.drafted.items():
-            rows[row] = rows[row].ahead(number)
-        return StepInFlight(scheduled, self.sampler(logits, rows, self._pending(scheduled.sampled)))
+            samplings[row] = samplings[row].ahead(number)
+        return StepInFlight(scheduled, self.sampler(logits, samplings, self._pending(sampled)))
 
     def _pending(self, sequences: list[Sequence]) -> PendingTokens | None:
         return self._in_flight.pending(sequences) if self._in_flight is not None else None
@@ -337,7 +340,13 @@ class LLMEngine:
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         running, detokenizer = sequence.request, sequence.detokenizer
-        _clock(running, now, output)
+        before = running.last_token_at
+        if before is None:
+            running.first_token_at = now
+            output.first_tokens.append(now - running.arrived_at)
+        elif now > before:
+            output.inter_tokens.append(now - before)
+        running.last_token_at = now
         is_end = token in sequence.end_ids
         text = "" if is_end else detokenizer.push(token)
         if is_draft:
@@ -403,15 +412,6 @@ def _not_finite(sequence: Sequence, scheduled: SchedulerOutput, num_bad: int) ->
         "overflow on this request. Roll back to an earlier version, or train it again with a lower learning rate.",
         param="model",
     )
-
-
-def _clock(running: RunningRequest, now: float, output: StepOutput) -> None:
-    if running.first_token_at is None:
-        running.first_token_at = now
-        output.first_tokens.append(now - running.arrived_at)
-    elif running.last_token_at is not None and now > running.last_token_at:
-        output.inter_tokens.append(now - running.last_token_at)
-    running.last_token_at = now
 
 
 def _timings(running: RunningRequest, reason: FinishReason) -> RequestTimings:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gateway.engine.pending import IntArray, PendingTokens, resolve
-from gateway.engine.sampling_row import SamplingRow, num_outputs
+from gateway.engine.sampling_row import OutputCounts, SamplingRow
 from gateway.engine.transfers import send, send_list
 
 
@@ -38,6 +38,7 @@ class LogitEdits:
             for i, row in rows
             if row.params.min_tokens > 0
         ]
+        self._counts = OutputCounts([(i, row) for i, row, _ in self._enders])
         self._penalized = [(i, row) for i, row in rows if row.is_penalized]
 
     def apply(self, logits: Tensor, pending: PendingTokens | None) -> None:
@@ -45,7 +46,7 @@ class LogitEdits:
         flat = logits.view(-1)
         if self._bias_index is not None:
             flat.index_add_(0, self._bias_index, self._bias)
-        numbers = num_outputs([(i, row) for i, row, _ in self._enders], pending)
+        numbers = self._counts.now(pending).tolist()
         forbidden = [
             ids for (_, row, ids), number in zip(self._enders, numbers, strict=True) if number < row.params.min_tokens
         ]

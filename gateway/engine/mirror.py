@@ -12,7 +12,7 @@ import numpy as np
 from adapters_store.slots import AdapterSlots, Place
 from gateway.engine.host_blocks import BlockCopy
 from gateway.engine.pending import IntArray, PendingTokens
-from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.sequence import Sequence
 
 _FORGET_EVERY: Final = 64  # steps
@@ -82,8 +82,9 @@ class Announcer:
         sampled = set(output.sampled)
         tokens: list[int] = []
         blocks: list[int] = []
-        rows = [self._row(chunk, chunk.sequence in sampled, tokens, blocks) for chunk in output.scheduled]
-        freed, loaded = self._slot_changes(output.scheduled, slots)
+        scheduled = output.scheduled
+        rows = [self._row(chunk, chunk.sequence in sampled, tokens, blocks) for chunk in scheduled]
+        freed, loaded = self._slot_changes(scheduled, slots)
         return StepNews(
             output.number,
             np.fromiter(chain.from_iterable(rows), np.int64).reshape(len(rows), -1),
@@ -175,7 +176,7 @@ class Mirror:
             mirrored = self._updated(row, tokens, blocks)
             mirrored.drafts = news.drafts.get(row.key, [])
             sequence = cast("Sequence", mirrored)  # `ModelRunner` takes either: it reads nothing else
-            output.scheduled.append(Chunk(sequence, row.start, row.num_tokens))
+            output.chunks.append(Chunk(sequence, row.start, row.num_tokens))
             output.num_tokens += row.num_tokens
             if row.samples:
                 output.sampled.append(sequence)

@@ -22,7 +22,7 @@ from gateway.engine.kv_cache import cache_dtype
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.pending import PendingTokens, resolve
 from gateway.engine.raw_vectors import RawVectors
-from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.step_graphs import MAX_ROWS, StepGraphs
 from gateway.engine.step_tokens import StepTokens
 from gateway.engine.transfers import send
@@ -140,7 +140,7 @@ class ModelRunner:
         if self.invariant and self.decoder.device.type == "cpu":
             return self._execute_by_token(output, pending)
         tokens = StepTokens.of(output, pending, self.cache.block_size)
-        virtual = self._virtual_rows(output.scheduled, tokens.ids)
+        virtual = self._virtual_rows(output.chunks, tokens.ids)
         may_replay = virtual is None and not self._has_bottlenecks(tokens) and not self._token_holders(tokens)
         logits = self._graphs.run(tokens, pending) if self._graphs is not None and may_replay else None
         return self._forward(tokens, virtual, pending) if logits is None else logits
@@ -161,7 +161,7 @@ class ModelRunner:
         """Before the first step of an adapter that came in: all ranks run the same steps, and must do this alike."""
         assert self.raw_vectors is not None
         assert self.slots.vectors is not None
-        used = {chunk.sequence.slot for chunk in output.scheduled}
+        used = {*output.rows.slots.tolist(), *(chunk.sequence.slot for chunk in output.chunks)}
         for slot in sorted(used & self.slots.vectors.raw.keys()):
             self.raw_vectors.resolve(slot)
 
@@ -176,7 +176,7 @@ class ModelRunner:
                 if sequence in sampled and position == start + num_tokens - 1:
                     step.sampled.append(sequence)
                 tokens = StepTokens.of(step, own, self.cache.block_size)
-                logits.append(self._forward(tokens, self._virtual_rows(step.scheduled, tokens.ids), own))
+                logits.append(self._forward(tokens, self._virtual_rows(step.chunks, tokens.ids), own))
         return torch.cat(logits)
 
     def _forward(self, tokens: StepTokens, virtual: VirtualRows | None, pending: PendingTokens | None) -> torch.Tensor:

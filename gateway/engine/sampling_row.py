@@ -69,13 +69,19 @@ class SamplingRow:
         self._num_seen = known
         return self._seen[self.num_virtual : total], self._seen[self.num_prompt : total]
 
-    @property
-    def num_output(self) -> int:
-        """Tokens generated so far, as far as the host knows them."""
-        return len(self.token_ids) - self.num_prompt + self.num_ahead
 
+class OutputCounts:
+    """How many tokens the sequences of some rows of a batch have generated, from step to step.
 
-def num_outputs(rows: list[tuple[int, SamplingRow]], pending: PendingTokens | None) -> IntArray:
-    """The number of tokens of each (place in the batch, row), a pending one included: int64 [len(rows)]."""
-    known = np.array([row.num_output for _, row in rows], dtype=np.int64)
-    return known if pending is None else known + pending.is_pending[[i for i, _ in rows]]
+    rows: (place in the batch, row).
+    """
+
+    def __init__(self, rows: list[tuple[int, SamplingRow]]) -> None:
+        self._places = np.array([place for place, _ in rows], np.int64)
+        self._token_ids = [row.token_ids for _, row in rows]
+        self._beside = np.array([row.num_ahead - row.num_prompt for _, row in rows], np.int64)
+
+    def now(self, pending: PendingTokens | None) -> IntArray:
+        """The numbers of tokens, a pending one included: int64 [len(rows)]."""
+        known = np.fromiter(map(len, self._token_ids), np.int64, len(self._token_ids)) + self._beside
+        return known if pending is None else known + pending.is_pending[self._places]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
-from typing import Final, NamedTuple
+from typing import Final
 
 from adapters_store.errors import StoreError
 from adapters_store.residency import AdapterResidency
 from gateway.engine.batch_adapters import BatchAdapters
 from gateway.engine.block_manager import BlockManager
-from gateway.engine.host_blocks import BlockCopy
+from gateway.engine.decode_rows import DecodeRows
 from gateway.engine.request import AdapterRef
-from gateway.engine.sequence import Sequence, SequenceStatus
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
+from gateway.engine.sequence import Clock, Sequence, SequenceStatus
 from gateway.engine.speculation import Speculation
 from gateway.engine.waiting_queue import WaitingQueue
 
@@ -23,38 +23,6 @@ _PROMPT_COST: Final = 1
 _OUTPUT_COST: Final = 2
 _BY_PRIORITY: Final = attrgetter("priority")
 _LOOKAHEAD: Final = 32  # waiting sequences whose adapters are brought in before their turn
-
-
-class Chunk(NamedTuple):
-    """A sequence's part in one step: its tokens from `start` on."""
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-
-
-@dataclass(slots=True)
-class SchedulerOutput:
-    """One step's work: the chunks it runs, and the sequences that can never run (to be ended).
-
-    number: of the step, counted from 1. Chunks of one token (decode rows) come first, by adapter slot. sampled: the
-    sequences whose last token is in this step, in row order. A sequence's drafts follow its last token, each a chunk of
-    its own that samples what follows it; drafted: where in `sampled` they are, and the how-manieth of the sequence's.
-    saves, loads: the cache blocks that go to the host and come from it, in this order, before anything is computed;
-    copies: (source, target) blocks that are then copied on the device. prefixes: tokens whose keys and values are
-    their adapter's own, and then written to their sequences' blocks.
-    """
-
-    number: int
-    scheduled: list[Chunk] = field(default_factory=list)
-    sampled: list[Sequence] = field(default_factory=list)
-    drafted: dict[int, int] = field(default_factory=dict)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    prefixes: list[Chunk] = field(default_factory=list)
-    failed: list[tuple[Sequence, StoreError]] = field(default_factory=list)
-    num_tokens: int = 0
-    saves: list[BlockCopy] = field(default_factory=list)
-    loads: list[BlockCopy] = field(default_factory=list)
 
 
 class Scheduler:
@@ -84,6 +52,9 @@ class Scheduler:
     step that it is in is done.
 
     Sequences that speculate get drafts from what a step has left (`Speculation`), up to `max_rows` rows in all.
+
+    Sequences that decode without drafts are rows (`DecodeRows`): they are in every step, and go forward together. So
+    that there is a token of each step for whoever runs, no more sequences run than `max_num_batched_tokens`.
     """
 
     def __init__(
@@ -98,12 +69,16 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.residency = residency
-        self.max_num_seqs = max_num_seqs
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.max_num_batched_tokens = max_num_batched_tokens
         self.speculation = Speculation(blocks, max_num_batched_tokens=max_num_batched_tokens, max_rows=max_rows)
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # by priority, then by admission
         self.num_preemptions = 0
+        self._rows = DecodeRows()
+        self._gone: set[Sequence] = set()  # which the rows still have
+        self._clock = Clock()  # of the rows
+        self._apart: dict[Sequence, None] = {}  # those that run, in no rows, by admission
         self._adapters = BatchAdapters(max_adapter_pages)
         self._waits_to_preempt = False
         self._num_scheduled = 0  # steps
@@ -125,13 +100,17 @@ class Scheduler:
 
         May come back empty while adapters load, and while a step in flight must end before anything else can run.
         """
-        step: dict[Sequence, int] = {}
         output = SchedulerOutput(self._num_scheduled + 1)
         if self._waits_to_preempt and self._is_in_flight:
             return output
         self._waits_to_preempt = False
+        step: dict[Sequence, int] = {}
         halved: list[Sequence] = []
-        if self._schedule_running(step, halved):
+        self._regroup()
+        has_blocks = self._schedule_running(step, halved)
+        if self._waits_to_preempt:
+            return output
+        if has_blocks:
             self.residency.poll(is_idle=not self.running)
             self._admit(step, output)
             self._give_back(step, halved)
@@ -139,8 +118,8 @@ class Scheduler:
             upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
         if self.speculation:
-            self.speculation.draft(step, leave=self._reserve)
-        if step:
+            self.speculation.draft(step, self._num_rows, leave=self._reserve)
+        if step or self._num_rows:
             self._advance(step, output)
         elif not self._is_in_flight:
             self.blocks.drop_saves()
@@ -154,7 +133,10 @@ class Scheduler:
         self._num_done = output.number
         if self.blocks.enable_prefix_caching:
             size = self.blocks.block_size
-            for sequence, start, num_tokens in output.scheduled:
+            for sequence, end in output.rows.filling(size):
+                if not sequence.finished:
+                    self.blocks.seal(sequence, end)
+            for sequence, start, num_tokens in output.chunks:
                 end = start + num_tokens
                 # What lies beyond the known tokens is a draft: its block waits for `accept`.
                 if end // size > sequence.num_sealed and end <= len(sequence.token_ids) and not sequence.finished:
@@ -196,20 +178,58 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that an idle scheduler holds nothing."""
         assert not self.has_work
+        assert not self._num_rows
+        assert not self._apart
         assert self.blocks.num_free == self.blocks.num_blocks
         self.blocks.check_integrity()
 
-    def _schedule_running(self, step: dict[Sequence, int], halved: list[Sequence]) -> bool:
-        """Fill `step` from the running sequences, decode first. False when blocks did not suffice for all of them.
+    def _regroup(self) -> None:
+        """Take those out of the rows that are done, and in those that decode from now on."""
+        for sequence in self._rows.ending():
+            self._leave_rows(sequence)
+        self._drop_gone()
+        joining: list[Sequence] = []
+        for sequence in list(self._apart):
+            if sequence.num_tokens >= sequence.max_tokens:
+                del self._apart[sequence]  # its last token is in flight
+            elif _decodes(sequence) and sequence.lookup is None:
+                del self._apart[sequence]
+                sequence.follow(self._clock)
+                joining.append(sequence)
+        if joining:
+            self._rows = self._rows.joined_by(joining)
 
-        `step` is empty then if a step is in flight: what the next one could take is known when that is done. halved:
-        gets those that have left some of the step to who waits.
+    def _leave_rows(self, sequence: Sequence) -> None:
+        sequence.follow(None)
+        sequence.last_step = self._num_scheduled
+        self._gone.add(sequence)
+
+    def _drop_gone(self) -> None:
+        if self._gone:
+            self._rows, self._gone = self._rows.without(self._gone), set()
+
+    @property
+    def _num_rows(self) -> int:
+        return len(self._rows) - len(self._gone)
+
+    def _budget(self, step: dict[Sequence, int]) -> int:
+        """How many tokens the step may still take."""
+        return self.max_num_batched_tokens - self._num_rows - sum(step.values())
+
+    def _schedule_running(self, step: dict[Sequence, int], halved: list[Sequence]) -> bool:
+        """Fill `step` from the running sequences behind the rows. False when blocks did not suffice for all of them.
+
+        Where it has to wait for the step in flight (`_may_preempt`), what the next one could take is known when that
+        is done. halved: gets those that have left some of the step to who waits.
         """
-        enough = True
-        budget = self.max_num_batched_tokens
-        grow, running = self.blocks.grow, SequenceStatus.RUNNING
+        has_blocks = True
+        for sequence in self._rows.entering(self.blocks.block_size):
+            has_blocks &= self._take_more_blocks(sequence, sequence.num_computed + 1, step)
+            if self._waits_to_preempt:
+                return False
+        budget = self._budget(step)
         for sequence in self._runnable():
-            num_tokens = sequence.num_tokens - sequence.num_computed
+            num_tokens = sequence.num_uncomputed
             if num_tokens >= budget:
                 if budget == 0:
                     break
@@ -217,27 +237,34 @@ class Scheduler:
                 if self._leaves_some(sequence):
                     num_tokens = -(-budget // 2)
                     halved.append(sequence)
-            end = sequence.num_computed + num_tokens
-            while sequence.status is running and not grow(sequence, end):
-                enough = False
-                if self._is_in_flight:
-                    step.clear()
+            if not self._take_more_blocks(sequence, sequence.num_computed + num_tokens, step):
+                if self._waits_to_preempt:
                     return False
-                budget += self._preempt_last(step)
-            if sequence.status is running:
+                has_blocks = False
+                budget = self._budget(step)
+            if sequence.status is SequenceStatus.RUNNING:
                 step[sequence] = num_tokens
                 budget -= num_tokens
-        return enough
+        return has_blocks
+
+    def _take_more_blocks(self, sequence: Sequence, num_tokens: int, step: dict[Sequence, int]) -> bool:
+        """Take blocks for a running sequence's first tokens; while too few are free, preempt the last, maybe itself.
+
+        False when too few were free; with `_waits_to_preempt` it has not got them then.
+        """
+        is_enough = True
+        while sequence.status is SequenceStatus.RUNNING and not self.blocks.grow(sequence, num_tokens):
+            is_enough = False
+            if not self._may_preempt():
+                break
+            self._preempt_last(step)
+        return is_enough
 
     def _runnable(self) -> list[Sequence]:
-        """The running sequences, decode first, without those whose last token is in flight or had better be known."""
-        decoding: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for sequence in self.running:
-            if sequence.num_tokens < sequence.max_tokens:
-                (prompts if sequence.num_tokens - sequence.num_computed > 1 else decoding).append(sequence)
-        prompts.sort(key=lambda s: (s.priority, s.tenant.served))
-        runnable = decoding + prompts
+        """Who runs behind the rows, decode first, without those whose last token in flight had better be known."""
+        decoding = [s for s in self._apart if s.num_uncomputed == 1]
+        prompts = [s for s in self._apart if s.num_uncomputed > 1]
+        runnable = sorted(decoding, key=_BY_PRIORITY) + sorted(prompts, key=lambda s: (s.priority, s.tenant.served))
         if self.speculation:
             return [s for s in runnable if not self.speculation.had_better_wait(s)]
         return runnable
@@ -250,22 +277,22 @@ class Scheduler:
             return other.priority < sequence.priority
         return other.tenant is not sequence.tenant and other.tenant.served <= sequence.tenant.served
 
-    def _preempt_last(self, step: dict[Sequence, int]) -> int:
-        """Preempt the last admitted of the lowest priority. Returns the tokens it had in this step."""
-        return self._preempt(self.running[-1], step)
+    def _preempt_last(self, step: dict[Sequence, int]) -> None:
+        """Preempt the last admitted of the lowest priority."""
+        self._preempt(self.running[-1], step)
 
-    def _preempt(self, victim: Sequence, step: dict[Sequence, int]) -> int:
-        """Send a sequence back to the head of its tenant's queue. Returns the tokens it had in this step."""
+    def _preempt(self, victim: Sequence, step: dict[Sequence, int]) -> None:
+        """Send a sequence back to the head of its tenant's queue, with what it had in this step."""
         self._stop_running(victim)
         victim.status = SequenceStatus.WAITING
         self.blocks.release(victim)
         self._unpin(victim)
         self.waiting.add(victim, first=True)
         self.num_preemptions += 1
-        return step.pop(victim, 0)
+        step.pop(victim, None)
 
     def _admit(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
-        budget = self.max_num_batched_tokens - sum(step.values())
+        budget = self._budget(step)
         self._adapters.begin_step()
         while budget > 0 and (sequence := self._next_waiting()) is not None:
             if not self._take_adapter(sequence, step, output):
@@ -300,7 +327,7 @@ class Scheduler:
 
     def _give_back(self, step: dict[Sequence, int], halved: list[Sequence]) -> None:
         """Give what admission has left of the step to those that had made room for it."""
-        left = self.max_num_batched_tokens - sum(step.values())
+        left = self._budget(step)
         for sequence in halved:
             if sequence not in step:
                 continue  # preempted by who was admitted
@@ -384,31 +411,51 @@ class Scheduler:
             sequence.tenant.charge(_PROMPT_COST * sequence.num_uncomputed)
         sequence.status = SequenceStatus.RUNNING
         insort(self.running, sequence, key=_BY_PRIORITY)
+        self._apart[sequence] = None
         self._adapters.add(sequence)
 
     def _stop_running(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._apart.pop(sequence, None)
+        if sequence.is_row:
+            self._leave_rows(sequence)
+        if not self.running:
+            self._drop_gone()
         self._adapters.remove(sequence)
 
     def _advance(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
-        """Make `step` the next step: its tokens count as computed, and those that it samples as tokens."""
+        """Make the rows and `step` the next step: its tokens count as computed, and those that it samples as tokens."""
         self._num_scheduled = output.number
-        output.num_tokens = sum(step.values())
-        output.copies += self.blocks.move(self.running, spared={target for _, target in output.copies})
+        self._drop_gone()
+        output.num_tokens = len(self._rows) + sum(step.values())
+        moves = self.blocks.move(self.running, spared={target for _, target in output.copies})
+        output.copies += moves
         output.saves = self.blocks.saves(output.loads)
-        # Rows of one adapter lie together: kernels need not gather what is in a row already. Those whose number changes
-        # from step to step lie behind, so that the others stay where they are.
-        order = sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].lookup is not None, chunk[0].slot))
-        scheduled, sampled, number = output.scheduled, output.sampled, output.number
-        for sequence, num_tokens in order:
+        self._advance_rows(output, have_moved=bool(moves))
+        if step:
+            self._advance_apart(step, output)
+
+    def _advance_rows(self, output: SchedulerOutput, *, have_moved: bool) -> None:
+        rows = self._rows.moved() if have_moved else self._rows
+        output.rows = rows.in_blocks(self.blocks.block_size)
+        output.sampled = rows.sequences
+        self._rows = output.rows.advanced()
+        self._clock.now += 1
+        for tenant, number in rows.tenants.items():
+            tenant.charge(_OUTPUT_COST * number)
+
+    def _advance_apart(self, step: dict[Sequence, int], output: SchedulerOutput) -> None:
+        output.sampled = output.sampled.copy()
+        # Rows of one adapter lie together: kernels need not gather what is in a row already.
+        for sequence, num_tokens in sorted(step.items(), key=lambda chunk: (chunk[1] > 1, chunk[0].slot)):
             start = sequence.num_computed
-            scheduled.append(Chunk(sequence, start, num_tokens))
+            output.chunks.append(Chunk(sequence, start, num_tokens))
             sequence.num_computed = computed = start + num_tokens
-            sequence.last_step = number
+            sequence.last_step = output.number
             if computed == sequence.num_tokens:
                 sequence.num_tokens = computed + 1
                 sequence.tenant.charge(_OUTPUT_COST)
-                sampled.append(sequence)
+                output.sampled.append(sequence)
                 if sequence.followers:
                     self._queue_followers(sequence)
                 if sequence.drafts:
@@ -420,7 +467,7 @@ class Scheduler:
         for number in range(1, len(sequence.drafts) + 1):
             output.drafted[len(output.sampled)] = number
             output.sampled.append(sequence)
-            output.scheduled.append(Chunk(sequence, sequence.num_computed + number - 1, 1))
+            output.chunks.append(Chunk(sequence, sequence.num_computed + number - 1, 1))
 
     def _queue_followers(self, sequence: Sequence) -> None:
         """Queue those that waited for the prompt, before all others of their tenant."""
@@ -451,6 +498,11 @@ class Scheduler:
         if sequence.pinned and sequence.adapter is not None:
             self.residency.release(sequence.adapter.digest)
             sequence.slot, sequence.pinned = -1, False
+
+
+def _decodes(sequence: Sequence) -> bool:
+    """Whether each step computes one of its own tokens from now on."""
+    return sequence.num_uncomputed == 1 and sequence.num_computed >= sequence.request.num_given
 
 
 def _parent(sequence: Sequence) -> Sequence | None:

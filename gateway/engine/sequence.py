@@ -27,15 +27,23 @@ _FINISHED: Final = SequenceStatus.FINISHED  # asked for each row of each step, w
 
 
 @dataclass(eq=False, slots=True)
+class Clock:
+    """Counts the steps of the sequences that have a token in each."""
+
+    now: int = 0
+
+
+_STANDING: Final = Clock()
+
+
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One of a request's `n` sequences; all of its state.
 
     token_ids: the adapter's virtual tokens (ids from vocab_size on), the prompt, then the output as far as the host
-    knows it; end_ids: the tokens that end it. num_tokens: the length of token_ids, and one for each step in flight that
-    samples the sequence; max_tokens: the most that it may become.
+    knows it; end_ids: the tokens that end it; max_tokens: the most that it may become.
     followers: the request's other sequences, while they wait for it to compute the prompt. tenant: set by the queue.
-    num_computed: tokens whose keys and values are in the cache, or will be after the steps in flight. last_step: the
-    number of the last step that it is in.
+    last_step: the number of the last step that it is in, written when it ceases to be in each.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
     (-1: the bare base). lookup: guesses its next tokens, where the request asked for it. drafts: guesses that a step in
@@ -55,10 +63,8 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     priority: int = field(init=False)
     tenant: Tenant = field(default_factory=Tenant)
-    num_tokens: int = field(init=False)
     max_tokens: int = field(init=False)
     drafts: list[int] = field(init=False)
-    num_computed: int = 0
     last_step: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -66,12 +72,46 @@ class Sequence:
     slot: int = -1
     pinned: bool = False
     num_overtaken: int = 0
+    _num_tokens: int = field(init=False)  # this and the next at the clock's zero
+    _num_computed: int = field(init=False, default=0)
+    _clock: Clock = field(init=False, default=_STANDING)
 
     def __post_init__(self) -> None:
         self.priority = self.request.request.priority
-        self.num_tokens = len(self.token_ids)
-        self.max_tokens = self.num_tokens + self.request.max_tokens
+        self._num_tokens = len(self.token_ids)
+        self.max_tokens = self._num_tokens + self.request.max_tokens
         self.drafts = self.sampling.drafts
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of token_ids, and one for each step in flight that samples the sequence."""
+        return self._num_tokens + self._clock.now
+
+    @num_tokens.setter
+    def num_tokens(self, number: int) -> None:
+        self._num_tokens = number - self._clock.now
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens whose keys and values are in the cache, or will be after the steps in flight."""
+        return self._num_computed + self._clock.now
+
+    @num_computed.setter
+    def num_computed(self, number: int) -> None:
+        self._num_computed = number - self._clock.now
+
+    @property
+    def is_row(self) -> bool:
+        """Whether it has a token in each step, by which `num_tokens` and `num_computed` grow."""
+        return self._clock is not _STANDING
+
+    def follow(self, clock: Clock | None) -> None:
+        """Have `num_tokens` and `num_computed` grow with the clock from now on; without one they stay as they are."""
+        new = clock if clock is not None else _STANDING
+        passed = self._clock.now - new.now
+        self._num_tokens += passed
+        self._num_computed += passed
+        self._clock = new
 
     @property
     def params(self) -> SamplingParams:

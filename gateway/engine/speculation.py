@@ -43,15 +43,15 @@ class Speculation:
         """
         return sequence.awaits_tokens(self._room > 0)
 
-    def draft(self, step: Mapping[Sequence, int], leave: int) -> None:
+    def draft(self, step: Mapping[Sequence, int], num_rows: int, leave: int) -> None:
         """Have the step's speculating sequences guess, each as far as its share of what is left goes.
 
-        leave: blocks that are not for drafts.
+        num_rows: of the step beside these. leave: blocks that are not for drafts.
         """
         asking = [
             s for s in step if s.lookup is not None and s.num_uncomputed == 1 and s.num_tokens == len(s.token_ids)
         ]
-        room = max(0, min(self._max_num_batched_tokens - sum(step.values()), self._max_rows - len(step)))
+        room = max(0, min(self._max_num_batched_tokens - sum(step.values()), self._max_rows - len(step)) - num_rows)
         self._room = room
         for place, sequence in enumerate(asking):
             share = room // (len(asking) - place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -167,10 +168,10 @@ class StepInputs:
 
     def _send_blocks(self, sequences: IntArray, tables: list[list[int]]) -> None:
         """Write what is new of the block tables of these sequences."""
-        for sequence, table in zip(sequences.tolist(), tables, strict=True):
-            if self._tables[sequence] is not table:
-                self._tables[sequence], self._num_sent[sequence] = table, 0
-        lengths = np.array([len(table) for table in tables], np.int64)
+        others = map(is_not, map(self._tables.__getitem__, sequences.tolist()), tables)
+        for i in np.flatnonzero(np.fromiter(others, np.bool_, len(tables))).tolist():
+            self._tables[sequences[i]], self._num_sent[sequences[i]] = tables[i], 0
+        lengths = np.fromiter(map(len, tables), np.int64, len(tables))
         sent = self._num_sent[sequences]
         grown = np.flatnonzero(lengths > sent).tolist()
         if not grown:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.engine.pending import IntArray, PendingTokens
-from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +38,22 @@ class StepTokens:
     @classmethod
     def of(cls, output: SchedulerOutput, pending: PendingTokens | None, block_size: int) -> Self:
         """The tokens of `output`, which has some; pending: as `ModelRunner.execute` takes it."""
-        sequences, *numbers = zip(*output.scheduled, strict=True)
-        starts, query_lens = np.array(numbers, np.int64)
+        rows, chunks = output.rows, output.chunks
+        starts = _with(rows.starts, [chunk.start for chunk in chunks])
+        query_lens = _with(np.ones(len(rows), np.int64), [chunk.num_tokens for chunk in chunks])
         ends, num_single = np.cumsum(query_lens), int(np.count_nonzero(query_lens == 1))
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - query_lens), query_lens)
-        blocks = _blocks(output.scheduled, num_single, block_size)
+        blocks = _with(rows.blocks, _blocks(chunks, block_size))
+        slots = _with(rows.slots, [chunk.sequence.slot for chunk in chunks])
         return cls(
-            ids=_ids(output.scheduled, pending, ends),
+            ids=_ids(output, pending, ends),
             positions=positions,
-            cache_slots=np.array(blocks, np.int64) * block_size + positions % block_size,
-            adapter_slots=np.repeat(np.array([sequence.slot for sequence in sequences], np.int32), query_lens),
+            cache_slots=blocks * block_size + positions % block_size,
+            adapter_slots=np.repeat(slots.astype(np.int32), query_lens),
             query_lens=query_lens,
             context_lens=starts + query_lens,
             num_single=num_single,
-            block_tables=[sequence.block_table for sequence in sequences],
+            block_tables=[*rows.block_tables, *(chunk.sequence.block_table for chunk in chunks)],
             last_rows=ends[_are_sampled(output)] - 1,
         )
 
@@ -65,32 +67,38 @@ class StepTokens:
         return len(self.last_rows) == len(self.ids)
 
 
+def _with(rows: IntArray, others: list[int]) -> IntArray:
+    """The rows' numbers, and behind them those of the chunks."""
+    return np.concatenate([rows, np.array(others, np.int64)]) if others else rows
+
+
 def _are_sampled(output: SchedulerOutput) -> slice | list[bool]:
     """Which chunks are sampled, as an index of them."""
-    if len(output.sampled) == len(output.scheduled):
+    num_rows = len(output.rows)
+    if len(output.sampled) == num_rows + len(output.chunks):
         return slice(None)
-    sampled = set(output.sampled)
-    return [chunk.sequence in sampled for chunk in output.scheduled]
+    sampled = set(output.sampled[num_rows:])
+    return [True] * num_rows + [chunk.sequence in sampled for chunk in output.chunks]
 
 
-def _ids(chunks: Seq[Chunk], pending: PendingTokens | None, ends: IntArray) -> IntArray:
+def _ids(output: SchedulerOutput, pending: PendingTokens | None, ends: IntArray) -> IntArray:
     """The token ids, those in flight as their marks."""
     if pending is None:
-        known = (sequence.known_tokens(start, num_tokens) for sequence, start, num_tokens in chunks)
+        known = (sequence.known_tokens(start, num_tokens) for sequence, start, num_tokens in output.scheduled)
         return np.fromiter(chain.from_iterable(known), np.int64)
     ids = np.empty(ends[-1], np.int64)
     ids[ends - 1] = pending.marks  # a chunk of several tokens has none in flight
     for row in np.flatnonzero(~pending.is_pending).tolist():
-        sequence, start, num_tokens = chunks[row]
+        sequence, start, num_tokens = output.chunk(row)
         ids[ends[row] - num_tokens : ends[row]] = sequence.known_tokens(start, num_tokens)
     return ids
 
 
-def _blocks(chunks: Seq[Chunk], num_single: int, size: int) -> list[int]:
+def _blocks(chunks: Seq[Chunk], size: int) -> list[int]:
     """The cache block of each token."""
-    # Not the last of a table: drafts that failed leave it longer than its sequence.
-    blocks = [sequence.block_table[start // size] for sequence, start, _ in chunks[:num_single]]
-    for sequence, start, num_tokens in chunks[num_single:]:
+    blocks: list[int] = []
+    for sequence, start, num_tokens in chunks:
+        # Not the last of a table: drafts that failed leave it longer than its sequence.
         own = sequence.block_table[start // size : (start + num_tokens - 1) // size + 1]
-        blocks += np.repeat(own, size)[start % size :][:num_tokens].tolist()
+        blocks += own if num_tokens == 1 else np.repeat(own, size)[start % size :][:num_tokens].tolist()
     return blocks

@@ -25,7 +25,7 @@ from gateway.config import EngineConfig
 from gateway.engine.memory_plan import MemoryPlan
 from gateway.engine.mirror import Announcer
 from gateway.engine.pending import PendingTokens
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.worker import Failed, ReadAhead, serve, share_reader
 from gateway.errors import ConfigInvalid, InternalError
 from gateway.layers.tensor_parallel import TensorParallel

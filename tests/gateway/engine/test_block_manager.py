@@ -243,7 +243,9 @@ def test_nothing_moves_without_free_blocks_nor_what_is_spared(table: TokenTable)
     ((source, target),) = blocks.move([seq], spared={spared})
     assert (source, target) == (other, 2)
     assert seq.block_table == [spared, 2]
+    before = seq.block_table
     assert blocks.move([seq], spared=()) == []
+    assert seq.block_table is before  # nobody need look again
     blocks.release(seq)
     assert blocks.num_blocks == blocks.num_free == 1
 

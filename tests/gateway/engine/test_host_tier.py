@@ -15,7 +15,7 @@ from gateway.engine.host_tier import HostTier
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.sequence import Sequence
 from tests.gateway.engine.conftest import TinyWorld
 from tests.gateway.engine.test_in_flight import GREEDY, PROMPT, Call, MakeEngine, Run, call, run, serve

@@ -18,7 +18,7 @@ from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest, TokenDelta
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.sequence import Sequence
 from gateway.engine.stats import StepOutput
 from tests.gateway.engine.conftest import TinyWorld

@@ -35,7 +35,7 @@ from gateway.embedded.quantization import quantize_base
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.step_inputs import StepInputs
 from gateway.engine.step_tokens import StepTokens
 from gateway.layers.forward_batch import ForwardBatch

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest, TokenDelta
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.stats import StepOutput
 from tests.gateway.engine.conftest import TinyWorld
 from tests.tiny import load_oracle

@@ -27,7 +27,7 @@ from gateway.engine.pending import PendingTokens
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.sampling_row import SamplingRow
-from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.sequence import RunningRequest, Sequence
 from tests.adapters_store.random_adapters import (
     BOTTLENECKS,

@@ -16,7 +16,7 @@ from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import AdapterRef, GenerateRequest, TokenDelta
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.errors import AdapterNotFinite, InternalError
 from gateway.models.config import DecoderConfig
 from tests.gateway.engine.conftest import TinyWorld

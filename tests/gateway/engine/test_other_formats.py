@@ -20,7 +20,7 @@ from adapters_store.blobs import BlobStore
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from tests.tiny import load_oracle, make_tokenizer, store_adapter
 
 from .expected.base import PROMPT, generate, write_base

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from adapters_store.errors import AdapterLoadFailed
 from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.sequence import Sequence
+from gateway.engine.step_tokens import StepTokens
 from gateway.errors import ConfigInvalid
 from tests.gateway.engine.conftest import TinyWorld
 
@@ -93,6 +98,51 @@ def test_no_more_sequences_than_allowed_run(world: TinyWorld, make_engine: MakeE
         add(engine, world, str(i), 4)
     engine.step()
     assert (len(engine.scheduler.running), len(engine.scheduler.waiting)) == (2, 3)
+
+
+def test_no_more_sequences_run_than_a_step_has_tokens(world: TinyWorld, make_engine: MakeEngine) -> None:
+    engine = make_engine(max_num_batched_tokens=4)
+    for i in range(6):
+        add(engine, world, str(i), 4)
+    tokens: Counter[str] = Counter()
+    while engine.has_work:
+        assert len(engine.scheduler.running) <= 4
+        tokens.update({delta.request_id: len(delta.token_ids) for delta in engine.step().deltas})
+    assert tokens == {str(i): 8 for i in range(6)}
+
+
+def calls_of_a_step(engine: LLMEngine, world: TinyWorld, num_rows: int) -> int:
+    """How many Python functions are called to schedule decode rows of which none enters or fills a block."""
+    for i in range(num_rows):
+        add(engine, world, str(i), 4, max_tokens=64)
+    scheduler, fewest = engine.scheduler, sys.maxsize
+    for _ in range(40):
+        pending = PendingTokens(torch.empty(num_rows), np.arange(num_rows))
+        with counted_calls() as calls:
+            output = scheduler.schedule()
+            scheduler.update(output)
+            if len(output.rows) == num_rows:
+                StepTokens.of(output, pending, engine.blocks.block_size)
+        if len(output.rows) == num_rows:
+            fewest = min(fewest, len(calls))
+        for sequence in output.sampled:
+            sequence.token_ids.append(7)
+    return fewest
+
+
+@contextmanager
+def counted_calls() -> Iterator[list[None]]:
+    calls: list[None] = []
+    sys.setprofile(lambda frame, event, arg: calls.append(None) if event == "call" else None)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+
+
+def test_decode_rows_that_go_on_cost_no_call_each(world: TinyWorld, build_engine: MakeEngine) -> None:
+    few, many = (calls_of_a_step(build_engine(max_num_seqs=64), world, num_rows) for num_rows in (4, 64))
+    assert few == many
 
 
 def test_a_loading_adapter_lets_others_pass(world: TinyWorld, make_engine: MakeEngine) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import SchedulerOutput
+from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.errors import InvalidRequest
 from tests.gateway.engine.conftest import TinyWorld
 from tests.gateway.engine.test_in_flight import Run, serve

@@ -17,7 +17,7 @@ from gateway.engine.llm_engine import LLMEngine
 from gateway.engine.pending import PendingTokens
 from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
-from gateway.engine.scheduler import Chunk, SchedulerOutput
+from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.stats import StepOutput
 from gateway.engine.step_inputs import StepInputs
 from gateway.engine.step_tokens import StepTokens
