@@ -10,13 +10,17 @@ tenants beyond the first `MAX_TENANTS` seen by a replica are counted as "other".
 
 from __future__ import annotations
 
+import collections
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 if TYPE_CHECKING:
     from gateway.engine.stats import EngineStats, RequestTimings, StepOutput
@@ -96,9 +100,8 @@ class EngineMetrics:
             return histogram(name, text, _REQUEST_TIME_BUCKETS)
 
         self._ttft = histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT_BUCKETS)
-        self._inter_token = histogram(
-            "vllm:inter_token_latency_seconds", "Time between two tokens of a request.", _TOKEN_TIME_BUCKETS
-        )
+        self._inter_token = _InterTokenTimes(labels)
+        registry.register(self._inter_token)
         self._per_token = histogram(
             "vllm:request_time_per_output_token_seconds", "A request's mean time a token.", _TOKEN_TIME_BUCKETS
         )
@@ -137,8 +140,7 @@ class EngineMetrics:
             self._step_adapters.observe(step.num_adapters)
         for seconds in step.first_tokens:
             self._ttft.observe(seconds)
-        for seconds in step.inter_tokens:
-            self._inter_token.observe(seconds)
+        self._inter_token.add(step.inter_tokens)
         for request in step.finished:
             self._observe_request(request)
 
@@ -314,6 +316,30 @@ class _StatsCollector(Collector):
         waiting, running = ",".join(stats.waiting_adapters), ",".join(stats.running_adapters)
         info.add_metric([str(stats.adapter_slots), waiting, running, *self._labels.values()], time.time())
         return info
+
+
+class _InterTokenTimes(Collector):
+    """A histogram that takes a step's rows together: nearly all of them have waited as long for their tokens."""
+
+    def __init__(self, labels: Mapping[str, str]) -> None:
+        self._labels = labels
+        self._counts = [0] * (len(_TOKEN_TIME_BUCKETS) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: Iterable[float]) -> None:
+        """Count the times between two tokens that a step has brought."""
+        for time_between, number in collections.Counter(seconds).items():
+            self._counts[bisect_left(_TOKEN_TIME_BUCKETS, time_between)] += number
+            self._sum += time_between * number
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Time between two tokens of a request.", labels=list(self._labels)
+        )
+        bounds = [*map(floatToGoString, _TOKEN_TIME_BUCKETS), "+Inf"]
+        up_to = accumulate(self._counts.copy())
+        family.add_metric(list(self._labels.values()), list(zip(bounds, up_to, strict=True)), self._sum)
+        yield family
 
 
 class _TenantTokens(Collector):

@@ -110,6 +110,20 @@ def test_a_step_is_counted_once_by_what_shared_it() -> None:
     assert engine.sample("vllm:inter_token_latency_seconds_count") == 8
 
 
+def test_times_between_tokens_are_a_histogram_as_any_other() -> None:
+    engine = Engine()
+    engine.metrics.observe_step(StepOutput(num_tokens=4, inter_tokens=[0.01, 0.01, 0.02, 200.0]))
+    engine.metrics.observe_step(StepOutput(num_tokens=1, inter_tokens=[0.02]))
+    name = "vllm:inter_token_latency_seconds"
+    buckets = {labels["le"]: value for labels, value in samples(engine.text(), f"{name}_bucket")}
+    assert (buckets["0.01"], buckets["0.025"], buckets["80.0"], buckets["+Inf"]) == (2, 4, 4, 5)
+    assert list(buckets) == [
+        labels["le"] for labels, _ in samples(engine.text(), "vllm:request_time_per_output_token_seconds_bucket")
+    ]
+    assert engine.sample(f"{name}_count") == 5
+    assert engine.sample(f"{name}_sum") == pytest.approx(200.06)
+
+
 def test_a_turn_without_a_forward_pass_is_no_step() -> None:
     engine = Engine()
     engine.metrics.observe_step(StepOutput(finished=[TIMINGS]))
