@@ -75,40 +75,42 @@ def _expand_kernel(
     num_vectors = tl.load(table_ptr + NUM_VECTORS)
     vector_items = num_vectors * VECTOR_TILES
     items = vector_items + (tl.load(table_ptr + NUM_CHUNKS) - num_vectors) * (TILES * (CHUNK // ROWS))
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), num_stages=1):
-        # fmt: off
-        if item < vector_items:
-            _expand_vector(
-                h_ptr, b_ptr, scale_ptr, bias_ptr, table_ptr, y_ptr, item // VECTOR_TILES, item % VECTOR_TILES,
-                stride_plane, stride_token, stride_slice, stride_y,
-                WIDTH_0, WIDTH_1, WIDTH_2, VECTOR_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+    first_item = tl.program_id(0)
+    step = tl.num_programs(0)
+    # fmt: off
+    for item in tl.range(first_item, vector_items, step, num_stages=1):
+        _expand_vector(
+            h_ptr, b_ptr, scale_ptr, bias_ptr, table_ptr, y_ptr, item // VECTOR_TILES, item % VECTOR_TILES,
+            stride_plane, stride_token, stride_slice, stride_y,
+            WIDTH_0, WIDTH_1, WIDTH_2, VECTOR_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+        )
+    first_item += tl.cdiv(tl.maximum(vector_items - first_item, 0), step) * step
+    for item in tl.range(first_item, items, step, num_stages=1):
+        tile = item - vector_items
+        row_ptr = table_ptr + (1 + num_vectors + tile // (TILES * (CHUNK // ROWS))) * ROW_FIELDS
+        first_place = tile // TILES % (CHUNK // ROWS) * ROWS
+        slice_id, begin, end = _columns(tile % TILES, TILES_OUT, WIDTH_0, WIDTH_1, WIDTH_2)
+        own_rank = tl.load(row_ptr + OWN_RANK)
+        if own_rank <= RANK:
+            _expand_tiles(
+                h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
+                begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                ROWS, TILE_OUT, TILES_OUT, 1, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+            )
+        elif own_rank <= PAGES * RANK:
+            _expand_tiles(
+                h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
+                begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                ROWS, TILE_OUT, TILES_OUT, PAGES, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
             )
         else:
-            tile = item - vector_items
-            row_ptr = table_ptr + (1 + num_vectors + tile // (TILES * (CHUNK // ROWS))) * ROW_FIELDS
-            first_place = tile // TILES % (CHUNK // ROWS) * ROWS
-            slice_id, begin, end = _columns(tile % TILES, TILES_OUT, WIDTH_0, WIDTH_1, WIDTH_2)
-            own_rank = tl.load(row_ptr + OWN_RANK)
-            if own_rank <= RANK:
-                _expand_tiles(
+            for first in tl.range(begin, tl.minimum(begin + TILES_OUT, end), TILE_OUT, num_stages=1):
+                _expand_tile(
                     h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
-                    begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
-                    ROWS, TILE_OUT, TILES_OUT, 1, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
+                    first, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
+                    ROWS, TILE_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
                 )
-            elif own_rank <= PAGES * RANK:
-                _expand_tiles(
-                    h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
-                    begin, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
-                    ROWS, TILE_OUT, TILES_OUT, PAGES, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
-                )
-            else:
-                for first in tl.range(begin, tl.minimum(begin + TILES_OUT, end), TILE_OUT, num_stages=1):
-                    _expand_tile(
-                        h_ptr, b_ptr, scale_ptr, bias_ptr, order_ptr, table_ptr, row_ptr, y_ptr, first_place, slice_id,
-                        first, end, stride_plane, stride_token, stride_slice, stride_y, WIDTH_0, WIDTH_1, WIDTH_2,
-                        ROWS, TILE_OUT, PLANES, ACTIVATION, HAS_BIAS, HAS_SCALES, PDL,
-                    )
-        # fmt: on
+    # fmt: on
     wait(PDL)
 
 
