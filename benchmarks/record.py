@@ -18,7 +18,7 @@ _recorded: list[dict[str, Any]] = []
 def machine() -> str:
     """What the figures were measured on."""
     if torch.cuda.is_available():
-        return f"1x {torch.cuda.get_device_name()}".replace("NVIDIA ", "")
+        return f"{torch.cuda.device_count()}x {torch.cuda.get_device_name()}".replace("NVIDIA ", "")
     return f"{torch.get_num_threads()} CPU cores"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Final
 
 from adapters_store.lora_layout import num_pages_for
@@ -30,7 +29,7 @@ class BatchAdapters:
         self._drained: tuple[str, Sequence] | None = None  # an adapter's digest, and who waits for its slot
         self._max_pages = max_pages
         self._num_pages = 0
-        self._num_running: Counter[str] = Counter()
+        self._running: dict[str, dict[Sequence, None]] = {}  # by their adapters' digests
         self._overtaken: list[Sequence] = []
         self._waiting_tenants: set[str] = set()
 
@@ -43,7 +42,7 @@ class BatchAdapters:
 
     def has_room(self, adapter: AdapterRef) -> bool:
         """Whether a sequence with this adapter may run in the same steps as those that run."""
-        if self._max_pages is None or adapter.digest in self._num_running or not self._num_running:
+        if self._max_pages is None or adapter.digest in self._running or not self._running:
             return True
         return self._num_pages + num_pages_for(adapter.rank) <= self._max_pages
 
@@ -54,17 +53,17 @@ class BatchAdapters:
         else:
             self.holder = sequence
 
-    def wait_for_slot(self, sequence: Sequence, holders: Iterable[Sequence]) -> None:
+    def wait_for_slot(self, sequence: Sequence, would_help: Callable[[str], bool]) -> None:
         """Note that the sequence found no slot in this step: the first whose adapter does not run.
 
-        holders: the sequences that run with adapters of which any would make room. The one is drained whose longest
-        sequence has the fewest tokens left.
+        would_help: whether an adapter, by its digest, holds what this one's needs. Of those the one is drained whose
+        longest sequence has the fewest tokens left.
         """
-        left: dict[str, int] = {}
-        for other in holders:
-            if other.adapter is not None:
-                digest = other.adapter.digest
-                left[digest] = max(left.get(digest, 0), other.max_tokens - other.num_tokens)
+        left = {
+            digest: max(other.max_tokens - other.num_tokens for other in running)
+            for digest, running in self._running.items()
+            if would_help(digest)
+        }
         if left:
             self._drained = min(left, key=left.__getitem__), sequence
 
@@ -82,7 +81,7 @@ class BatchAdapters:
             return True
         if self._drained is not None:
             digest, waiting = self._drained
-            is_free = adapter.digest in self._num_running and adapter.digest != digest
+            is_free = adapter.digest in self._running and adapter.digest != digest
             if not is_free and waiting.priority <= sequence.priority:
                 return True
         return bool(self._overtaken) and self._overtaken[0].priority < sequence.priority
@@ -92,9 +91,10 @@ class BatchAdapters:
         adapter = sequence.adapter
         if adapter is None:
             return
-        self._num_running[adapter.digest] += 1
-        if self._num_running[adapter.digest] == 1:
+        if adapter.digest not in self._running:
+            self._running[adapter.digest] = {}
             self._num_pages += num_pages_for(adapter.rank)
+        self._running[adapter.digest][sequence] = None
         for other in self._overtaken:
             other.num_overtaken += 1
             if other.num_overtaken == _MAX_OVERTAKEN:
@@ -105,7 +105,8 @@ class BatchAdapters:
         adapter = sequence.adapter
         if adapter is None:
             return
-        self._num_running[adapter.digest] -= 1
-        if self._num_running[adapter.digest] == 0:
-            del self._num_running[adapter.digest]
+        running = self._running[adapter.digest]
+        del running[sequence]
+        if not running:
+            del self._running[adapter.digest]
             self._num_pages -= num_pages_for(adapter.rank)

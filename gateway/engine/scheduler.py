@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Final
@@ -12,7 +13,6 @@ from adapters_store.residency import AdapterResidency
 from gateway.engine.batch_adapters import BatchAdapters
 from gateway.engine.block_manager import BlockManager
 from gateway.engine.decode_rows import DecodeRows
-from gateway.engine.request import AdapterRef
 from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.sequence import Clock, Sequence, SequenceStatus
 from gateway.engine.speculation import Speculation
@@ -366,22 +366,18 @@ class Scheduler:
                 return False
             if not self._make_adapter_yield(sequence, step):
                 if has_pages:
-                    self._adapters.wait_for_slot(sequence, self._holders_of_room(adapter))
+                    self._adapters.wait_for_slot(sequence, partial(self.residency.would_help, digest=adapter.digest))
                 else:
                     self._adapters.wait_for_pages(sequence)
                 return False
-
-    def _holders_of_room(self, adapter: AdapterRef) -> list[Sequence]:
-        """Those that run with adapters of which each holds something that this one waits for."""
-        running = {s.adapter.digest for s in self.running if s.adapter is not None}
-        holders = {digest for digest in running if self.residency.would_help(digest, adapter.digest)}
-        return [s for s in self.running if s.adapter is not None and s.adapter.digest in holders]
 
     def _waits_for_lent_pages(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self.residency.is_waiting_for_lent_pages(sequence.adapter.digest)
 
     def _make_adapter_yield(self, sequence: Sequence, step: dict[Sequence, int]) -> bool:
         """Preempt all that run with an adapter which nobody as urgent as the sequence uses. False if there is none."""
+        if not self.running or self.running[-1].priority <= sequence.priority:
+            return False
         adapted = [(s, s.adapter.digest) for s in self.running if s.adapter is not None]
         kept = {digest for s, digest in adapted if s.priority <= sequence.priority}
         yielding = next((digest for _, digest in reversed(adapted) if digest not in kept), None)
