@@ -43,7 +43,7 @@ class Sequence:
     token_ids: the adapter's virtual tokens (ids from vocab_size on), the prompt, then the output as far as the host
     knows it; end_ids: the tokens that end it; max_tokens: the most that it may become.
     followers: the request's other sequences, while they wait for it to compute the prompt. tenant: set by the queue.
-    last_step: the number of the last step that it is in, written when it ceases to be in each.
+    last_step: the number of the last step that it is in; of a row, written when it stops being one.
     block_table: its cache blocks, a new list after each release; block_hashes: the chain over its full blocks, as far
     as hashed; num_sealed: how many of its blocks were offered to other sequences. slot: the adapter's slot while pinned
     (-1: the bare base). lookup: guesses its next tokens, where the request asked for it. drafts: guesses that a step in

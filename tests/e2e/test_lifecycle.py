@@ -82,7 +82,7 @@ def test_a_deleted_version_finishes_its_stream_and_then_loses_its_bytes(
     patchbay.upload("acme", "acme/brief", adapter_folders[0], alias="only")
     client = patchbay.openai("acme").with_options(_extra_kwargs={"_strict_response_validation": False})
     stream = client.completions.create(
-        model=version["ref"], prompt="Once", max_tokens=600, stream=True, extra_body={"ignore_eos": True}
+        model=version["ref"], prompt="Once", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
     )
     next(stream)
     with patchbay.http("acme") as http:

@@ -92,7 +92,7 @@ class Plan:
     purges: float
 
 
-SHORT = Plan(150, 6, 2, 4, 4, (0.0, 0.6), 0.0)
+SHORT = Plan(100, 6, 2, 4, 4, (0.0, 0.6), 0.0)
 LONG = Plan(REQUESTS, REQUESTS // 50, REQUESTS // 100, 8, 12, (0.1, 2.0), 0.15)
 ON_SERVE = replace(LONG, num_done=REQUESTS // 4, num_swaps=REQUESTS // 200, num_kills=5)  # Serve takes 10 s for each
 
