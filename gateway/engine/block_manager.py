@@ -191,7 +191,7 @@ class BlockManager:
                 if place < sequence.num_sealed:
                     self._offer(targets[block], sequence.block_hashes[place])
                 self._release(block)
-            if table != sequence.block_table:
+            if table != sequence.block_table:  # else nothing was free for it, and nobody need look at it again
                 sequence.block_table = table
         return list(targets.items())
 
