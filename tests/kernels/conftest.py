@@ -5,6 +5,8 @@ The interpreter cuts bf16 off where hardware rounds to nearest, so bf16 kernels 
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,10 +62,42 @@ def rows_alike() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def quick_interpreter() -> Iterator[None]:
+    """The interpreter without two things that take more than half of its time and show nothing here.
+
+    It prepares `triton.language` for every function that a kernel calls, though the kernel's launch has done so, and
+    looks for overflow in each sum of whole numbers, to which no test's shape comes near.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare, builder = interpreter._patch_lang, interpreter.interpreter_builder
+    prepared: dict[frozenset[int], Any] = {}
+
+    def restore() -> None:
+        while prepared:
+            prepared.popitem()[1].restore()
+
+    def prepare_once(function: Any) -> Any:
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if not any(modules <= others for others in prepared):
+            prepared[modules] = prepare(function)
+        return SimpleNamespace(restore=restore)  # which a launch calls at its end, and a function's call does not
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", prepare_once)
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        yield
+
+
 @pytest.fixture(
     scope="session", params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def device(request: pytest.FixtureRequest, exact_fp8: None, rows_alike: None) -> str:
+def device(request: pytest.FixtureRequest, exact_fp8: None, rows_alike: None, quick_interpreter: None) -> str:
     """The device of the kernel's arguments."""
     device = str(request.param)
     if device == "cpu" and torch.cuda.is_available():
