@@ -197,7 +197,7 @@ def write_adapters(blobs: BlobStore, folder: Path, spec: BaseSpec, ranks: Sequen
 def bench_config(base: Path) -> EngineConfig:
     """The engine of every case, with room for 64 adapters."""
     return EngineConfig(
-        base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=8192, enable_prefix_caching=False,
+        base=str(base), kv_cache_tokens=131_072, max_num_batched_tokens=16_384, enable_prefix_caching=False,
         num_adapter_slots=64, max_lora_rank=RANK, host_cache_bytes=16 << 30,
     )  # fmt: skip
 

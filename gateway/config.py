@@ -18,6 +18,8 @@ from gateway.errors import ConfigInvalid
 T = TypeVar("T")
 
 DATABASE_URL_VARIABLE: Final = "PATCHBAY_DATABASE_URL"
+# On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
+_STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class EngineConfig:
     def max_rows(self) -> int:
         """Rows of one decode step at most: sequences, or one with all that is guessed for it."""
         return max(self.max_num_seqs, 1 + self.max_speculative_tokens)
+
+    def step_tokens(self, device_type: str) -> int:
+        """Tokens of one step at most."""
+        return self.max_num_batched_tokens or _STEP_TOKENS[device_type]
 
     @property
     def num_vector_rows(self) -> int:

@@ -55,6 +55,12 @@ class HostTier:
         for part in self._parts(loads):
             self._load(part)
 
+    def rehearse(self) -> None:
+        """Call the kernels of both ways: to have them compiled."""
+        block_ids = send(np.zeros(1, np.int64), self._device)
+        gather_blocks(self._tensors, block_ids, self._leaving[:1])
+        scatter_blocks(self._tensors, block_ids, self._coming[:1])
+
     def _save(self, saves: Seq[BlockCopy]) -> None:
         packed, step = self._leaving[: len(saves)], self._streams.current_stream()
         step.wait_stream(self._out)  # until the buffer's last content has left it

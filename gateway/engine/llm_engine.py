@@ -38,8 +38,6 @@ from gateway.models.loader import load_model
 
 logger = logging.getLogger(__name__)
 
-# On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
-_STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
 # Seconds after which a step that had nothing to run is tried again: loads wake the caller, copies of a ms do not.
 _LOADING_POLL: Final = 0.005
 _COPYING_POLL: Final = 0.0002
@@ -92,7 +90,7 @@ class LLMEngine:
             self.blocks,
             self.residency,
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens or _STEP_TOKENS[decoder.device.type],
+            max_num_batched_tokens=config.step_tokens(decoder.device.type),
             max_rows=min(config.max_rows, MAX_ROWS),
             max_adapter_pages=config.max_adapter_pages_per_step,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Self
 
@@ -12,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from adapters_store.bottleneck_slots import BottleneckSlots
+from adapters_store.lora_layout import num_pages_for
 from adapters_store.slots import AdapterSlots
 from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
@@ -32,8 +35,11 @@ from gateway.layers.forward_batch import ForwardBatch, OwnTokens, VirtualRows
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
 from gateway.models.loader import resolve_adapter_dtype
+from lora_kernels.argmax import row_argmax
 from lora_kernels.attention import AttentionMetadata
-from lora_kernels.segments import LoRASegments
+from lora_kernels.launch import compiled_ahead
+from lora_kernels.nf4_lora import most_fused_pages
+from lora_kernels.segments import PAGE_RANK, AdapterPages, LoRASegments
 
 
 class ModelRunner:
@@ -96,7 +102,7 @@ class ModelRunner:
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture_graphs(
                 config.max_rows,
-                config.max_num_batched_tokens or MAX_ROWS,
+                config.step_tokens(device.type),
                 config.max_lora_rank if config.num_adapter_slots else 0,
             )
         return runner
@@ -104,9 +110,9 @@ class ModelRunner:
     def capture_graphs(self, max_rows: int, max_tokens: int, max_rank: int) -> None:
         """Record small steps: of up to `max_rows` decode rows, of up to `max_tokens` with chunks of prompts among them.
 
-        max_rank: of their adapters. On CUDA only.
+        max_rank: of their adapters. On CUDA only. What steps of more tokens need is compiled as well.
         """
-        self._graphs = StepGraphs(
+        graphs = StepGraphs(
             self.decoder,
             self.cache,
             self.slots,
@@ -117,7 +123,33 @@ class ModelRunner:
             max_rank=max_rank,
             invariant=self.invariant,
         )
-        self._graphs.capture()
+        with compiled_ahead(partial(self._rehearse, graphs, max_tokens, num_pages_for(max_rank))):
+            graphs.capture()
+        self._graphs = graphs
+
+    @torch.inference_mode()
+    def _rehearse(self, graphs: StepGraphs, max_tokens: int, max_pages: int) -> None:
+        """Call the kernels of all small steps, and of prompts that no graph takes: with no, one and many adapters."""
+        graphs.rehearse()
+        if self.host_tier is not None:
+            self.host_tier.rehearse()
+        decoder, device = self.decoder.abridged(), self.decoder.device
+        caches = self.cache.layers[: len(decoder.layers)]
+        for size in sorted({2 * MAX_ROWS, max_tokens}):
+            if not MAX_ROWS < size <= max_tokens:
+                continue
+            rows, lens, blocks = np.zeros(size, np.int64), np.array([size]), [0] * -(-size // self.cache.block_size)
+            tokens = StepTokens(rows, rows, rows, np.full(size, -1, np.int32), lens, lens, 0, [blocks], lens - 1)
+            base = self._batch(tokens, None, None)
+            for num_adapters in (0, 1, most_fused_pages(size) + 1) if max_pages else (0,):
+                pages = AdapterPages(PAGE_RANK * max_pages, (0,) * max_pages)
+                slots = np.arange(size, dtype=np.int32) % num_adapters if num_adapters else tokens.adapter_slots
+                slot_pages = dict.fromkeys(range(num_adapters), pages)
+                segments = LoRASegments.build(slots, slot_pages, device, self.invariant)
+                logits = decoder(replace(base, segments=segments), caches)
+            if decoder.num_logits:
+                row_argmax(logits)
+        self._attention = None
 
     def drop_graphs(self) -> None:
         """Run every step by its kernels from now on."""

@@ -14,6 +14,7 @@ from gateway.engine.step_inputs import StepInputs
 from gateway.engine.step_tokens import StepTokens
 from gateway.layers.rotary import RotaryTable
 from gateway.models.decoder import Decoder
+from lora_kernels.argmax import row_argmax
 from lora_kernels.nf4_lora import page_limits
 
 # At 8B on an H200 the device takes as long for about so many rows as the host to launch their kernels one by one.
@@ -21,7 +22,7 @@ MAX_ROWS: Final = 512
 # Rows to record: no batch is padded by more than a half of its rows or seven. Below 32 a ragged step costs the same.
 _DECODE_SIZES: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384)
 _RAGGED_SIZES: Final = (32, 64, 96, 128, 192, 256, 384)
-_WARM_UPS: Final = 2  # the first compiles kernels, the second sees that nothing more is allocated
+_WARM_UPS: Final = 2  # the first loads kernels, the second sees that nothing more is allocated
 
 
 class _Shape(NamedTuple):
@@ -82,13 +83,22 @@ class StepGraphs:
     def capture(self) -> None:
         """Record all graphs over padding alone, the largest first, so that the others fit into its memory."""
         pool = torch.cuda.graph_pool_handle()
-        for shape in sorted(self._shapes(), reverse=True):
+        for shape in self._shapes():
             for _ in range(_WARM_UPS):
-                self._forward(shape)
+                self._forward(shape, self._decoder)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._forward(shape)
+                self._forward(shape, self._decoder)
             self._graphs[shape] = graph
+
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Call all kernels that `capture` and sampling do, for one layer of each kind: to have them compiled."""
+        decoder = self._decoder.abridged()
+        for shape in self._shapes():
+            self._forward(shape, decoder)
+        if decoder.num_logits:  # a rank that samples
+            row_argmax(self._logits)
 
     def run(self, tokens: StepTokens, pending: PendingTokens | None) -> torch.Tensor | None:
         """The logits [num_sampled, vocab] of `tokens.last_rows`, until the next call overwrites them.
@@ -110,8 +120,10 @@ class StepGraphs:
         return self._logits[: len(tokens.last_rows)]
 
     def _shapes(self) -> list[_Shape]:
+        """The largest first."""
         kinds = (self._decode_sizes, False), (self._ragged_sizes, True)
-        return [shape for sizes, is_ragged in kinds for size in sizes for shape in self._of_size(size, is_ragged)]
+        shapes = (shape for sizes, is_ragged in kinds for size in sizes for shape in self._of_size(size, is_ragged))
+        return sorted(shapes, reverse=True)
 
     def _of_size(self, size: int, is_ragged: bool) -> list[_Shape]:
         """The shapes of one size and kind, with vectors last, each of these two the fewest pages first."""
@@ -127,11 +139,11 @@ class StepGraphs:
         most = size * self._max_pages
         return [0, most] if self._invariant else [0, *page_limits(size, most)]
 
-    def _forward(self, shape: _Shape) -> None:
+    def _forward(self, shape: _Shape, decoder: Decoder) -> None:
         sampled = min(shape.size, len(self._logits))
         most_sampled = sampled if shape.is_ragged else None
         batch = self._inputs.batch(shape.size, shape.most_pages, most_sampled, has_vectors=shape.has_vectors)
-        self._logits[:sampled].copy_(self._decoder(batch, self._cache.layers))
+        self._logits[:sampled].copy_(decoder(batch, self._cache.layers[: len(decoder.layers)]))
 
 
 def _sizes(among: tuple[int, ...], most: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,10 @@ class Decoder:
     norm: RMSNorm
     lm_head: DenseLinear
     ranks: TensorParallel | None = None
+
+    def abridged(self) -> Decoder:
+        """With one layer of each kind, which runs the same kernels."""
+        return replace(self, layers=tuple({layer.attention.sliding_window: layer for layer in self.layers}.values()))
 
     def linears(self, group: str) -> list[AdaptedLinear]:
         """This rank's part of a group ("qkv", "o", "gate_up" or "down") in every layer."""

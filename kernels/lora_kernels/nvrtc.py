@@ -7,13 +7,15 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda.bindings import driver, nvrtc
+
+from lora_kernels.launch import begun, is_rehearsal
 
 # A tensor or None for a pointer, an int of 32 bits, or what is passed by value.
 Argument = torch.Tensor | None | int | ctypes.Array[Any] | ctypes.Structure
@@ -22,7 +24,8 @@ Argument = torch.Tensor | None | int | ctypes.Array[Any] | ctypes.Structure
 class CudaKernel:
     """One `extern "C"` kernel of a source file beside this module, compiled with some macros.
 
-    shared_bytes: dynamic shared memory a thread block. Raises RuntimeError with the compiler's words when it refuses.
+    shared_bytes: dynamic shared memory a thread block. Compiled when it is first launched, or by a thread when it is
+    made in a rehearsal (`lora_kernels.launch`). Raises RuntimeError with the compiler's words when it refuses.
     """
 
     def __init__(
@@ -33,30 +36,39 @@ class CudaKernel:
         device: torch.device,
         shared_bytes: int,
     ) -> None:
-        cubin = compile_cubin(source, macros, _architecture(device))
-        (library,) = _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0))
-        (kernel,) = _checked(driver.cuLibraryGetKernel(library, name.encode()))
-        if shared_bytes > 48 << 10:  # more than every card grants unasked
+        self._cubin = begun(partial(compile_cubin, source, macros, _architecture(device)))
+        self._name, self._device, self._shared_bytes = name, device, shared_bytes
+
+    def __call__(self, num_blocks: int, num_threads: int, arguments: Sequence[Argument]) -> None:
+        """Launch on the current stream; nothing in a rehearsal."""
+        if is_rehearsal():
+            return
+        values = [_c_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        function, config = self._loaded
+        config.gridDimX, config.blockDimX = num_blocks, num_threads
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        _checked(driver.cuLaunchKernelEx(config, function, ctypes.addressof(pointers), 0))
+
+    @cached_property
+    def _loaded(self) -> tuple[driver.CUfunction, driver.CUlaunchConfig]:
+        """The function on the device, and how it is launched."""
+        (library,) = _checked(driver.cuLibraryLoadData(self._cubin(), [], [], 0, [], [], 0))
+        (kernel,) = _checked(driver.cuLibraryGetKernel(library, self._name.encode()))
+        if self._shared_bytes > 48 << 10:  # more than every card grants unasked
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _checked(driver.cuKernelSetAttribute(attribute, shared_bytes, kernel, driver.CUdevice(device.index or 0)))
-        self._function = driver.CUfunction(int(kernel))
-        self._config = driver.CUlaunchConfig()
-        self._config.sharedMemBytes = shared_bytes
-        self._config.blockDimY = self._config.blockDimZ = self._config.gridDimY = self._config.gridDimZ = 1
-        if torch.cuda.get_device_capability(device) >= (9, 0):
+            ordinal = driver.CUdevice(self._device.index or 0)
+            _checked(driver.cuKernelSetAttribute(attribute, self._shared_bytes, kernel, ordinal))
+        config = driver.CUlaunchConfig()
+        config.sharedMemBytes = self._shared_bytes
+        config.blockDimY = config.blockDimZ = config.gridDimY = config.gridDimZ = 1
+        if torch.cuda.get_device_capability(self._device) >= (9, 0):
             # The kernel may start before the one ahead of it has ended; it waits for it by itself.
             overlap = driver.CUlaunchAttribute()
             overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             overlap.value.programmaticStreamSerializationAllowed = 1
-            self._config.attrs, self._config.numAttrs = [overlap], 1
-
-    def __call__(self, num_blocks: int, num_threads: int, arguments: Sequence[Argument]) -> None:
-        """Launch on the current stream."""
-        values = [_c_value(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        self._config.gridDimX, self._config.blockDimX = num_blocks, num_threads
-        self._config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        _checked(driver.cuLaunchKernelEx(self._config, self._function, ctypes.addressof(pointers), 0))
+            config.attrs, config.numAttrs = [overlap], 1
+        return driver.CUfunction(int(kernel)), config
 
 
 def tensor_map(x: torch.Tensor, rows: int, columns: int) -> ctypes.Array[ctypes.c_uint64]:

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.triton_vectors import scale_and_shift
 from lora_kernels.vectors import NO_VECTORS, SlotVectors
 
@@ -32,5 +33,15 @@ def silu_mul_triton(gate_up: Tensor, vectors: SlotVectors | None = None) -> Tens
     num_tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     y = torch.empty((num_tokens, width), dtype=gate_up.dtype, device=gate_up.device)
     grid = (num_tokens * triton.cdiv(width, _BLOCK),)
-    _silu_mul_kernel[grid](gate_up, *(vectors or NO_VECTORS), y, width, gate_up.stride(0), BLOCK=_BLOCK, num_warps=4)
+    launch(
+        _silu_mul_kernel,
+        grid,
+        gate_up,
+        *(vectors or NO_VECTORS),
+        y,
+        width,
+        gate_up.stride(0),
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )
     return y

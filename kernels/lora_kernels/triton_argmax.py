@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
+
 _BLOCK = 8192
 _NOWHERE = tl.constexpr(2**31 - 1)
 
@@ -42,5 +44,5 @@ def row_argmax_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     highest = torch.empty(num_rows, device=logits.device)
     index = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     block = min(_BLOCK, triton.next_power_of_2(width))
-    _argmax_kernel[(num_rows,)](logits, highest, index, width, logits.stride(0), BLOCK=block, num_warps=16)
+    launch(_argmax_kernel, (num_rows,), logits, highest, index, width, logits.stride(0), BLOCK=block, num_warps=16)
     return highest, index

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.blocks import BlockTensors
+from lora_kernels.launch import launch
 
 _BLOCK = 1024
 
@@ -30,4 +31,14 @@ def _move_kernel(table_ptr, block_ids_ptr, packed_ptr, block_words, GATHER: tl.c
 def move_blocks_triton(tensors: BlockTensors, block_ids: Tensor, packed: Tensor, *, gather: bool) -> None:
     """`lora_kernels.blocks.gather_blocks`, or `scatter_blocks`."""
     grid = (len(block_ids), len(tensors.parts))
-    _move_kernel[grid](tensors.table, block_ids, packed, tensors.block_words, GATHER=gather, BLOCK=_BLOCK, num_warps=4)
+    launch(
+        _move_kernel,
+        grid,
+        tensors.table,
+        block_ids,
+        packed,
+        tensors.block_words,
+        GATHER=gather,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )

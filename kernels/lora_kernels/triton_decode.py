@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
+from lora_kernels.launch import launch
 from lora_kernels.layer_cache import LayerCache
 from lora_kernels.triton_fp8 import in_pairs, split_queries
 from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, score_keys, soften, tile_width
@@ -272,7 +273,9 @@ def decode(
     pieces, arrived = _decode_plan(meta, num_kv_heads, config, window)
     partial = torch.empty((len(pieces), num_kv_heads, group, block_dim), dtype=torch.float32, device=q.device)
     peak, total = torch.empty((2, *partial.shape[:-1]), dtype=torch.float32, device=q.device)
-    _decode_kernel[(num_kv_heads, len(pieces))](
+    launch(
+        _decode_kernel,
+        (num_kv_heads, len(pieces)),
         q,
         *cache,
         out,
@@ -320,7 +323,9 @@ def _decode_plan(
         wave = max(1, config.programs * _num_sms(device) // num_kv_heads)
         pieces = torch.empty((num_rows + _SPARE_WAVES * wave, _PIECE_FIELDS.value), dtype=torch.int32, device=device)
         arrived = torch.empty((num_rows + 1, num_kv_heads), dtype=torch.int32, device=device)
-        _plan_kernel[(num_rows + 1,)](
+        launch(
+            _plan_kernel,
+            (num_rows + 1,),
             meta.context_len,
             meta.prefix_len,
             meta.query_start,

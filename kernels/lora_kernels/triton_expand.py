@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.segments import LoRASegments
 from lora_kernels.triton_routing import (
     LENGTH,
@@ -416,7 +417,9 @@ def sgmv_expand_triton(
     pdl, num_processors = card(y.device)
     tiles = sum(triton.cdiv(width, min(config.vector_out, config.tiles_out)) for width in slice_widths)
     items = routing.most_chunks * (routing.chunk_tokens // rows) * tiles
-    _expand_kernel[(min(items, config.programs * num_processors),)](
+    launch(
+        _expand_kernel,
+        (min(items, config.programs * num_processors),),
         h,
         b_pages,
         b_scales,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
+from lora_kernels.launch import launch
 from lora_kernels.layer_cache import LayerCache
 from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, soften
 
@@ -267,7 +268,9 @@ def invariant_attention_triton(
     partial = torch.empty((*stats, block_dim), dtype=torch.float32, device=q.device)
     peak, total = torch.empty((2, *stats), dtype=torch.float32, device=q.device)
     programs = max(1, _PROGRAMS * _num_sms(q.device) // num_kv_heads)
-    _attend_kernel[(num_kv_heads, min(programs, len(items) - 1))](
+    launch(
+        _attend_kernel,
+        (num_kv_heads, min(programs, len(items) - 1)),
         q,
         cache.k,
         cache.v,
@@ -318,7 +321,9 @@ def _items(
         most = sum(_MOST_PIECES.value if length == 1 else length // queries + 2 for length in meta.query_lens)
         items = torch.empty((1 + most, _ITEM_FIELDS.value), dtype=torch.int32, device=device)
         arrived = torch.empty((num_seqs, num_kv_heads), dtype=torch.int32, device=device)
-        _items_kernel[(num_seqs,)](
+        launch(
+            _items_kernel,
+            (num_seqs,),
             meta.context_len,
             meta.prefix_len,
             meta.query_start,

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
+
 
 @triton.jit(do_not_specialize=("num_tokens",))
 def _matmul_kernel(
@@ -92,7 +94,9 @@ def invariant_matmul_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     num_tokens, (out_features, in_features) = len(x), weight.shape
     config = _CONFIG_FP32 if x.dtype == torch.float32 else _CONFIG
     y = torch.empty((num_tokens, out_features), dtype=x.dtype, device=x.device)
-    _matmul_kernel[(triton.cdiv(num_tokens, config.tokens) * triton.cdiv(out_features, config.block_out),)](
+    launch(
+        _matmul_kernel,
+        (triton.cdiv(num_tokens, config.tokens) * triton.cdiv(out_features, config.block_out),),
         x,
         weight,
         bias,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.nf4 import NF4_CODE
 
 
@@ -44,8 +45,17 @@ def unpack_nf4_triton(packed: Tensor, absmax: Tensor, dtype: torch.dtype) -> Ten
     out_features, num_blocks, _ = packed.shape
     out = torch.empty((out_features, num_blocks * 64), dtype=dtype, device=packed.device)
     blocks = min(32, triton.next_power_of_2(num_blocks))
-    _unpack_kernel[(out_features, triton.cdiv(num_blocks, blocks))](
-        packed, absmax, _code(packed.device), out, num_blocks, *packed.stride()[:2], *absmax.stride(), BLOCKS=blocks
+    launch(
+        _unpack_kernel,
+        (out_features, triton.cdiv(num_blocks, blocks)),
+        packed,
+        absmax,
+        _code(packed.device),
+        out,
+        num_blocks,
+        *packed.stride()[:2],
+        *absmax.stride(),
+        BLOCKS=blocks,
     )
     return out
 

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.triton_vectors import scale_and_shift
 from lora_kernels.vectors import NO_VECTORS, SlotVectors
 
@@ -51,7 +52,9 @@ def rms_norm_triton(
     num_tokens, width = x.shape
     block = triton.next_power_of_2(width)
     y = torch.empty((num_tokens, width), dtype=x.dtype, device=x.device)
-    _rms_norm_kernel[(num_tokens,)](
+    launch(
+        _rms_norm_kernel,
+        (num_tokens,),
         x,
         delta,
         weight,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_kernels.attention import AttentionMetadata
+from lora_kernels.launch import launch
 from lora_kernels.layer_cache import LayerCache
 from lora_kernels.triton_fp8 import in_pairs, split_queries
 from lora_kernels.triton_softmax import LOG2_E, PACKED, cache_offset, is_wide, score_keys, soften, tile_width
@@ -286,7 +287,9 @@ def prefill(
     config = _prefill_config(q, cache)
     block_queries = max(1, config.rows // group)
     tiles = _prefill_tiles(meta, block_queries)
-    _prefill_kernel[(num_kv_heads, len(tiles))](
+    launch(
+        _prefill_kernel,
+        (num_kv_heads, len(tiles)),
         q,
         *cache,
         out,
@@ -323,7 +326,9 @@ def _prefill_tiles(meta: AttentionMetadata, queries: int) -> Tensor:
         # A sequence's last tile may be short.
         num_tiles, num_seqs = meta.longer_tokens // queries + meta.num_longer, len(meta.context_len)
         tiles = torch.empty((num_tiles, 2), dtype=torch.int32, device=meta.context_len.device)
-        _tiles_kernel[(num_seqs + 1,)](
+        launch(
+            _tiles_kernel,
+            (num_seqs + 1,),
             meta.context_len,
             meta.query_start,
             tiles,

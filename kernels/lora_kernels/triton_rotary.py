@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.layer_cache import FP8_MAX, SMALLEST_AMAX, LayerCache
 from lora_kernels.rotary import NO_HEAD_NORM, HeadNorm
 from lora_kernels.triton_vectors import scale_and_shift
@@ -110,7 +111,9 @@ def rotary_store_triton(
     """`lora_kernels.rotary.rotary_store`."""
     num_tokens, (block_size, num_kv_heads, head_dim) = qkv.shape[0], cache.k.shape[1:]
     num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
-    _rotary_store_kernel[(num_tokens * triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS),)](
+    launch(
+        _rotary_store_kernel,
+        (num_tokens * triton.cdiv(num_heads + 2 * num_kv_heads, _HEADS),),
         qkv,
         cos,
         sin,

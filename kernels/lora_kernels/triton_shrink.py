@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.segments import PAGE_RANK, LoRASegments
 from lora_kernels.triton_routing import (
     COLUMN,
@@ -265,7 +266,9 @@ def sgmv_shrink_triton(x: Tensor, a_pages: Tensor, segments: LoRASegments, a_sca
     h = torch.empty((num_planes, x.shape[0], num_slices, segments.max_pages * PAGE_RANK), device=x.device)
     pdl, num_processors = card(x.device)
     items = routing.most_rows * num_slices * num_planes
-    _shrink_kernel[(min(items, config.programs * num_processors),)](
+    launch(
+        _shrink_kernel,
+        (min(items, config.programs * num_processors),),
         x,
         a_pages,
         a_scales,
@@ -299,7 +302,9 @@ def sgmv_shrink_to_columns(x: Tensor, a_pages: Tensor, segments: LoRASegments, c
     h, routing = sgmv_shrink_triton(x, a_pages, segments), segments.routing
     num_planes, _, num_slices, _ = h.shape
     pdl, num_processors = card(x.device)
-    _columns_kernel[(min(routing.most_rows * num_slices, 4 * num_processors),)](
+    launch(
+        _columns_kernel,
+        (min(routing.most_rows * num_slices, 4 * num_processors),),
         h,
         routing.token_order,
         routing.table,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lora_kernels.launch import launch
 from lora_kernels.vectors import SlotVectors
 
 _BLOCK = 2048
@@ -40,4 +41,4 @@ def apply_vectors_triton(y: Tensor, vectors: SlotVectors) -> None:
     """`lora_kernels.vectors.apply_vectors`."""
     num_tokens, width = y.shape
     grid = (num_tokens * triton.cdiv(width, _BLOCK),)
-    _apply_vectors_kernel[grid](y, *vectors, width, y.stride(0), BLOCK=_BLOCK, num_warps=4)
+    launch(_apply_vectors_kernel, grid, y, *vectors, width, y.stride(0), BLOCK=_BLOCK, num_warps=4)
