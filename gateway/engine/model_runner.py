@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -14,7 +15,6 @@ import numpy.typing as npt
 import torch
 
 from adapters_store.bottleneck_slots import BottleneckSlots
-from adapters_store.lora_layout import num_pages_for
 from adapters_store.slots import AdapterSlots
 from adapters_store.token_pool import TokenPool
 from adapters_store.vector_slots import VectorSlots
@@ -110,7 +110,7 @@ class ModelRunner:
     def capture_graphs(self, max_rows: int, max_tokens: int, max_rank: int) -> None:
         """Record small steps: of up to `max_rows` decode rows, of up to `max_tokens` with chunks of prompts among them.
 
-        max_rank: of their adapters. On CUDA only. What steps of more tokens need is compiled as well.
+        max_rank: of their adapters. On CUDA only. What other steps need is compiled as well.
         """
         graphs = StepGraphs(
             self.decoder,
@@ -123,33 +123,35 @@ class ModelRunner:
             max_rank=max_rank,
             invariant=self.invariant,
         )
-        with compiled_ahead(partial(self._rehearse, graphs, max_tokens, num_pages_for(max_rank))):
+        # Ranks would rehearse their exchanges too, which has not been tried.
+        alone = self.decoder.ranks is None
+        with compiled_ahead(partial(self._rehearse, graphs, max_tokens, max_rank > 0)) if alone else nullcontext():
             graphs.capture()
         self._graphs = graphs
 
     @torch.inference_mode()
-    def _rehearse(self, graphs: StepGraphs, max_tokens: int, max_pages: int) -> None:
-        """Call the kernels of all small steps, and of prompts that no graph takes: with no, one and many adapters."""
+    def _rehearse(self, graphs: StepGraphs, max_tokens: int, has_adapters: bool) -> None:
+        """Call the kernels of all small steps, of prompts that no graph takes, and of the host tier."""
         graphs.rehearse()
         if self.host_tier is not None:
             self.host_tier.rehearse()
-        decoder, device = self.decoder.abridged(), self.decoder.device
-        caches = self.cache.layers[: len(decoder.layers)]
         for size in sorted({2 * MAX_ROWS, max_tokens}):
-            if not MAX_ROWS < size <= max_tokens:
-                continue
-            rows, lens, blocks = np.zeros(size, np.int64), np.array([size]), [0] * -(-size // self.cache.block_size)
-            tokens = StepTokens(rows, rows, rows, np.full(size, -1, np.int32), lens, lens, 0, [blocks], lens - 1)
-            base = self._batch(tokens, None, None)
-            for num_adapters in (0, 1, most_fused_pages(size) + 1) if max_pages else (0,):
-                pages = AdapterPages(PAGE_RANK * max_pages, (0,) * max_pages)
-                slots = np.arange(size, dtype=np.int32) % num_adapters if num_adapters else tokens.adapter_slots
-                slot_pages = dict.fromkeys(range(num_adapters), pages)
-                segments = LoRASegments.build(slots, slot_pages, device, self.invariant)
-                logits = decoder(replace(base, segments=segments), caches)
-            if decoder.num_logits:
-                row_argmax(logits)
-        self._attention = None
+            if MAX_ROWS < size <= max_tokens:
+                self._rehearse_prompt(size, has_adapters)
+        self._attention = None  # its plans were not made
+
+    def _rehearse_prompt(self, size: int, has_adapters: bool) -> None:
+        """Call the kernels of a step of so many tokens: of the bare base, of an adapter, and of many."""
+        decoder, device = self.decoder.abridged(), self.decoder.device
+        rows, lens, blocks = np.zeros(size, np.int64), np.array([size]), [0] * -(-size // self.cache.block_size)
+        tokens = StepTokens(rows, rows, rows, np.full(size, -1, np.int32), lens, lens, 0, [blocks], lens - 1)
+        base = self._batch(tokens, None, None)
+        for num_adapters in (0, 1, most_fused_pages(size) + 1) if has_adapters else (0,):
+            slots = np.arange(size, dtype=np.int32) % num_adapters if num_adapters else tokens.adapter_slots
+            slot_pages = dict.fromkeys(range(num_adapters), AdapterPages(PAGE_RANK, (0,)))
+            segments = LoRASegments.build(slots, slot_pages, device, self.invariant)
+            logits = decoder(replace(base, segments=segments), self.cache.layers[: len(decoder.layers)])
+        row_argmax(logits)
 
     def drop_graphs(self) -> None:
         """Run every step by its kernels from now on."""

@@ -97,8 +97,7 @@ class StepGraphs:
         decoder = self._decoder.abridged()
         for shape in self._shapes():
             self._forward(shape, decoder)
-        if decoder.num_logits:  # a rank that samples
-            row_argmax(self._logits)
+        row_argmax(self._logits)
 
     def run(self, tokens: StepTokens, pending: PendingTokens | None) -> torch.Tensor | None:
         """The logits [num_sampled, vocab] of `tokens.last_rows`, until the next call overwrites them.

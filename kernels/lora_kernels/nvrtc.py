@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import cached_property, lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _compile(
 def _keep(path: Path, cubin: bytes) -> None:
     """Written beside its place and moved there, so that nobody reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
+    part = path.with_suffix(f".{os.getpid()}-{get_ident()}")
     part.write_bytes(cubin)
     part.replace(path)
 
