@@ -38,7 +38,7 @@ def compiled_ahead(rehearse: Callable[[], object]) -> Iterator[None]:
     """Have the kernels compiled, by a thread each, that `rehearse` calls; the body's launches wait for their own.
 
     A rehearsal launches none of our kernels, so that what it computes is what lay in the memory before. At the end of
-    the body all are compiled. Raises what a compilation does, where its kernel is launched or at the end.
+    the body all are compiled. What a compilation raises comes where its kernel is launched, and at the end if Triton's.
     """
     from triton import AsyncCompileMode
 

@@ -76,6 +76,15 @@ def test_a_base_is_of_the_type_that_its_config_says(tmp_path: Path, family: str)
     assert load_model(EngineConfig(base=str(base), device="cpu")).spec.model_type == family
 
 
+def test_abridged_a_decoder_has_one_layer_of_each_kind(tmp_path: Path) -> None:
+    mixed = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 2, "num_hidden_layers": 4}
+    for family, overrides, windows in (("mistral", {"sliding_window": 12}, [12]), ("qwen2", mixed, [None, 8])):
+        base = make_base(tmp_path / family, family, **overrides)
+        decoder = load_model(EngineConfig(base=str(base), device="cpu")).decoder
+        assert [layer.attention.sliding_window for layer in decoder.abridged().layers] == windows
+        assert len(decoder.layers) > len(windows)
+
+
 def test_nf4_is_quantized_at_load(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen2")
     oracle = load_oracle(base)
