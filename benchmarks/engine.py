@@ -358,14 +358,15 @@ def measure(engine: LLMEngine, refs: Sequence[AdapterRef | None], case: Case, su
     note = f"{PROMPT} in, {OUTPUT} out, rank {RANK}, best of 2"
     target = TARGETS.get(name)
     record("engine", name, "tokens_per_s", rows * OUTPUT / long, "1/s", target=target, note=note)
-    step, floor = (long - short) / (OUTPUT - SHORT) * 1e3, step_bytes(engine, case) / BANDWIDTH * 1e3
+    num_bytes = sum(step_bytes(engine, case).values())
+    step, floor = (long - short) / (OUTPUT - SHORT) * 1e3, num_bytes / BANDWIDTH * 1e3
     record("engine", name, "decode_step_ms", step, "ms", floor=round(floor, 4), note=note)
-    by_bytes = f"{step_bytes(engine, case) / 1e9:.2f} GB at a stated {BANDWIDTH / 1e12:.2f} TB/s, over the step"
+    by_bytes = f"{num_bytes / 1e9:.2f} GB at a stated {BANDWIDTH / 1e12:.2f} TB/s, over the step"
     record("engine", name, "share_of_floor", floor / step, "x", note=by_bytes)
 
 
-def step_bytes(engine: LLMEngine, case: Case) -> float:
-    """What a decode step in the middle of the output must read: base, lm_head, adapters, keys and values."""
+def step_bytes(engine: LLMEngine, case: Case) -> dict[str, float]:
+    """What a decode step in the middle of the output must read: base, adapters, keys and values, lm_head."""
     decoder, slots = engine.model.decoder, engine.runner.slots
     num_weights = decoder.config.num_layers * sum(out * inner for out, inner in decoder.config.linears.values())
     base = num_weights * (NF4_BITS if case.base == "nf4" else 8 * decoder.dtype.itemsize) / 8
@@ -373,7 +374,8 @@ def step_bytes(engine: LLMEngine, case: Case) -> float:
     adapters = case.num_adapters * num_pages_for(RANK) * slots.layout.page_bytes(adapter_dtype)
     block = sum(tensor[0].nbytes for layer in engine.runner.cache.layers for tensor in layer.tensors)
     context = case.num_requests * (PROMPT + OUTPUT / 2) * block / engine.blocks.block_size
-    return base + decoder.lm_head.weight.nbytes + adapters + context
+    lm_head = float(decoder.lm_head.weight.nbytes)
+    return {"base products": base, "shrinks and expands": adapters, "attention": context, "dense products": lm_head}
 
 
 if __name__ == "__main__":

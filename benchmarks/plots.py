@@ -1,4 +1,4 @@
-"""Draw docs/plots/*.svg from the latest lines of benchmarks/results/kernels.jsonl; needs `pip install matplotlib`."""
+"""Draw docs/plots/*.svg from the latest lines of benchmarks/results/; needs `pip install matplotlib`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,24 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from benchmarks.record import RESULTS
+from benchmarks.step import PARTS
 
 FOLDER = Path(__file__).parents[1] / "docs" / "plots"
 Points = dict[str, dict[int, float]]  # a line's name -> x -> share of the floor
 
 
-def latest() -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(case, metric, system) -> (value, floor) of the newest line that has a floor."""
-    lines = map(json.loads, (RESULTS / "kernels.jsonl").read_text().splitlines())
-    return {
-        (line["case"], line["metric"], line["system"]): (line["value"], line["floor"])
-        for line in lines
-        if line["floor"]
-    }
+def latest(subject: str) -> dict[tuple[str, str, str], tuple[float, float | None]]:
+    """(case, metric, system) -> (value, floor, if it has one) of the newest line."""
+    lines = map(json.loads, (RESULTS / f"{subject}.jsonl").read_text().splitlines())
+    return {(line["case"], line["metric"], line["system"]): (line["value"], line["floor"]) for line in lines}
 
 
 def shares(case: str, name: Callable[[re.Match[str], str], str | None]) -> Points:
     """The share of its own floor of every case that the pattern fits; its group "x" is where it lies."""
     points: Points = {}
-    for (text, metric, system), (value, floor) in latest().items():
+    for (text, metric, system), (value, floor) in latest("kernels").items():
         match = re.fullmatch(case, text)
-        if match and metric.startswith("us") and (line := name(match, system)):
+        if match and floor and metric.startswith("us") and (line := name(match, system)):
             points.setdefault(line, {})[int(match["x"])] = floor / value
     return points
 
@@ -54,6 +51,25 @@ def draw(file: str, title: str, x_label: str, points: Points) -> None:
     plt.close(figure)
 
 
+def draw_step() -> None:
+    """Beside each other for each case: what the parts of a step take, and the floors of their bytes."""
+    lines = latest("step")
+    cases = list(dict.fromkeys(case for case, _, _ in lines))
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    taken, least = [0.0] * len(cases), [0.0] * len(cases)
+    for part, colour in zip([*PARTS, "idle"], [*plt.cm.tab10.colors[: len(PARTS)], "lightgrey"], strict=True):
+        both = [lines.get((case, part, "patchbay"), (0.0, None)) for case in cases]
+        values, floors = [value / 1e3 for value, _ in both], [(floor or 0.0) / 1e3 for _, floor in both]
+        axes.bar([x - 0.16 for x in range(len(cases))], values, 0.4, bottom=taken, color=colour, label=part)
+        axes.bar([x + 0.16 for x in range(len(cases))], floors, 0.16, bottom=least, color=colour, alpha=0.6)
+        taken, least = ([a + b for a, b in zip(*pair, strict=True)] for pair in ((taken, values), (least, floors)))
+    axes.set_xticks(range(len(cases)), [case.replace(" nf4", "").replace(" ", "\n") for case in cases])
+    axes.set(xlabel="requests x adapters", ylabel="ms", title="A decode step; narrow: its bytes at 4.25 TB/s")
+    figure.legend(fontsize=8, loc="outside right center")
+    figure.savefig(FOLDER / "step.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     """Draw all."""
     plt.rcParams["svg.hashsalt"] = "patchbay"  # the same figures give the same file
@@ -66,6 +82,8 @@ def main() -> None:
     draw("vectors.svg", "Norm, rotary, gate, vectors by slot", "rows", vectors)
     attention = shares(r"decode attention (\d+)x(?P<x>\d+)", lambda match, system: system)
     draw("attention.svg", "Decode attention (64x256, 256x512, 64x2048, 16x8192)", "context", attention)
+    if (RESULTS / "step.jsonl").exists():
+        draw_step()
 
 
 def _rows(rows: str, system: str) -> str | None:

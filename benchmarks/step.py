@@ -1,19 +1,23 @@
-"""Where the time of a decode step goes on one GPU, kernel by kernel, at Llama-3.1-8B's shape.
+"""Where the time of a decode step goes on one GPU, part by part, at Llama-3.1-8B's shape.
 
-    python -m benchmarks.step [--layers 32] [--cases 64x0,64x64] [--adapter-dtype int8]
+    python -m benchmarks.step [--cases "64x64 nf4,64x64 nf4 adapters8"] [--layers 32] [--scratch DIR]
 
-Prints, for each case of `benchmarks.engine`, the step's wall time, how long the device was busy and idle in it, and the
-kernels by their time. Kernels may overlap (programmatic dependent launch), so that theirs add up to more than the step.
+For each case of `benchmarks.engine`, in the middle of its output: the step's wall time, what of it each part takes, how
+long the device is idle in it, and the floor of each part's bytes. Kernels overlap (programmatic dependent launch): a
+moment is the kernel's that began first, so that the parts and the idle time add up to the step as it was profiled. The
+kernels are printed by their own time, overlaps included. `python -m benchmarks.plots` draws the parts.
 """
 
 from __future__ import annotations
 
-import argparse
+import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -22,38 +26,75 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from adapters_store.blobs import BlobStore
-from benchmarks.engine import OUTPUT, bench_config, drain, make_requests, run, write_adapter, write_base
+from benchmarks.engine import (
+    BANDWIDTH,
+    OUTPUT,
+    RANK,
+    Case,
+    bench_config,
+    drain,
+    free_device,
+    label,
+    make_parser,
+    make_requests,
+    page_bytes,
+    run,
+    step_bytes,
+    unique,
+    write_adapters,
+    write_base,
+)
+from benchmarks.record import record
 from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.request import AdapterRef
 
+CASES: Final = "64x0 nf4,64x64 nf4,256x0 nf4,1x1 nf4,64x64 nf4 adapters8"
 WARM, TIMED, PROFILED = 100, 20, 6  # steps: by then all rows decode, and half of the output is left
 SHOWN = 16
+# The bytes of adapters are those of the second, though A x may be beside the first.
+PARTS: Final = {
+    "base products": r"nf4_matmul|nf4_unpack",
+    "shrinks and expands": r"_shrink_kernel|_expand_kernel|_columns_kernel",
+    "attention": r"_decode_kernel|_plan_kernel|_prefill_kernel|_tiles_kernel",
+    "norms, rotary, gate": r"_rms_norm_kernel|_rotary_store_kernel|_silu_mul_kernel|_apply_vectors_kernel",
+    "dense products": r"nvjet|gemm|cutlass|splitKreduce",
+    "copies, argmax and others": r"",
+}
+"""What a part's kernels are called; a kernel is the first part's that fits. Dense are lm_head and a base in bf16."""
+Span = tuple[float, float, str]
 
 
 def main() -> None:
-    """Build the base and the adapters, then profile each case in the middle of its output."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--cases", default="64x0,64x64")
-    parser.add_argument("--adapter-dtype", default="auto")
-    args = parser.parse_args()
-    cases = [tuple(map(int, case.split("x"))) for case in args.cases.split(",")]
-    with tempfile.TemporaryDirectory() as name:
+    """Build the base, then an engine and its adapters for the cases that it serves; profile them."""
+    args = make_parser(__doc__, CASES).parse_args()
+    cases = [Case.parse(text) for text in args.cases.split(",")]
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        base = write_base(Path(name) / "base", args.layers, args.shape)
+        for settings in unique(case.settings for case in cases):
+            same = [case for case in cases if case.settings == settings]
+            _profile_cases(base, same, settings, label(args), args.scratch)
+            free_device()
+
+
+def _profile_cases(
+    base: Path, cases: Sequence[Case], settings: dict[str, Any], suffix: str, scratch: Path | None
+) -> None:
+    most = max(case.num_adapters for case in cases)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         blobs = BlobStore(f"file://{folder / 'blobs'}")
-        config = replace(bench_config(write_base(folder / "base", args.layers)), adapter_dtype=args.adapter_dtype)
-        engine = LLMEngine(config, blobs, lambda: None)
-        most = max(num_adapters for _, num_adapters in cases)
-        refs = [write_adapter(blobs, folder, engine.model.spec, 16, i) for i in range(most)]
-        for num_requests, num_adapters in cases:
-            chosen = list(refs[:num_adapters]) or [None]
-            run(engine, chosen, num_requests, 2)  # the adapters come in
-            for request, prompt in make_requests(chosen, num_requests, OUTPUT):
-                engine.add(request, prompt)
-            _profile(engine, f"{num_requests}x{num_adapters}")
+        room: dict[str, Any] = {"num_adapter_slots": max(most, 1), "host_cache_bytes": most * page_bytes(base)}
+        engine = LLMEngine(replace(bench_config(base), **room, **settings), blobs, lambda: None)
+        refs = write_adapters(blobs, folder, engine.model.spec, [RANK] * most)
+        for case in cases:
+            _profile(engine, refs[: case.num_adapters] or [None], case, suffix)
         engine.close()
 
 
-def _profile(engine: LLMEngine, case: str) -> None:
+def _profile(engine: LLMEngine, refs: Sequence[AdapterRef | None], case: Case, suffix: str) -> None:
+    run(engine, refs, case.num_requests, 2)  # the adapters come in
+    for request, prompt in make_requests(refs, case.num_requests, OUTPUT):
+        engine.add(request, prompt)
     for _ in range(WARM):
         engine.step()
     torch.cuda.synchronize()
@@ -61,7 +102,7 @@ def _profile(engine: LLMEngine, case: str) -> None:
     for _ in range(TIMED):
         engine.step()
     torch.cuda.synchronize()
-    wall = (time.perf_counter() - start) / TIMED * 1e3
+    wall = (time.perf_counter() - start) / TIMED * 1e6
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(PROFILED):
             engine.step()
@@ -72,23 +113,44 @@ def _profile(engine: LLMEngine, case: str) -> None:
         for event in profiler.events() or []
         if event.device_type == DeviceType.CUDA and not event.name.startswith("ProfilerStep")
     )
-    _print(case, wall, spans)
+    _record(f"{case}{suffix}", wall, spans, step_bytes(engine, case))
+    Console(width=120).print(_kernels(str(case), spans))
 
 
-def _print(case: str, wall: float, spans: list[tuple[float, float, str]]) -> None:
-    busy, reached = 0.0, spans[0][0]
-    for begin, end, _ in spans:
-        busy += max(end - max(begin, reached), 0.0)
+def _record(case: str, wall: float, spans: Sequence[Span], num_bytes: dict[str, float]) -> None:
+    """One line for the step, one for each part that it has, and one for what is idle."""
+    floors = {part: round(count / BANDWIDTH * 1e6, 1) for part, count in num_bytes.items()}
+    record("step", case, "step_us", wall, "us", floor=round(sum(floors.values()), 1))
+    times = Counter[str]()
+    for name, own in own_times(spans):
+        times[part_of(name)] += own
+    for part in (part for part in PARTS if times[part]):
+        record("step", case, part, times[part] / PROFILED, "us", floor=floors.get(part))
+    idle = spans[-1][1] - spans[0][0] - times.total()
+    record("step", case, "idle", idle / PROFILED, "us")
+
+
+def part_of(kernel: str) -> str:
+    """The part of a step that a kernel of this name is."""
+    return next(part for part, names in PARTS.items() if re.search(names, kernel))
+
+
+def own_times(spans: Sequence[Span]) -> Iterator[tuple[str, float]]:
+    """Of each span, in order of their starts, what no span before it covers."""
+    reached = spans[0][0]
+    for begin, end, name in spans:
+        yield name, max(end - max(begin, reached), 0.0)
         reached = max(reached, end)
-    idle = reached - spans[0][0] - busy
-    title = f"{case}: {wall:.2f} ms a step; profiled: busy {busy / PROFILED:.0f} us, idle {idle / PROFILED:.0f} us"
+
+
+def _kernels(title: str, spans: Sequence[Span]) -> Table:
     table = Table("kernel", "times", "us", title=title)
     times, counts = Counter[str](), Counter(name for _, _, name in spans)
     for begin, end, name in spans:
         times[name] += end - begin
     for name, total in times.most_common(SHOWN):
         table.add_row(name[:80], f"{counts[name] / PROFILED:.1f}", f"{total / PROFILED:.1f}")
-    Console(width=120).print(table)
+    return table
 
 
 if __name__ == "__main__":
