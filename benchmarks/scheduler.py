@@ -4,7 +4,9 @@
 
 `schedule` is the time of one `Scheduler.schedule()` with all of 256 sequences decoding (full), or with a place free
 while all that wait need an adapter's slot that others hold (blocked). `admit` is the time for each sequence that a step
-takes out of the queue, `cancel` for each that goes away while it waits.
+takes out of the queue, `cancel` for each that goes away while it waits. Of an engine of several ranks, `announce` is
+what rank 0 takes to tell the others of a step of 256 rows whose tokens are on their way, `hear` what they take to read
+it and lay out its tokens.
 """
 
 from __future__ import annotations
@@ -13,17 +15,24 @@ import argparse
 import statistics
 import tempfile
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from adapters_store.blobs import BlobStore
 from benchmarks.engine import write_adapter
 from benchmarks.record import record
 from gateway.config import EngineConfig
 from gateway.engine.llm_engine import LLMEngine
+from gateway.engine.mirror import Announcer, Mirror
+from gateway.engine.pending import PendingTokens
 from gateway.engine.request import AdapterRef, GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.scheduler_output import SchedulerOutput
 from gateway.engine.stats import StepOutput
+from gateway.engine.step_tokens import StepTokens
 
 NUM_SEQS, PROMPT = 256, 8
 MAX_TOKENS = 1000  # none ends while it is timed
@@ -40,6 +49,7 @@ def main() -> None:
         bench.full(0, 1)
         bench.full(args.waiting, 1)
         bench.full(args.waiting, args.waiting // 4)
+        bench.announce()
         bench.blocked(args.waiting)
         bench.admit(args.waiting, 1)
         bench.admit(args.waiting, args.waiting // 4)
@@ -63,6 +73,28 @@ class Bench:
         self.turn()
         self.add(waiting, tenants)
         self.record_schedule(f"full, {waiting} waiting of {tenants} tenants")
+
+    def announce(self) -> None:
+        """All places are taken, and another rank hears of the steps."""
+        self.add(NUM_SEQS)
+        announcer, mirror, slots = Announcer(), Mirror(), self.engine.runner.slots
+        times, num_bytes = [], 0
+        for _ in range(self.steps):
+            output = self.turn()[1]
+            is_decode = len(output.rows) == NUM_SEQS
+            pending = PendingTokens(torch.zeros(NUM_SEQS), np.arange(NUM_SEQS)) if is_decode else None
+            start = time.perf_counter()
+            data = ForkingPickler.dumps(announcer.news(output, pending, slots))
+            told = time.perf_counter()
+            heard = mirror.output(ForkingPickler.loads(data))
+            StepTokens.of(heard, pending, self.engine.blocks.block_size)
+            if is_decode:
+                times.append((told - start, time.perf_counter() - told))
+                num_bytes += len(data)
+        for metric, seconds in zip(("announce", "hear"), zip(*times, strict=True), strict=True):
+            note = f"median of {len(times)} steps of {num_bytes // len(times):,} bytes"
+            record("scheduler", f"{NUM_SEQS} rows", metric, statistics.median(seconds) * 1e6, "us", note=note)
+        self.clear()
 
     def blocked(self, waiting: int) -> None:
         """One place is free, and all that wait need the slot of an adapter that runs."""
