@@ -78,11 +78,11 @@ class Bench:
         """All places are taken, and another rank hears of the steps."""
         self.add(NUM_SEQS)
         announcer, mirror, slots = Announcer(), Mirror(), self.engine.runner.slots
-        times, num_bytes = [], 0
+        times, num_bytes, in_flight = [], 0, torch.zeros(NUM_SEQS, dtype=torch.int64)
         for _ in range(self.steps):
             output = self.turn()[1]
             is_decode = len(output.rows) == NUM_SEQS
-            pending = PendingTokens(torch.zeros(NUM_SEQS), np.arange(NUM_SEQS)) if is_decode else None
+            pending = PendingTokens(in_flight, np.arange(NUM_SEQS)) if is_decode else None
             start = time.perf_counter()
             data = ForkingPickler.dumps(announcer.news(output, pending, slots))
             told = time.perf_counter()

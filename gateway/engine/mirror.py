@@ -86,8 +86,8 @@ class _Told:
 class Announcer:
     """Rank 0's record of what the other ranks know; they all know the same.
 
-    A row costs some work here where its table has grown, or where its token is known to the host: tokens that steps in
-    flight make are told when a step needs them, which is when their sequence leaves the rows.
+    A row costs some work here where its table has grown, or where its token is known to the host: those that steps in
+    flight make reach the others over the device, and are told with the row's next block, or when it stops being one.
     """
 
     def __init__(self) -> None:

@@ -93,7 +93,7 @@ class OtherRank:
         for row, (mine, theirs) in enumerate(zip(got.scheduled, wanted.scheduled, strict=True)):
             self._compare_sequences(mine.sequence, theirs.sequence, is_row=row < len(wanted.rows))
             assert mine[1:] == theirs[1:]
-            if row not in in_flight:  # else its tokens come over the device, and are told when it stops being a row
+            if row not in in_flight:  # else its tokens come over the device, and are told later
                 assert mine.sequence.token_ids == theirs.sequence.token_ids
                 assert mine.sequence.known_tokens(*mine[1:]) == theirs.sequence.known_tokens(*theirs[1:])
         tables = list(map(attrgetter("block_table"), got.rows.sequences))
