@@ -23,7 +23,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,6 +105,11 @@ class Case:
             "quantization": "nf4" if self.base == "nf4" else "none",
             "adapter_dtype": "int8" if self.adapters8 else "auto",
         }
+
+
+# An engine for cases of a kind; and what is done with each, whose requests take the adapters, or the base, in turn.
+Build = Callable[[EngineConfig, BlobStore, str], LLMEngine]
+Measure = Callable[[LLMEngine, Sequence[AdapterRef | None], Case], None]
 
 
 def write_base(folder: Path, layers: int, shape: str = "8b") -> Path:
@@ -280,13 +285,13 @@ def main() -> None:
     mode = {"tensor_parallel_size": args.tensor_parallel_size, "batch_invariant": args.batch_invariant}
     suffix = f" tp{args.tensor_parallel_size}" if args.tensor_parallel_size > 1 else ""
     suffix += (" batch-invariant" if args.batch_invariant else "") + label(args)
-    cases = [Case.parse(text) for text in args.cases.split(",")]
-    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
-        base = write_base(Path(name) / "base", args.layers, args.shape)
-        for settings in unique(case.settings for case in cases):
-            same = [case for case in cases if case.settings == settings]
-            serve_cases(base, same, settings | mode, suffix, args.scratch)
-            free_device()
+    target = None if suffix else START_TARGET
+    serve_all(
+        args,
+        mode,
+        build=lambda config, blobs, kind: build_engine(config, blobs, f"start {kind}{suffix}", target),
+        measure=lambda engine, refs, case: measure(engine, refs, case, suffix),
+    )
     if args.peer_results:
         peers = [json.loads(line) for line in args.peer_results.read_text().splitlines()]
         Console(width=100).print(side_by_side(recorded(), peers))
@@ -318,7 +323,20 @@ def unique(settings: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return seen
 
 
-def serve_cases(base: Path, cases: Sequence[Case], settings: dict[str, Any], suffix: str, scratch: Path | None) -> None:
+def serve_all(args: argparse.Namespace, mode: dict[str, Any], build: Build, measure: Measure) -> None:
+    """Write the base, and measure the cases that are asked for with an engine for each kind of them; mode: of all."""
+    cases = [Case.parse(text) for text in args.cases.split(",")]
+    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
+        base = write_base(Path(name) / "base", args.layers, args.shape)
+        for settings in unique(case.settings for case in cases):
+            same = [case for case in cases if case.settings == settings]
+            _serve_cases(base, same, settings | mode, args.scratch, build, measure)
+            free_device()
+
+
+def _serve_cases(
+    base: Path, cases: Sequence[Case], settings: dict[str, Any], scratch: Path | None, build: Build, measure: Measure
+) -> None:
     """Measure cases of one engine, which has room for the most adapters of any of them."""
     most = max(case.num_adapters for case in cases)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
@@ -326,11 +344,10 @@ def serve_cases(base: Path, cases: Sequence[Case], settings: dict[str, Any], suf
         blobs = BlobStore(f"file://{folder / 'blobs'}")
         host_bytes = most * num_pages_for(RANK) * page_bytes(base)
         room: dict[str, Any] = {"num_adapter_slots": max(most, 1), "host_cache_bytes": host_bytes}
-        config = replace(bench_config(base), **room, **settings)
-        engine = build_engine(config, blobs, f"start {cases[0].kind}{suffix}", None if suffix else START_TARGET)
+        engine = build(replace(bench_config(base), **room, **settings), blobs, cases[0].kind)
         refs = write_adapters(blobs, folder, engine.model.spec, [RANK] * most)
         for case in cases:
-            measure(engine, refs[: case.num_adapters] or [None], case, suffix)
+            measure(engine, refs[: case.num_adapters] or [None], case)
         engine.close()
 
 
@@ -375,7 +392,7 @@ def step_bytes(engine: LLMEngine, case: Case) -> dict[str, float]:
     block = sum(tensor[0].nbytes for layer in engine.runner.cache.layers for tensor in layer.tensors)
     context = case.num_requests * (PROMPT + OUTPUT / 2) * block / engine.blocks.block_size
     lm_head = float(decoder.lm_head.weight.nbytes)
-    return {"base products": base, "shrinks and expands": adapters, "attention": context, "dense products": lm_head}
+    return {"base": base, "adapters": adapters, "cache": context, "lm_head": lm_head}
 
 
 if __name__ == "__main__":

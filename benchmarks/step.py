@@ -11,13 +11,10 @@ kernels are printed by their own time, overlaps included. `python -m benchmarks.
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from rich.console import Console
@@ -25,24 +22,17 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from adapters_store.blobs import BlobStore
 from benchmarks.engine import (
     BANDWIDTH,
     OUTPUT,
-    RANK,
     Case,
-    bench_config,
     drain,
-    free_device,
     label,
     make_parser,
     make_requests,
-    page_bytes,
     run,
+    serve_all,
     step_bytes,
-    unique,
-    write_adapters,
-    write_base,
 )
 from benchmarks.record import record
 from gateway.engine.llm_engine import LLMEngine
@@ -65,30 +55,14 @@ Span = tuple[float, float, str]
 
 
 def main() -> None:
-    """Build the base, then an engine and its adapters for the cases that it serves; profile them."""
+    """Profile each case."""
     args = make_parser(__doc__, CASES).parse_args()
-    cases = [Case.parse(text) for text in args.cases.split(",")]
-    with tempfile.TemporaryDirectory(dir=args.scratch) as name:
-        base = write_base(Path(name) / "base", args.layers, args.shape)
-        for settings in unique(case.settings for case in cases):
-            same = [case for case in cases if case.settings == settings]
-            _profile_cases(base, same, settings, label(args), args.scratch)
-            free_device()
-
-
-def _profile_cases(
-    base: Path, cases: Sequence[Case], settings: dict[str, Any], suffix: str, scratch: Path | None
-) -> None:
-    most = max(case.num_adapters for case in cases)
-    with tempfile.TemporaryDirectory(dir=scratch) as name:
-        folder = Path(name)
-        blobs = BlobStore(f"file://{folder / 'blobs'}")
-        room: dict[str, Any] = {"num_adapter_slots": max(most, 1), "host_cache_bytes": most * page_bytes(base)}
-        engine = LLMEngine(replace(bench_config(base), **room, **settings), blobs, lambda: None)
-        refs = write_adapters(blobs, folder, engine.model.spec, [RANK] * most)
-        for case in cases:
-            _profile(engine, refs[: case.num_adapters] or [None], case, suffix)
-        engine.close()
+    serve_all(
+        args,
+        {},
+        build=lambda config, blobs, kind: LLMEngine(config, blobs, lambda: None),
+        measure=lambda engine, refs, case: _profile(engine, refs, case, label(args)),
+    )
 
 
 def _profile(engine: LLMEngine, refs: Sequence[AdapterRef | None], case: Case, suffix: str) -> None:
@@ -113,13 +87,22 @@ def _profile(engine: LLMEngine, refs: Sequence[AdapterRef | None], case: Case, s
         for event in profiler.events() or []
         if event.device_type == DeviceType.CUDA and not event.name.startswith("ProfilerStep")
     )
-    _record(f"{case}{suffix}", wall, spans, step_bytes(engine, case))
+    _record(f"{case}{suffix}", wall, spans, _floors(step_bytes(engine, case), case))
     Console(width=120).print(_kernels(str(case), spans))
 
 
-def _record(case: str, wall: float, spans: Sequence[Span], num_bytes: dict[str, float]) -> None:
+def _floors(num_bytes: dict[str, float], case: Case) -> dict[str, float]:
+    """What the bytes of each part take, in us."""
+    parts = {"cache": "attention", "adapters": "shrinks and expands", "lm_head": "dense products"}
+    parts["base"] = "base products" if case.base == "nf4" else "dense products"
+    floors = Counter[str]()
+    for what, count in num_bytes.items():
+        floors[parts[what]] += count / BANDWIDTH * 1e6
+    return {part: round(floor, 1) for part, floor in floors.items()}
+
+
+def _record(case: str, wall: float, spans: Sequence[Span], floors: dict[str, float]) -> None:
     """One line for the step, one for each part that it has, and one for what is idle."""
-    floors = {part: round(count / BANDWIDTH * 1e6, 1) for part, count in num_bytes.items()}
     record("step", case, "step_us", wall, "us", floor=round(sum(floors.values()), 1))
     times = Counter[str]()
     for name, own in own_times(spans):
