@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -123,9 +122,7 @@ class ModelRunner:
             max_rank=max_rank,
             invariant=self.invariant,
         )
-        # Ranks would rehearse their exchanges too, which has not been tried.
-        alone = self.decoder.ranks is None
-        with compiled_ahead(partial(self._rehearse, graphs, max_tokens, max_rank > 0)) if alone else nullcontext():
+        with compiled_ahead(partial(self._rehearse, graphs, max_tokens, max_rank > 0)):
             graphs.capture()
         self._graphs = graphs
 
@@ -151,7 +148,8 @@ class ModelRunner:
             slot_pages = dict.fromkeys(range(num_adapters), AdapterPages(PAGE_RANK, (0,)))
             segments = LoRASegments.build(slots, slot_pages, device, self.invariant)
             logits = decoder(replace(base, segments=segments), self.cache.layers[: len(decoder.layers)])
-        row_argmax(logits)
+        if decoder.num_logits:
+            row_argmax(logits)
 
     def drop_graphs(self) -> None:
         """Run every step by its kernels from now on."""

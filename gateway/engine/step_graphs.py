@@ -97,7 +97,8 @@ class StepGraphs:
         decoder = self._decoder.abridged()
         for shape in self._shapes():
             self._forward(shape, decoder)
-        row_argmax(self._logits)
+        if decoder.num_logits:
+            row_argmax(self._logits)
 
     def run(self, tokens: StepTokens, pending: PendingTokens | None) -> torch.Tensor | None:
         """The logits [num_sampled, vocab] of `tokens.last_rows`, until the next call overwrites them.
