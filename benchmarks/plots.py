@@ -82,8 +82,7 @@ def main() -> None:
     draw("vectors.svg", "Norm, rotary, gate, vectors by slot", "rows", vectors)
     attention = shares(r"decode attention (\d+)x(?P<x>\d+)", lambda match, system: system)
     draw("attention.svg", "Decode attention (64x256, 256x512, 64x2048, 16x8192)", "context", attention)
-    if (RESULTS / "step.jsonl").exists():
-        draw_step()
+    draw_step()
 
 
 def _rows(rows: str, system: str) -> str | None:
