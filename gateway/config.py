@@ -1,17 +1,21 @@
-"""The configuration: frozen dataclasses, composed, read from a YAML file whose unknown keys raise."""
+"""The configuration: frozen dataclasses, composed, whose values are checked; read from a YAML file.
+
+The docstring of a section explains its keys.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import json
 import os
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import yaml
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from gateway.errors import ConfigInvalid
 
@@ -20,9 +24,17 @@ T = TypeVar("T")
 DATABASE_URL_VARIABLE: Final = "PATCHBAY_DATABASE_URL"
 # On the CPU: 2,048 prompt tokens of the embedded base took 203 ms in two steps and 248 ms in one (2 cores).
 _STEP_TOKENS: Final = {"cuda": 2048, "cpu": 1024}
+_CHECKED: Final = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Positive = Annotated[int, Field(gt=0, lt=1 << 63)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 63)]
+Ranks = Annotated[int, Field(ge=1, le=64)]  # no host has as many GPUs
+Port = Annotated[int, Field(ge=0, lt=1 << 16)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class EngineConfig:
     """One engine: its base, its memory and its batch limits.
 
@@ -38,9 +50,18 @@ class EngineConfig:
         65,536 (CPU).
     kv_host_bytes: pinned host memory for blocks that the KV cache drops, to be fetched instead of computed again; None
         takes 4 GiB (CUDA) or nothing (CPU). Nothing is taken without prefix caching, or where fetching never pays.
+    gpu_memory_utilization: the part of the GPU's memory that is in use at most, by whatever is on it.
+    max_num_seqs: sequences that run at once; the others wait.
     max_num_batched_tokens: tokens of one step, prefill and decode together; None takes 2,048 (CUDA) or 1,024 (CPU). No
         more sequences run at once than that.
+    max_model_len: tokens of a prompt and its completion; None takes the base's positions, or the cache's if fewer.
+    max_waiting: requests of a replica that have not ended, those that run among them; the next is refused (429).
     default_max_tokens: tokens generated where a request does not say, as far as the context has room.
+    enable_prefix_caching: keep the blocks of prompts for those that begin with the same tokens, of the same tenant.
+    share_base_prefixes: of the bare base's prompts across tenants too, who may then learn from the time to the first
+        token whether somebody has sent the same.
+    num_adapter_slots: adapters on the device at once; 0 serves the bare base alone.
+    max_lora_rank: of an adapter, at most.
     num_adapter_pages: room for adapters in pages of 16 ranks; None takes what all slots may need at max_lora_rank, but
         half of the memory beside the base at most (CUDA).
     lend_adapter_pages: what adapters leave of their room is the KV cache's, until one that comes has it emptied. Those
@@ -67,6 +88,7 @@ class EngineConfig:
         tenant that has its share exchanges its own adapters, and its requests alone wait while they are in use.
     max_adapter_pages_per_step: pages of distinct adapters that run in one step, whose bytes it reads beside the base's;
         None sets no limit. At the limit requests whose adapter already runs go first, past 16 others at most.
+    torch_threads: of PyTorch on the CPU; None leaves it to PyTorch.
     enforce_eager: record no CUDA graphs: a faster start; decode steps and short prompts are slower.
     overlap_steps: prepare a step while the one before runs: the host's work hides behind the device's, and tokens are
         handed out one step later. None does so on CUDA alone.
@@ -75,45 +97,40 @@ class EngineConfig:
         its prompt was cut, preempted or found in the cache. Slower; on the CPU much slower.
     """
 
-    base: str = "embedded"
+    base: Text = "embedded"
     quantization: Literal["nf4", "none"] = "nf4"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Ranks = 1
     block_size: Literal[1, 2, 4, 8, 16, 32] = 16
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    kv_cache_tokens: int | None = None
-    kv_host_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int | None = None
-    max_model_len: int | None = None
-    max_waiting: int = 4096
-    default_max_tokens: int = 256
+    kv_cache_tokens: Positive | None = None
+    kv_host_bytes: Natural | None = None
+    gpu_memory_utilization: Share = 0.9
+    max_num_seqs: Positive = 256
+    max_num_batched_tokens: Positive | None = None
+    max_model_len: Positive | None = None
+    max_waiting: Positive = 4096
+    default_max_tokens: Positive = 256
     enable_prefix_caching: bool = True
     share_base_prefixes: bool = False
-    num_adapter_slots: int = 64
-    max_lora_rank: int = 64
-    num_adapter_pages: int | None = None
+    num_adapter_slots: Natural = 64
+    max_lora_rank: Positive = 64
+    num_adapter_pages: Positive | None = None
     lend_adapter_pages: bool = True
     adapter_dtype: Literal["auto", "int8"] = "auto"
-    num_vector_slots: int = 16
-    num_bottleneck_pages: int = 32
-    num_token_rows: int = 4096
-    max_virtual_tokens: int = 512
-    tenant_adapter_share: float = 1.0
-    max_adapter_pages_per_step: int | None = None
-    host_cache_bytes: int = 4 << 30
-    torch_threads: int | None = None
+    num_vector_slots: Natural = 16
+    num_bottleneck_pages: Natural = 32
+    num_token_rows: Natural = 4096
+    max_virtual_tokens: Natural = 512
+    tenant_adapter_share: Share = 1.0
+    max_adapter_pages_per_step: Positive | None = None
+    host_cache_bytes: Natural = 4 << 30
+    torch_threads: Positive | None = None
     enforce_eager: bool = False
     overlap_steps: bool | None = None
-    max_speculative_tokens: int = 8
+    max_speculative_tokens: Natural = 8
     batch_invariant: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.tenant_adapter_share <= 1:
-            name = "engine.tenant_adapter_share"
-            raise ConfigInvalid(f"{name} must be in (0, 1], not {self.tenant_adapter_share}", param=name)
 
     @property
     def max_rows(self) -> int:
@@ -140,10 +157,11 @@ class EngineConfig:
         return self.num_token_rows if self.num_adapter_slots else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class StoreConfig:
     """Where state lives: `data_dir` holds the embedded database and blobs unless the URLs name others.
 
+    database_url: SQLAlchemy's, of PostgreSQL where there are several machines; see `database`.
     blob_url: a folder ("file:///...") or one that fsspec reaches ("s3://bucket/prefix", with the extra `s3`:
         its keys, region and endpoint come from botocore's AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on).
     cache_dir: where a machine keeps blobs of such a store, on a disk of its own; None takes a folder in data_dir.
@@ -153,14 +171,14 @@ class StoreConfig:
     self_test_timeout_s: for all of one self-test; where no replica could do it in that time nothing is published.
     """
 
-    data_dir: str = "patchbay-data"
+    data_dir: Text = "patchbay-data"
     database_url: str | None = None
     blob_url: str | None = None
     cache_dir: str | None = None
-    cache_bytes: int = 20 << 30
+    cache_bytes: Natural = 20 << 30
     import_roots: tuple[str, ...] = ()
     self_test: bool = True
-    self_test_timeout_s: float = 60.0
+    self_test_timeout_s: PositiveFloat = 60.0
 
     @property
     def database(self) -> str:
@@ -187,10 +205,15 @@ class StoreConfig:
         return Path(self.data_dir).resolve() / "staging"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class LimitsConfig:
     """What one request or upload may ask for. Sizes in bytes.
 
+    max_upload_bytes: of an adapter's archive or file; max_unpacked_bytes: of what is in it.
+    max_training_file_bytes: of an uploaded file of examples. max_request_bytes: of any other body or gRPC message.
+    max_n, max_prompts, max_logprobs: what a request may ask for of each.
+    max_stop: entries of `stop`, and of `stop_token_ids`; max_stop_chars: of an entry; max_logit_bias: entries.
+    default_max_rank: of the adapters of a tenant for whom no other is set; never above engine.max_lora_rank.
     max_priority_boost: how far below 0 a tenant may set the priority of its requests (lower runs earlier); above it may
         always. tenant_weights: the shares of tenants beside others of the same priority; 1 for those not named.
     max_import_error: of an adapter that is served with fewer ranks than its deltas have (LoKr), the largest relative
@@ -198,68 +221,68 @@ class LimitsConfig:
     max_uploads: of a tenant under way at once, at each front door; the next is told to come again.
     """
 
-    max_uploads: int = 8
-    max_upload_bytes: int = 2 << 30
-    max_unpacked_bytes: int = 4 << 30
-    max_training_file_bytes: int = 512 << 20
-    max_request_bytes: int = 4 << 20
-    max_n: int = 16
-    max_prompts: int = 128
-    max_logprobs: int = 20
-    max_stop: int = 16
-    max_stop_chars: int = 1024
-    max_logit_bias: int = 1024
-    default_max_rank: int = 64
-    max_import_error: float = 0.01
-    max_priority_boost: int = 0
-    tenant_weights: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_import_error < 1:
-            name = "limits.max_import_error"
-            raise ConfigInvalid(f"{name} must be in [0, 1), not {self.max_import_error}", param=name)
-        for tenant, weight in self.tenant_weights.items():
-            if not 0 < weight < math.inf:
-                name = f"limits.tenant_weights.{tenant}"
-                raise ConfigInvalid(f"{name} must be a positive number, not {weight}", param=name)
+    max_uploads: Positive = 8
+    max_upload_bytes: Positive = 2 << 30
+    max_unpacked_bytes: Positive = 4 << 30
+    max_training_file_bytes: Positive = 512 << 20
+    max_request_bytes: Positive = 4 << 20
+    max_n: Positive = 16
+    max_prompts: Positive = 128
+    max_logprobs: Natural = 20
+    max_stop: Natural = 16
+    max_stop_chars: Positive = 1024
+    max_logit_bias: Natural = 1024
+    default_max_rank: Positive = 64
+    max_import_error: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    max_priority_boost: Natural = 0
+    tenant_weights: dict[str, PositiveFloat] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class ServerConfig:
     """The front doors and the replicas. Port 0 asks the system for a free one.
 
+    num_front_doors, num_replicas: processes; replica_num_cpus: what Ray reserves for each of the latter.
     replica_num_gpus: of each replica; `tensor_parallel_size` where that is more than one.
     default_tenant: whose adapters an admin key means by a name without a tenant; None asks for tenant/name.
     front_door_resource: a custom Ray resource of the nodes that front doors run on, one front door to each unit of it.
+    ray_address: a Ray cluster to join; None starts one on this machine.
+    metrics_aggregate: /metrics of a front door has all front doors' and replicas' counts; turn it off where each is
+        scraped for itself: a replica at replica_metrics_port, which None closes.
     """
 
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 50051
+    host: Text = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 50051
     default_tenant: str | None = None
-    num_front_doors: int = 1
+    num_front_doors: Positive = 1
     front_door_resource: str | None = None
-    num_replicas: int = 1
-    replica_num_cpus: float = 1.0
-    replica_num_gpus: float = 0.0
+    num_replicas: Positive = 1
+    replica_num_cpus: NonNegativeFloat = 1.0
+    replica_num_gpus: NonNegativeFloat = 0.0
     ray_address: str | None = None
     metrics_aggregate: bool = True
-    replica_metrics_port: int | None = None
+    replica_metrics_port: Port | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class TrainerConfig:
-    """The fine-tune worker."""
+    """The fine-tune worker.
+
+    enabled: whether there is one. num_cpus, num_gpus: what Ray reserves for it.
+    torch_threads: of PyTorch on the CPU; None leaves it to PyTorch.
+    max_steps, max_seq_len: of a job, and tokens of an example, at most.
+    """
 
     enabled: bool = True
-    num_cpus: float = 0.5
-    num_gpus: float = 0.0
-    torch_threads: int | None = None
-    max_steps: int = 100_000
-    max_seq_len: int = 2048
+    num_cpus: NonNegativeFloat = 0.5
+    num_gpus: NonNegativeFloat = 0.0
+    torch_threads: Positive | None = None
+    max_steps: Positive = 100_000
+    max_seq_len: Positive = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=_CHECKED)
 class GatewayConfig:
     """The whole configuration of one Patchbay deployment."""
 
@@ -271,53 +294,33 @@ class GatewayConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> GatewayConfig:
-        """Read a YAML file. Raises `ConfigInvalid`, naming the key, for unknown keys and wrong types."""
+        """Read a YAML file. Raises `ConfigInvalid`, naming each wrong key and value."""
         try:
             data = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigInvalid(f"cannot read the configuration {path}: {error}") from error
         return from_dict(cls, data)
 
 
-def from_dict(cls: type[T], data: Any, where: str = "") -> T:
-    """Build the frozen dataclass `cls` from plain data. Raises `ConfigInvalid` with the dotted key."""
-    if not isinstance(data, dict):
-        raise ConfigInvalid(f"{where or 'the configuration'} must be a mapping", param=where or None)
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = f"{where}.{key}" if where else str(key)
-        if key not in known:
-            raise ConfigInvalid(f"unknown key {name}; known keys: {', '.join(sorted(known))}", param=name)
-        values[key] = _convert(hints[key], value, name)
-    return cls(**values)
+def from_dict(cls: type[T], data: object, where: str = "") -> T:
+    """Build `cls`, the whole or the section at `where`, from plain data. Raises `ConfigInvalid` with dotted keys."""
+    try:
+        # As JSON, where a list may become a tuple and a mapping a section, though types are strict.
+        return TypeAdapter(cls).validate_json(json.dumps(data, default=str))
+    except TypeError as error:  # of a key
+        raise ConfigInvalid(f"{where or 'the configuration'}: {error}; quote it") from error
+    except ValidationError as error:
+        complaints = [_complaint(cls, details, where) for details in error.errors()]
+        raise ConfigInvalid("; ".join(text for _, text in complaints), param=complaints[0][0]) from error
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(typing.cast("type[Any]", hint), value, name)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigInvalid(f"{name} must be one of {', '.join(map(str, args))}", param=name)
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, name)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise ConfigInvalid(f"{name} must be a list", param=name)
-        return tuple(_convert(args[0], each, f"{name}[{index}]") for index, each in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigInvalid(f"{name} must be a mapping", param=name)
-        return {str(key): _convert(args[1], each, f"{name}.{key}") for key, each in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigInvalid(f"{name} must be {hint.__name__}, not {value!r}", param=name)
-    if hint in (int, float) and value < 0:
-        raise ConfigInvalid(f"{name} must not be negative, not {value}", param=name)
-    return value
+def _complaint(cls: type[Any], details: ErrorDetails, where: str) -> tuple[str | None, str]:
+    """The dotted key, and what is wrong with it."""
+    path = details["loc"]
+    key = ".".join(map(str, (where, *path) if where else path))
+    if details["type"] != "unexpected_keyword_argument":
+        what = details["msg"][0].lower() + details["msg"][1:]
+        return key or None, f"{key or 'the configuration'}: {what}, not {details['input']!r}"
+    for section in path[:-1]:
+        cls = next(each.default_factory for each in dataclasses.fields(cls) if each.name == section)  # type: ignore[assignment]
+    return key, f"unknown key {key}; known keys: {', '.join(sorted(each.name for each in dataclasses.fields(cls)))}"

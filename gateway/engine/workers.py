@@ -190,8 +190,6 @@ def _receive(connection: Connection[Any, Any]) -> Any:
 
 def _check_config(config: EngineConfig, kind: str) -> None:
     size = config.tensor_parallel_size
-    if size < 1:
-        raise ConfigInvalid("engine.tensor_parallel_size must be 1 or more.", param="engine.tensor_parallel_size")
     if config.batch_invariant:
         raise ConfigInvalid(
             "engine.batch_invariant is of one GPU: the order of a sum over several depends on the batch; set "

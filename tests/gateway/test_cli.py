@@ -417,19 +417,9 @@ def test_tenants_have_weights(tmp_path: Path) -> None:
 
 def test_serve_refuses_a_bad_configuration_by_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "patchbay.yaml"
-    file.write_text("limits: {tenant_weights: {acme: 0}}\n")
+    file.write_text("server: {http_port: 70000}\n")
     assert run("serve", "--config", str(file)) == ExitCode.REFUSED
-    assert "limits.tenant_weights.acme" in capsys.readouterr().err
-    file.write_text("limits: {max_import_error: 1}\n")
-    assert run("serve", "--config", str(file)) == ExitCode.REFUSED
-    assert "limits.max_import_error" in capsys.readouterr().err
-    file.write_text("server: {htp_port: 9000}\n")
-    assert run("serve", "--config", str(file)) == ExitCode.REFUSED
-    assert "server.htp_port" in capsys.readouterr().err
-    for text in ("num_adapter_slots: -1", "tenant_adapter_share: -1"):
-        file.write_text(f"engine: {{{text}}}\n")
-        assert run("serve", "--config", str(file)) == ExitCode.REFUSED
-        assert f"engine.{text.split(':')[0]} must not be negative" in capsys.readouterr().err
+    assert "server.http_port: input should be less than 65536, not 70000" in capsys.readouterr().err
     assert run("serve", "--quantization", "int3", "--json") == ExitCode.REFUSED
     assert json.loads(capsys.readouterr().out)["error"]["param"] == "engine.quantization"
 

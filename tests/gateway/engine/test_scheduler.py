@@ -20,7 +20,6 @@ from gateway.engine.request import GenerateRequest
 from gateway.engine.sampling_params import SamplingParams
 from gateway.engine.sequence import Sequence
 from gateway.engine.step_tokens import StepTokens
-from gateway.errors import ConfigInvalid
 from tests.gateway.engine.conftest import TinyWorld
 
 MakeEngine = Callable[..., LLMEngine]
@@ -581,9 +580,3 @@ def test_a_tenant_at_its_share_of_the_slots_holds_up_nobody_else(world: TinyWorl
     assert [end for end in ends if end != "c"] == ["a", "b", "a again"]
     assert "c" in ends
     engine.check_integrity()
-
-
-def test_a_share_of_nothing_or_of_more_than_all_is_refused(make_engine: MakeEngine) -> None:
-    for share in (0.0, 1.5):
-        with pytest.raises(ConfigInvalid, match="tenant_adapter_share"):
-            make_engine(tenant_adapter_share=share)

@@ -281,11 +281,6 @@ def test_what_cannot_be_shared_out_is_refused(tmp_path: Path, shape: dict[str, A
         load_model(EngineConfig(base=str(base), device="cpu"), rank(Shard(0, size)))
 
 
-def test_a_size_below_one_is_refused(build_engine: MakeEngine) -> None:
-    with pytest.raises(ConfigInvalid, match="1 or more"):
-        build_engine(tensor_parallel_size=0)
-
-
 def test_batch_invariance_is_refused(build_engine: MakeEngine) -> None:
     with pytest.raises(ConfigInvalid, match="batch_invariant is of one GPU"):
         build_engine(tensor_parallel_size=2, batch_invariant=True)
