@@ -10,12 +10,10 @@ class Tenant:
     """What fairness between tenants goes by.
 
     weight: its share beside others. served: virtual tokens, that is tokens by their cost and divided by the weight.
-    num_waiting: its sequences in the queue.
     """
 
     weight: float = 1.0
     served: float = 0.0
-    num_waiting: int = 0
 
     def charge(self, tokens: float) -> None:
         """Count service."""

@@ -7,7 +7,7 @@ from bisect import insort
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count, islice, zip_longest
 from typing import Final
 
 from gateway.engine.sequence import Sequence
@@ -23,8 +23,8 @@ class WaitingQueue:
 
     Service is counted in the virtual tokens that tenants are charged (VTC: Sheng et al., Fairness in Serving Large
     Language Models, arXiv 2401.00588): who was served least comes first, and who comes back is lifted to the least
-    served of those that wait, so that nobody saves up service while away. The queue remembers every tenant that it has
-    seen.
+    served of those that wait, so that nobody saves up service while away. One whose sequences wait at lower priorities
+    alone is away. The queue remembers every tenant that it has seen.
 
     A step asks for the `next` sequence, takes it or passes it over, and so on, and ends with `rewind`. It looks at a
     bounded number in vain, and costs what it looks at, however many wait.
@@ -42,6 +42,7 @@ class WaitingQueue:
         return self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
+        """As they are likely to run: of each priority one of each tenant in turn, the least served first."""
         for priority in self._priorities:
             yield from self._levels[priority]
 
@@ -51,10 +52,9 @@ class WaitingQueue:
         tenant = sequence.tenant = self._tenants[request.tenant]
         tenant.weight = request.tenant_weight
         level = self._level(sequence.priority)
-        if tenant.num_waiting == 0:
+        if not any(self._levels[p].has(tenant) for p in self._priorities if p <= sequence.priority):
             tenant.served = max(tenant.served, self._least_served(level))
         level.put(sequence, first=first)
-        tenant.num_waiting += 1
         self._num_waiting += 1
 
     def next(self, *, before: int | None = None) -> Sequence | None:
@@ -91,7 +91,6 @@ class WaitingQueue:
         level = self._levels.get(sequence.priority)
         if level is None or not level.discard(sequence):
             return
-        sequence.tenant.num_waiting -= 1
         self._num_waiting -= 1
         if level.num_waiting == 0:
             del self._levels[sequence.priority]
@@ -148,8 +147,13 @@ class _Level:
         self._walked: list[_Line] = []  # lines that the step has passed over, in part or as a whole
 
     def __iter__(self) -> Iterator[Sequence]:
-        for line in self._lines.values():
-            yield from line.sequences
+        lines = sorted(self._lines.values(), key=lambda line: line.tenant.served)
+        turns = zip_longest(*(line.sequences for line in lines))
+        return (sequence for turn in turns for sequence in turn if sequence is not None)
+
+    def has(self, tenant: Tenant) -> bool:
+        line = self._lines.get(tenant)
+        return line is not None and bool(line.sequences)
 
     def put(self, sequence: Sequence, *, first: bool) -> None:
         line = self._lines.get(sequence.tenant)

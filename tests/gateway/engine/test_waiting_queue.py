@@ -77,6 +77,33 @@ def test_nobody_saves_up_service_while_away(make: Make) -> None:
     assert order.count("idle") == 3
 
 
+def test_one_that_waits_at_a_lower_priority_alone_is_away(make: Make) -> None:
+    queue = queue_of(*(make("busy") for _ in range(20)), make("idle", priority=9))
+    taken(queue, 10, cost=10)
+    for _ in range(10):
+        queue.add(make("idle"))
+    order = [s.request.request.tenant for s in taken(queue, 6, cost=10)]
+    assert order.count("idle") == 3
+
+
+def test_a_less_urgent_request_costs_a_tenant_no_place(make: Make) -> None:
+    served, busy = make("served", priority=1), make("busy")
+    queue = queue_of(served, busy, make("modest"))
+    served.tenant.charge(100)
+    busy.tenant.charge(10)
+    queue.add(make("modest", priority=1))
+    assert [s.request.request.tenant for s in taken(queue, 2)] == ["modest", "busy"]
+
+
+def test_in_sight_is_one_of_each_tenant_in_turn_the_least_served_first(make: Make) -> None:
+    many, other, low = [make("many") for _ in range(40)], make("other"), make("other", priority=1)
+    queue = queue_of(*many, other, low)
+    many[0].tenant.charge(10)
+    assert list(queue) == [other, *many, low]
+    other.tenant.charge(20)
+    assert list(queue)[:3] == [many[0], other, many[1]]
+
+
 def test_what_a_tenant_was_served_is_remembered_while_it_is_away(make: Make) -> None:
     queue = queue_of(make("greedy"), make("modest"))
     for sequence, cost in zip(taken(queue), (1000, 10), strict=True):
