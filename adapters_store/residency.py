@@ -14,7 +14,7 @@ from adapters_store.lora_layout import num_pages_for
 from adapters_store.page_copier import PageCopy
 from adapters_store.page_image import PageImage
 from adapters_store.residents import Resident, Residents, TenantShare
-from adapters_store.slots import AdapterSlots
+from adapters_store.slots import AdapterSlots, Room
 
 
 class LoadableAdapter(Protocol):
@@ -225,9 +225,27 @@ class AdapterResidency:
         loading = self._loading.get(digest)
         return loading is not None and loading.is_loaded and not loading.waits_for_step
 
-    def would_help(self, resident: str, digest: str) -> bool:
-        """Whether a resident adapter holds anything that the one which `is_waiting_for_room` lacks."""
-        return self._slots.lacks_for(self._loading[digest].future.result(), self._resident[resident].slot)
+    def contention(self, waiting: str) -> Callable[[str], bool]:
+        """Whether an adapter has, or would take, any of what the one which `is_waiting_for_room` lacks; by its digest.
+
+        What nobody has a pin on is not lacking. Of an adapter whose needs are not known before it is loaded, True.
+        """
+        needed = Room.needed(self._loading[waiting].future.result())
+        room = self._slots.room([self._resident[digest].slot for digest in self._resident.idle()])
+
+        def contends(digest: str) -> bool:
+            if (entry := self._resident.get(digest) or self._copying.get(digest)) is not None:
+                return self._slots.held_room(entry.slot).helps(room, needed)
+            loading = self._loading.get(digest)
+            return loading is None or not loading.is_loaded or Room.needed(loading.future.result()).helps(room, needed)
+
+        return contends
+
+    def would_fit(self, waiting: str, given_up: Iterable[str]) -> bool:
+        """Whether the one which `is_waiting_for_room` would have it if nobody had a pin on these resident ones."""
+        slots = [self._resident[digest].slot for digest in {*self._resident.idle(), *given_up}]
+        image = self._loading[waiting].future.result()
+        return self._slots.would_have_room(image, slots, more_pages=self._slots.pages.num_in_use)
 
     def is_waiting_for_lent_pages(self, digest: str) -> bool:
         """Whether the adapter is in host memory and only pages that were lent keep it from a slot.
@@ -247,7 +265,6 @@ class AdapterResidency:
         tenant = adapter.tenant
         held = [entry.num_pages for entry in self._resident.values() if entry.tenant == tenant and entry.pins]
         held += [entry.num_pages for entry in self._copying.values() if entry.tenant == tenant]
-        held += [e.num_pages for digest, e in self._loading.items() if e.tenant == tenant and digest != adapter.digest]
         return not self._share.has_room(held, num_pages_for(adapter.rank))
 
     def num_prefix_tokens(self, slot: int) -> int:

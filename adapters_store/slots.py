@@ -29,21 +29,23 @@ from lora_kernels.segments import AdapterPages
 
 
 class Room(NamedTuple):
-    """Slots, pages of ranks, rows of vectors and pages of bottlenecks: free, held or needed."""
+    """Slots, pages of ranks, rows of vectors, pages of bottlenecks, a run of rows of tokens: free, held or needed."""
 
     slots: int
     pages: int
     rows: int
     bottleneck_pages: int
+    token_rows: int
 
     @classmethod
     def needed(cls, image: PageImage) -> Self:
         """By an adapter that is to be loaded."""
-        return cls(1, image.num_pages, int(image.vectors is not None), image.num_bottleneck_pages)
+        has_vectors = int(image.vectors is not None)
+        return cls(1, image.num_pages, has_vectors, image.num_bottleneck_pages, image.num_token_rows)
 
     def plus(self, other: Room) -> Room:
-        """Both."""
-        return Room(*map(operator.add, self, other))
+        """Both; of token rows, which are no run together, none."""
+        return Room(*map(operator.add, self, other))._replace(token_rows=0)
 
     def covers(self, needed: Room) -> bool:
         """Whether there is as much of each."""
@@ -128,10 +130,8 @@ class AdapterSlots:
 
     def would_have_room(self, image: PageImage, given_back: Collection[int], more_pages: int = 0) -> bool:
         """Whether it could be if these slots were free, and so many pages more."""
-        free = self.free_room.plus(Room(0, more_pages, 0, 0))
-        room = functools.reduce(Room.plus, map(self.held_room, given_back), free)
-        has_run = self.tokens is None or self.tokens.has_room(image.num_token_rows, given_back)
-        return room.covers(Room.needed(image)) and has_run
+        room = self.room(given_back)
+        return room._replace(pages=room.pages + more_pages).covers(Room.needed(image))
 
     def recall_pages(self, image: PageImage, given_back: Collection[int]) -> bool:
         """Have pages that are lent emptied, where the adapter would lack some even if these slots were free.
@@ -143,20 +143,20 @@ class AdapterSlots:
 
     def lacks_for(self, image: PageImage, slot: int) -> bool:
         """Whether anything that there is no room for now would come free with this slot."""
-        if self.held_room(slot).helps(self.free_room, Room.needed(image)):
-            return True
-        return self.tokens is not None and self.tokens.holds(slot) and not self.tokens.has_room(image.num_token_rows)
+        return self.held_room(slot).helps(self.room(), Room.needed(image))
 
-    @property
-    def free_room(self) -> Room:
-        """What no adapter has."""
+    def room(self, given_back: Collection[int] = ()) -> Room:
+        """What no adapter has, if these slots were free."""
         bottleneck_pages = self.bottlenecks.num_free if self.bottlenecks is not None else 0
-        return Room(self.num_free_slots, self.num_free_pages, self.num_free_rows, bottleneck_pages)
+        free = Room(self.num_free_slots, self.num_free_pages, self.num_free_rows, bottleneck_pages, 0)
+        token_rows = self.tokens.longest_run(given_back) if self.tokens is not None else 0
+        return functools.reduce(Room.plus, map(self.held_room, given_back), free)._replace(token_rows=token_rows)
 
     def held_room(self, slot: int) -> Room:
         """What the adapter in a slot has."""
         bottleneck_pages = self.bottlenecks.num_held(slot) if self.bottlenecks is not None else 0
-        return Room(1, len(self.pages_of(slot)), int(self.vector_row(slot) >= 0), bottleneck_pages)
+        token_rows = self.tokens.num_held(slot) if self.tokens is not None else 0
+        return Room(1, len(self.pages_of(slot)), int(self.vector_row(slot) >= 0), bottleneck_pages, token_rows)
 
     @property
     def num_bottleneck_pages(self) -> int:
@@ -239,7 +239,7 @@ class AdapterSlots:
         that were launched before may still read what lay in these pages.
         """
         assert slot in self._free_slots, f"slot {slot} is taken"
-        assert self.has_room(image), f"{Room.needed(image)} asked for, {self.free_room} free"
+        assert self.has_room(image), f"{Room.needed(image)} asked for, {self.room()} free"
         if place is None:
             pages = self.pages.take(image.num_pages)
         else:

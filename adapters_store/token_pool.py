@@ -49,9 +49,9 @@ class TokenPool:
         self._places = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self._runs: dict[int, _Run] = {}  # by adapter slot
 
-    def holds(self, slot: int) -> bool:
-        """Whether the adapter in a slot has rows."""
-        return slot in self._runs
+    def num_held(self, slot: int) -> int:
+        """Rows of the adapter in a slot."""
+        return self._runs[slot].stop - self._runs[slot].start if slot in self._runs else 0
 
     def row(self, slot: int) -> int:
         """The first row of the adapter in a slot, -1 where it has none."""
@@ -66,9 +66,9 @@ class TokenPool:
         run = self._runs.get(slot)
         return run.head if run is not None else None
 
-    def has_room(self, num_rows: int, given_back: Collection[int] = ()) -> bool:
-        """Whether so many rows lie free in one run, if these slots were free."""
-        return num_rows == 0 or any(stop - start >= num_rows for start, stop in self._gaps(given_back))
+    def longest_run(self, given_back: Collection[int] = ()) -> int:
+        """Rows that lie free side by side, if these slots were free."""
+        return max(stop - start for start, stop in self._gaps(given_back))
 
     def take(self, slot: int, tables: tuple[TokenTable, ...], start: int | None = None) -> int:
         """Give the adapter in a slot a run, for which there is room. Returns the first of its rows, to be filled.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Final
 
 from adapters_store.lora_layout import num_pages_for
@@ -12,39 +13,49 @@ from gateway.engine.sequence import Sequence
 _MAX_OVERTAKEN: Final = 16
 
 
+@dataclass(frozen=True)
+class _RoomSeeker:
+    """Who waits for room on the device, the running adapter that is `drained` for it, and whose would take it."""
+
+    sequence: Sequence
+    drained: str
+    contends: Callable[[str], bool]
+
+
 class BatchAdapters:
     """Counts pages of adapters that run, and says who may bring in another adapter past those that wait to.
 
     A sequence that would pass `max_pages` is overtaken by others of its priority, whose adapters fit or run already,
     `_MAX_OVERTAKEN` times. Then it is the `holder`: no adapter passes it.
 
-    For the first of those that wait for a slot, or for what else an adapter takes on the device, one of the adapters
-    that hold some of it is drained, the one that will be done the soonest: no more sequences with that one are
-    admitted, nor such as need a slot too, and all others are. Where one waits for its own tenant's, whose share of the
-    slots is taken, no adapter of that tenant passes it.
+    For one that waits for a slot, or for what else an adapter takes on the device, one of the adapters that hold some
+    of what it lacks is drained, the one that will be done the soonest: no more sequences with that one are admitted,
+    nor with adapters that do not run and would take some of it too; all others are. Where one waits for its own
+    tenant's, whose share of the slots is taken, no adapter of that tenant passes it.
     """
 
     def __init__(self, max_pages: int | None) -> None:
         self.holder: Sequence | None = None
-        self._drained: tuple[str, Sequence] | None = None  # an adapter's digest, and who waits for its slot
+        self._room_seekers: list[_RoomSeeker] = []
         self._max_pages = max_pages
-        self._num_pages = 0
-        self._running: dict[str, dict[Sequence, None]] = {}  # by their adapters' digests
+        self._pages: dict[str, int] = {}  # of the adapters that run, by their digests
+        self._running: dict[str, dict[Sequence, None]] = {}
         self._overtaken: list[Sequence] = []
         self._waiting_tenants: set[str] = set()
 
     def begin_step(self) -> None:
         """Forget who waits; they will be looked at again."""
         self.holder = None
-        self._drained = None
+        self._room_seekers.clear()
         self._overtaken.clear()
         self._waiting_tenants.clear()
 
-    def has_room(self, adapter: AdapterRef) -> bool:
-        """Whether a sequence with this adapter may run in the same steps as those that run."""
-        if self._max_pages is None or adapter.digest in self._running or not self._running:
+    def has_room(self, adapter: AdapterRef, given_up: Collection[str] = ()) -> bool:
+        """Whether a sequence with this adapter may run in the same steps as those that run, but with these digests."""
+        if self._max_pages is None or adapter.digest in self._running or self._running.keys() <= set(given_up):
             return True
-        return self._num_pages + num_pages_for(adapter.rank) <= self._max_pages
+        num_pages = sum(self._pages[digest] for digest in self._running if digest not in given_up)
+        return num_pages + num_pages_for(adapter.rank) <= self._max_pages
 
     def wait_for_pages(self, sequence: Sequence) -> None:
         """Note that the sequence found no room in this step, and who may pass it."""
@@ -53,23 +64,23 @@ class BatchAdapters:
         else:
             self.holder = sequence
 
-    def wait_for_slot(self, sequence: Sequence, would_help: Callable[[str], bool]) -> None:
-        """Note that the sequence found no slot in this step: the first whose adapter does not run.
+    def wait_for_slot(self, sequence: Sequence, contends: Callable[[str], bool]) -> None:
+        """Note that the sequence found no slot, or no room beside it, in this step.
 
-        would_help: whether an adapter, by its digest, holds what this one's needs. Of those the one is drained whose
-        longest sequence has the fewest tokens left.
+        contends: whether an adapter, by its digest, has or would take what this one's lacks. Of those that run the one
+        is drained whose longest sequence has the fewest tokens left.
         """
         left = {
             digest: max(other.max_tokens - other.num_tokens for other in running)
             for digest, running in self._running.items()
-            if would_help(digest)
+            if contends(digest)
         }
         if left:
-            self._drained = min(left, key=left.__getitem__), sequence
+            self._room_seekers.append(_RoomSeeker(sequence, min(left, key=left.__getitem__), contends))
 
     def keeps_place(self, sequence: Sequence) -> bool:
         """Whether nobody of its priority is to be looked at before it in the next step."""
-        return sequence is self.holder or (self._drained is not None and sequence is self._drained[1])
+        return sequence is self.holder or any(sequence is seeker.sequence for seeker in self._room_seekers)
 
     def wait_for_own(self, tenant: str) -> None:
         """Note that a sequence waits for its tenant's own adapters in this step."""
@@ -79,10 +90,9 @@ class BatchAdapters:
         """Whether one before this sequence, which has this adapter, would wait longer if it ran."""
         if self.holder is not None or adapter.tenant in self._waiting_tenants:
             return True
-        if self._drained is not None:
-            digest, waiting = self._drained
-            is_free = adapter.digest in self._running and adapter.digest != digest
-            if not is_free and waiting.priority <= sequence.priority:
+        for seeker in self._room_seekers:
+            takes_room = adapter.digest not in self._running and seeker.contends(adapter.digest)
+            if (takes_room or adapter.digest == seeker.drained) and seeker.sequence.priority <= sequence.priority:
                 return True
         return bool(self._overtaken) and self._overtaken[0].priority < sequence.priority
 
@@ -93,7 +103,7 @@ class BatchAdapters:
             return
         if adapter.digest not in self._running:
             self._running[adapter.digest] = {}
-            self._num_pages += num_pages_for(adapter.rank)
+            self._pages[adapter.digest] = num_pages_for(adapter.rank)
         self._running[adapter.digest][sequence] = None
         for other in self._overtaken:
             other.num_overtaken += 1
@@ -108,5 +118,4 @@ class BatchAdapters:
         running = self._running[adapter.digest]
         del running[sequence]
         if not running:
-            del self._running[adapter.digest]
-            self._num_pages -= num_pages_for(adapter.rank)
+            del self._running[adapter.digest], self._pages[adapter.digest]

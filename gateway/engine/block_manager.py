@@ -127,6 +127,10 @@ class BlockManager:
         sequence.block_table.extend(self._take() for _ in range(missing))
         return True
 
+    def num_lacking(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks that are missing for `num_tokens` of the sequence beside what is free."""
+        return -(-num_tokens // self.block_size) - len(sequence.block_table) - self.num_free
+
     def holds_any(self, blocks: Iterable[int]) -> bool:
         """Whether a sequence has one of these."""
         return any(map(self._num_holders.__getitem__, blocks))

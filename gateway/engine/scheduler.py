@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import insort
-from functools import partial
 from itertools import islice
 from operator import attrgetter
 from typing import Final
@@ -13,6 +12,7 @@ from adapters_store.residency import AdapterResidency
 from gateway.engine.batch_adapters import BatchAdapters
 from gateway.engine.block_manager import BlockManager
 from gateway.engine.decode_rows import DecodeRows
+from gateway.engine.request import AdapterRef
 from gateway.engine.scheduler_output import Chunk, SchedulerOutput
 from gateway.engine.sequence import Clock, Sequence, SequenceStatus
 from gateway.engine.speculation import Speculation
@@ -364,9 +364,9 @@ class Scheduler:
                 return False
             if has_pages and not self.residency.is_waiting_for_room(adapter.digest):
                 return False
-            if not self._make_adapter_yield(sequence, step):
+            if not self._make_adapter_yield(sequence, adapter, step, has_pages=has_pages):
                 if has_pages:
-                    self._adapters.wait_for_slot(sequence, partial(self.residency.would_help, digest=adapter.digest))
+                    self._adapters.wait_for_slot(sequence, self.residency.contention(adapter.digest))
                 else:
                     self._adapters.wait_for_pages(sequence)
                 return False
@@ -374,24 +374,40 @@ class Scheduler:
     def _waits_for_lent_pages(self, sequence: Sequence) -> bool:
         return sequence.adapter is not None and self.residency.is_waiting_for_lent_pages(sequence.adapter.digest)
 
-    def _make_adapter_yield(self, sequence: Sequence, step: dict[Sequence, int]) -> bool:
-        """Preempt all that run with an adapter which nobody as urgent as the sequence uses. False if there is none."""
+    def _make_adapter_yield(
+        self, sequence: Sequence, adapter: AdapterRef, step: dict[Sequence, int], *, has_pages: bool
+    ) -> bool:
+        """Preempt all that run with an adapter which nobody as urgent as the sequence uses, for what its own lacks.
+
+        has_pages: that is room on the device, not pages of a step. False if all such adapters together would not do.
+        """
         if not self.running or self.running[-1].priority <= sequence.priority:
             return False
         adapted = [(s, s.adapter.digest) for s in self.running if s.adapter is not None]
         kept = {digest for s, digest in adapted if s.priority <= sequence.priority}
-        yielding = next((digest for _, digest in reversed(adapted) if digest not in kept), None)
-        if yielding is None or not self._may_preempt():
+        yielding = [digest for _, digest in reversed(adapted) if digest not in kept]
+        if has_pages:
+            yielding = list(filter(self.residency.contention(adapter.digest), yielding))
+            would_do = self.residency.would_fit(adapter.digest, yielding)
+        else:
+            would_do = self._adapters.has_room(adapter, yielding)
+        if not yielding or not would_do or not self._may_preempt():
             return False
-        for victim in [s for s, digest in adapted if digest == yielding]:
+        for victim in [s for s, digest in adapted if digest == yielding[0]]:
             self._preempt(victim, step)
         return True
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int, step: dict[Sequence, int]) -> bool:
         """Take blocks for the sequence's next tokens and its place among those that run, from others if need be."""
         end = sequence.num_computed + num_tokens
-        while len(self.running) >= self.max_num_seqs or not self.blocks.grow(sequence, end, leave=self._reserve):
-            if not self.running or self.running[-1].priority <= sequence.priority or not self._may_preempt():
+        while (
+            not (has_blocks := self.blocks.grow(sequence, end, leave=self._reserve))
+            or len(self.running) >= self.max_num_seqs
+        ):
+            less_urgent = [s for s in self.running if s.priority > sequence.priority]
+            given_up = sum(len(s.block_table) for s in less_urgent)
+            would_do = has_blocks or self.blocks.num_lacking(sequence, end) <= given_up
+            if not less_urgent or not would_do or not self._may_preempt():
                 return False
             self._preempt_last(step)
         return True

@@ -56,5 +56,5 @@ def test_room_is_a_slot_and_pages_which_come_back_with_it() -> None:
     assert held.has_room(make_image(random_weights(60, 0)))
     held.free(0)
     assert held.has_room(large)
-    assert held.free_room.bottleneck_pages == 3
+    assert held.room().bottleneck_pages == 3
     held.check_integrity()

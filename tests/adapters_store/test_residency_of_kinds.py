@@ -118,7 +118,7 @@ def test_for_pages_of_bottlenecks_alone_only_adapters_that_have_some_leave(bottl
         world.residency.release(adapter.digest)
     assert world.acquire(second) is not None
     assert world.residency.stats.resident == (plain.name, second.name)
-    assert world.slots.free_room.bottleneck_pages == 1
+    assert world.slots.room().bottleneck_pages == 1
 
 
 def test_bottlenecks_of_more_pages_than_there_are_fail_to_load(bottlenecks: World, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_each_token_has_its_own_slot_s_row_or_is_left_alone() -> None:
         else:
             ids = random_.sample(range(VOCAB), random_.randint(1, 12))
             own = table(random_.choice([BOTH, ("embed_tokens",), ("lm_head",)]), ids, round_)
-            if not pool.has_room(len(ids)):
+            if pool.longest_run() < len(ids):
                 continue
             load(pool, slot, own)
             held[slot] = own
@@ -75,7 +75,7 @@ def test_two_modules_with_rows_of_their_own_share_a_run() -> None:
     head = pool.head(2)
     assert head is not None
     assert torch.equal(head.rows, tables[1].rows)
-    assert not pool.has_room(1)
+    assert pool.longest_run() == 0
 
 
 @pytest.mark.parametrize(("given_back", "largest"), [((), 3), ((1,), 7), ((0,), 4), ((0, 1), 10)])
@@ -86,9 +86,7 @@ def test_room_is_one_run_also_among_what_would_be_given_back(given_back: tuple[i
     load(pool, 9, table(("lm_head",), [0], 0))
     load(pool, 1, table(("lm_head",), [0, 1, 2], 0))
     pool.free(9)
-    assert pool.has_room(largest, given_back)
-    assert not pool.has_room(largest + 1, given_back)
-    assert pool.has_room(0)
+    assert pool.longest_run(given_back) == largest
 
 
 def test_a_run_is_the_one_that_is_asked_for() -> None:
@@ -98,8 +96,7 @@ def test_a_run_is_the_one_that_is_asked_for() -> None:
     x = torch.zeros(1, HIDDEN)
     pool.embed(x, torch.tensor([5]), torch.tensor([1]))
     assert torch.equal(x, own.rows[1:])
-    assert pool.has_room(6)
-    assert not pool.has_room(7)
+    assert pool.longest_run() == 6
     for taken in (5, 7, 9, -1):
         with pytest.raises(AssertionError, match="some are taken"):
             pool.take(0, (own,), taken)
