@@ -104,12 +104,20 @@ class Workers:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Raises `failure` for what breaks here when a rank is gone."""
+        """Raises `failure` for what breaks here when a rank is gone.
+
+        A step that ends here otherwise does not for the others, who are in an exchange of it: they are ended.
+        """
         try:
             yield
-        except (RuntimeError, OSError) as error:
-            if self._failed.wait(_LOOK_S) and self.failure is not None:
+        except BaseException as error:
+            if isinstance(error, RuntimeError | OSError) and self._failed.wait(_LOOK_S) and self.failure is not None:
                 raise self.failure from error
+            if self._num_under_way and self.failure is None:
+                self.failure = InternalError(
+                    f"A step of the engine's ranks was broken off by {type(error).__name__}; it must be started again."
+                )
+                self._kill()
             raise
 
     def close(self) -> None:
@@ -158,7 +166,7 @@ class Workers:
         if self._closed:
             return
         for rank, connection in enumerate(self._connections, 1):
-            if connection in readable:
+            if connection in readable and self.failure is None:
                 self.failure = self._error(rank, _receive(connection))
         self.failure = self.failure or InternalError(f"The engine's ranks have not ended a step in {STEP_S:.0f} s.")
         self._failed.set()
