@@ -228,6 +228,14 @@ class BlockManager:
             self._offer(sequence.block_table[i], sequence.block_hashes[i])
         sequence.num_sealed = num_full
 
+    def retract(self, sequence: Sequence) -> None:
+        """Have nothing that the sequence has offered or adopted found again, on the device or the host."""
+        for link in sequence.block_hashes:
+            if (block := self._block_of.get(link)) is not None:
+                self._unlink(block)
+            self._left.pop(link, None)
+        self.host.forget(sequence.block_hashes)
+
     def release(self, sequence: Sequence) -> None:
         """Take all blocks back from a sequence; its last blocks are reused first."""
         for block in reversed(sequence.block_table):

@@ -91,6 +91,12 @@ class HostBlocks:
         self.num_saved += len(block_in)
         return [BlockCopy(block, place) for place, block in block_in.items()]
 
+    def forget(self, links: Iterable[bytes]) -> None:
+        """Have none of these any more."""
+        for link in links:
+            if (place := self._block_of.pop(link, None)) is not None:
+                self._free.append(place)
+
     def clear(self) -> None:
         """Forget everything: copies may not have been made."""
         self._block_of.clear()

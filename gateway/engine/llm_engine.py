@@ -321,6 +321,7 @@ class LLMEngine:
             if is_draft and not self.scheduler.accept(sequence):
                 continue
             if row in bad:
+                self.blocks.retract(sequence)  # where it is the device's fault the next try is to compute all anew
                 self._end(sequence.request, "error", _not_finite(sequence, scheduled, len(bad)), output)
             else:
                 self._append(sequence, token, logprob, is_draft, now, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,28 @@ def test_no_adapter_is_blamed_where_every_row_is_bad(
     monkeypatch.setattr(engine.runner, "execute", broken)
     done = run(engine, *(call(str(name), world.refs[name] if name else None, max_tokens=20) for name in names))
     assert [ends(deltas) for deltas in done.values()] == [[("error", InternalError)]] * len(names)
+
+
+def test_a_retry_finds_nothing_of_what_a_faulty_device_computed(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"kv_cache_tokens": 64, "kv_host_bytes": 1 << 20}
+    one, other = call("r", None, 40), call("other", None, 50)
+    wanted = tokens(run(make_engine(**settings), one)["r"])
+    engine = make_engine(**settings)
+    execute = engine.runner.execute
+
+    def faulty(scheduled: SchedulerOutput, pending: PendingTokens | None) -> torch.Tensor:
+        logits = execute(scheduled, pending)
+        for tensor in chain.from_iterable(layer.tensors for layer in engine.runner.cache.layers):
+            tensor.fill_(torch.nan)
+        return logits.fill_(torch.nan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "execute", faulty)
+        assert ends(run(engine, one)["r"]) == [("error", InternalError)]
+    run(engine, other)  # what it takes from the device goes to the host
+    assert tokens(run(engine, one)["r"]) == wanted
 
 
 @pytest.mark.gpu
