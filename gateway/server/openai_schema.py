@@ -53,16 +53,31 @@ def _text_of(part: Any) -> str:
     return text
 
 
+_TOKEN_IDS: Final = 1 << 31  # more than any vocabulary has; the engine knows its own
+
+
 def _as_prompts(value: Any) -> list[Prompt]:
-    if isinstance(value, str) or _is_token_list(value):
+    if _is_text(value) or _is_token_list(value):
         return [value]
-    if isinstance(value, list) and value and all(isinstance(v, str) or _is_token_list(v) for v in value):
+    if isinstance(value, list) and value and all(_is_text(v) or _is_token_list(v) for v in value):
         return value
     raise PydanticCustomError("prompt", "must be a string, a list of strings, a list of token ids or a list of those")
 
 
+def _is_text(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("string_unicode", "half of a surrogate pair") from None
+    return isinstance(value, str)
+
+
 def _is_token_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    is_list = isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    if is_list and not all(abs(token) < _TOKEN_IDS for token in value):
+        raise PydanticCustomError("prompt", "token ids must be in the vocabulary")
+    return is_list
 
 
 _SCALARS: Final = (
@@ -104,7 +119,7 @@ class _Sampling(_Closed):
     repetition_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Annotated[int, Field(gt=-_TOKEN_IDS, lt=_TOKEN_IDS)]] | None = None
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
     # Patchbay's: tokens guessed ahead.
@@ -136,9 +151,12 @@ class _Sampling(_Closed):
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
     try:
-        return {int(token): bias for token, bias in biases.items()}
+        by_id = {int(token): bias for token, bias in biases.items()}
     except ValueError:
         raise InvalidRequest("the keys of logit_bias must be token ids", param="logit_bias") from None
+    if not all(abs(token_id) < _TOKEN_IDS for token_id in by_id):
+        raise InvalidRequest("the keys of logit_bias must be in the vocabulary", param="logit_bias")
+    return by_id
 
 
 class CompletionRequest(_Sampling):
@@ -334,14 +352,17 @@ class SelfTestRequest(_Closed):
 def invalid_request(kind: str, path: Sequence[str | int], message: str) -> InvalidRequest:
     """One of pydantic's complaints (its type, its path inside the body, its text) as the error that callers see."""
     param = _dotted(path)
-    if not param:
-        return InvalidRequest("The body must be a JSON object (Content-Type: application/json).")
     if kind == "extra_forbidden":
+        key = str(path[-1]).encode(errors="replace").decode()
+        param = ".".join(filter(None, (_dotted(path[:-1]), key)))
         return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
-    if kind == "missing":
-        return InvalidRequest(f"Missing required parameter: {param!r}.", param=param)
     if kind == "string_unicode":
         message = "is no text: it holds half of a surrogate pair, such as \\ud83d; send whole characters"
+        param = param or "a key of the body"
+    if not param:
+        return InvalidRequest("The body must be a JSON object (Content-Type: application/json).")
+    if kind == "missing":
+        return InvalidRequest(f"Missing required parameter: {param!r}.", param=param)
     message = message[:1].lower() + message[1:]
     return InvalidRequest(f"{param} {message}" if message.startswith("is ") else f"{param}: {message}", param=param)
 

@@ -268,6 +268,10 @@ def test_an_admins_priority_has_no_floor(doors: Doors, admin: httpx.Client) -> N
         ({"stop": [1]}, "stop[0]"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"1" + "0" * 30: 1}}, "logit_bias"),
+        ({"stop_token_ids": [10**30]}, "stop_token_ids[0]"),
+        ({"frequency-penalty": 1}, "frequency-penalty"),
+        ({"cut \ud83d": 1}, "a key of the body"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -307,6 +311,8 @@ def test_bad_chat_fields_are_refused_by_name(
         ({"prompt": [[]]}, "prompt"),
         ({"prompt": ["x"] * 129}, "prompt"),
         ({"prompt": [999_999]}, "prompt"),
+        ({"prompt": [1 << 63]}, "prompt"),
+        ({"prompt": ["whole", "cut \ud83d"]}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
@@ -318,7 +324,8 @@ def test_bad_chat_fields_are_refused_by_name(
 def test_bad_completion_fields_are_refused_by_name(
     doors: Doors, tenant: TenantClient, fields: dict[str, Any], param: str
 ) -> None:
-    response = tenant.http.post("/v1/completions", json={"model": doors.model, "prompt": "the"} | fields)
+    body = json.dumps({"model": doors.model, "prompt": "the"} | fields)
+    response = tenant.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == param, response.text
 
