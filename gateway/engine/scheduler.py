@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import insort
-from itertools import islice
 from operator import attrgetter
 from typing import Final
 
@@ -115,7 +114,7 @@ class Scheduler:
             self._admit(step, output)
             self._give_back(step, halved)
             self.waiting.rewind()
-            upcoming = (sequence.adapter for sequence in islice(self.waiting, _LOOKAHEAD))
+            upcoming = (sequence.adapter for sequence in self.waiting.soon(_LOOKAHEAD))
             self.residency.prefetch(adapter for adapter in upcoming if adapter is not None)
         if self.speculation:
             self.speculation.draft(step, self._num_rows, leave=self._reserve)

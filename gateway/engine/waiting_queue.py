@@ -7,7 +7,7 @@ from bisect import insort
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from typing import Final
 
 from gateway.engine.sequence import Sequence
@@ -42,9 +42,12 @@ class WaitingQueue:
         return self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        """As they are likely to run: of each priority one of each tenant in turn, the least served first."""
         for priority in self._priorities:
             yield from self._levels[priority]
+
+    def soon(self, number: int) -> Iterator[Sequence]:
+        """Who is likely to run next: of each priority one of each tenant in turn, roughly the least served first."""
+        return islice(chain.from_iterable(self._levels[priority].soon(number) for priority in self._priorities), number)
 
     def add(self, sequence: Sequence, *, first: bool = False) -> None:
         """Put a sequence behind, or before, all others of its tenant and priority."""
@@ -147,7 +150,11 @@ class _Level:
         self._walked: list[_Line] = []  # lines that the step has passed over, in part or as a whole
 
     def __iter__(self) -> Iterator[Sequence]:
-        lines = sorted(self._lines.values(), key=lambda line: line.tenant.served)
+        return chain.from_iterable(line.sequences for line in self._lines.values())
+
+    def soon(self, number: int) -> Iterator[Sequence]:
+        # The least served of all is on top of the heap, and who comes next lies near.
+        lines = sorted((line for *_, line in self._heap[:number]), key=lambda line: line.tenant.served)
         turns = zip_longest(*(line.sequences for line in lines))
         return (sequence for turn in turns for sequence in turn if sequence is not None)
 

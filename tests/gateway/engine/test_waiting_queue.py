@@ -95,13 +95,15 @@ def test_a_less_urgent_request_costs_a_tenant_no_place(make: Make) -> None:
     assert [s.request.request.tenant for s in taken(queue, 2)] == ["modest", "busy"]
 
 
-def test_in_sight_is_one_of_each_tenant_in_turn_the_least_served_first(make: Make) -> None:
+def test_soon_is_one_of_each_tenant_in_turn_the_least_served_first(make: Make) -> None:
     many, other, low = [make("many") for _ in range(40)], make("other"), make("other", priority=1)
     queue = queue_of(*many, other, low)
     many[0].tenant.charge(10)
-    assert list(queue) == [other, *many, low]
+    assert list(queue.soon(100)) == [other, *many, low]
+    assert list(queue.soon(3)) == [other, *many[:2]]
     other.tenant.charge(20)
-    assert list(queue)[:3] == [many[0], other, many[1]]
+    assert list(queue.soon(3)) == [many[0], other, many[1]]
+    assert set(queue) == {other, *many, low}
 
 
 def test_what_a_tenant_was_served_is_remembered_while_it_is_away(make: Make) -> None:
