@@ -232,9 +232,8 @@ class AdapterResidency:
         """
         needed = Room.needed(self._loading[waiting].future.result())
         room = self._slots.room([self._resident[digest].slot for digest in self._resident.idle()])
-
         if room.slots < needed.slots:
-            return lambda _: True
+            return lambda _: True  # each has one, or takes one
 
         def contends(digest: str) -> bool:
             if (entry := self._resident.get(digest) or self._copying.get(digest)) is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,6 +38,7 @@ class BatchAdapters:
         self.holder: Sequence | None = None
         self._room_seekers: list[_RoomSeeker] = []
         self._max_pages = max_pages
+        self._num_pages = 0
         self._pages: dict[str, int] = {}  # of the adapters that run, by their digests
         self._running: dict[str, dict[Sequence, None]] = {}
         self._overtaken: list[Sequence] = []
@@ -50,11 +51,14 @@ class BatchAdapters:
         self._overtaken.clear()
         self._waiting_tenants.clear()
 
-    def has_room(self, adapter: AdapterRef, given_up: Collection[str] = ()) -> bool:
-        """Whether a sequence with this adapter may run in the same steps as those that run, but with these digests."""
-        if self._max_pages is None or adapter.digest in self._running or self._running.keys() <= set(given_up):
+    def has_room(self, adapter: AdapterRef, given_up: Set[str] = frozenset()) -> bool:
+        """Whether a sequence with this adapter may run in the same steps as those that run.
+
+        given_up: digests of adapters among those that are not to count.
+        """
+        if self._max_pages is None or adapter.digest in self._running or len(given_up) == len(self._running):
             return True
-        num_pages = sum(self._pages[digest] for digest in self._running if digest not in given_up)
+        num_pages = self._num_pages - sum(map(self._pages.__getitem__, given_up))
         return num_pages + num_pages_for(adapter.rank) <= self._max_pages
 
     def wait_for_pages(self, sequence: Sequence) -> None:
@@ -104,6 +108,7 @@ class BatchAdapters:
         if adapter.digest not in self._running:
             self._running[adapter.digest] = {}
             self._pages[adapter.digest] = num_pages_for(adapter.rank)
+            self._num_pages += self._pages[adapter.digest]
         self._running[adapter.digest][sequence] = None
         for other in self._overtaken:
             other.num_overtaken += 1
@@ -118,4 +123,5 @@ class BatchAdapters:
         running = self._running[adapter.digest]
         del running[sequence]
         if not running:
-            del self._running[adapter.digest], self._pages[adapter.digest]
+            del self._running[adapter.digest]
+            self._num_pages -= self._pages.pop(adapter.digest)

@@ -389,7 +389,7 @@ class Scheduler:
             yielding = list(filter(self.residency.contention(adapter.digest), yielding))
             would_do = self.residency.would_fit(adapter.digest, yielding)
         else:
-            would_do = self._adapters.has_room(adapter, yielding)
+            would_do = self._adapters.has_room(adapter, set(yielding))
         if not yielding or not would_do or not self._may_preempt():
             return False
         for victim in [s for s, digest in adapted if digest == yielding[0]]:

@@ -106,7 +106,7 @@ class Workers:
     def explained(self) -> Iterator[None]:
         """Raises `failure` for what breaks here when a rank is gone.
 
-        A step that ends here otherwise does not for the others, who are in an exchange of it: they are ended.
+        What breaks off a step here leaves the others in an exchange of it, so that they are ended.
         """
         try:
             yield
@@ -115,7 +115,7 @@ class Workers:
                 raise self.failure from error
             if self._num_under_way and self.failure is None:
                 self.failure = InternalError(
-                    f"A step of the engine's ranks was broken off by {type(error).__name__}; it must be started again."
+                    f"A step of all ranks was broken off by {type(error).__name__}; the engine must be started again."
                 )
                 self._kill()
             raise
