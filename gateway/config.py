@@ -297,7 +297,7 @@ class GatewayConfig:
         """Read a YAML file. Raises `ConfigInvalid`, naming each wrong key and value."""
         try:
             data = yaml.safe_load(Path(path).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:  # as of what is no text, or no day of a calendar
             raise ConfigInvalid(f"cannot read the configuration {path}: {error}") from error
         return from_dict(cls, data)
 

@@ -41,6 +41,14 @@ def test_tenants_are_named_by_text_whatever_yaml_takes_it_for(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (
+            "engine: {tensor_parallel_size: 0}",
+            "engine.tensor_parallel_size: input should be greater than or equal to 1",
+        ),
+        ("engine: {tenant_adapter_share: 0}", "engine.tenant_adapter_share: input should be greater than 0, not 0"),
+        ("engine: {tenant_adapter_share: -1}", "engine.tenant_adapter_share: input should be greater than 0, not -1"),
+        ("server: {htp_port: 9000}", "unknown key server.htp_port; known keys: default_tenant,"),
+        ("store: {data_dir: 2026-13-45}", "cannot read the configuration"),
         ("engine: {max_num_seqs: 0}", "engine.max_num_seqs: input should be greater than 0, not 0"),
         (
             "engine: {tensor_parallel_size: 1000000}",
