@@ -57,27 +57,34 @@ _TOKEN_IDS: Final = 1 << 31  # more than any vocabulary has; the engine knows it
 
 
 def _as_prompts(value: Any) -> list[Prompt]:
-    if _is_text(value) or _is_token_list(value):
-        return [value]
-    if isinstance(value, list) and value and all(_is_text(v) or _is_token_list(v) for v in value):
-        return value
-    raise PydanticCustomError("prompt", "must be a string, a list of strings, a list of token ids or a list of those")
-
-
-def _is_text(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise PydanticCustomError("string_unicode", "half of a surrogate pair") from None
-    return isinstance(value, str)
+    prompts = [value] if isinstance(value, str) or _is_token_list(value) else value
+    if (
+        not isinstance(prompts, list)
+        or not prompts
+        or not all(isinstance(p, str) or _is_token_list(p) for p in prompts)
+    ):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids or a list of those"
+        )
+    for prompt in prompts:
+        _check_prompt(prompt)
+    return prompts
 
 
 def _is_token_list(value: Any) -> bool:
-    is_list = isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
-    if is_list and not all(abs(token) < _TOKEN_IDS for token in value):
-        raise PydanticCustomError("prompt", "token ids must be in the vocabulary")
-    return is_list
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _check_prompt(prompt: Prompt) -> None:
+    """That it can be sent to a replica."""
+    if not isinstance(prompt, str):
+        if not all(abs(token) < _TOKEN_IDS for token in prompt):
+            raise PydanticCustomError("prompt", "token ids must be in the vocabulary")
+        return
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("string_unicode", "half of a surrogate pair") from None
 
 
 _SCALARS: Final = (
