@@ -68,17 +68,9 @@ def test_a_weight_is_a_share(make: Make) -> None:
     assert order.count("big") == 30
 
 
-def test_nobody_saves_up_service_while_away(make: Make) -> None:
-    queue = queue_of(*(make("busy") for _ in range(20)), make("idle"))
-    taken(queue, 10, cost=10)
-    for _ in range(10):
-        queue.add(make("idle"))
-    order = [s.request.request.tenant for s in taken(queue, 6, cost=10)]
-    assert order.count("idle") == 3
-
-
-def test_one_that_waits_at_a_lower_priority_alone_is_away(make: Make) -> None:
-    queue = queue_of(*(make("busy") for _ in range(20)), make("idle", priority=9))
+@pytest.mark.parametrize("priority", [0, 9], ids=["away", "with_less_urgent_requests_alone"])
+def test_nobody_saves_up_service_while_away(make: Make, priority: int) -> None:
+    queue = queue_of(*(make("busy") for _ in range(20)), make("idle", priority=priority))
     taken(queue, 10, cost=10)
     for _ in range(10):
         queue.add(make("idle"))
