@@ -31,11 +31,11 @@ class Scheduler:
     When blocks run out the sequence of the lowest priority is preempted, the last admitted among equals: its blocks and
     its adapter's pin go back. Later it finds again what the prefix cache still has of them, on the device or the host,
     and computes the rest. A waiting sequence preempts those of lower priority too when it lacks blocks, a place among
-    `max_num_seqs` or room for its adapter; they run again only after it.
+    `max_num_seqs` or room for its adapter, and theirs would do; they run again only after it.
 
     A sequence whose adapter is still loading is passed over. One that finds too few blocks holds back all behind it, as
-    does one whose adapter waits for pages that the cache is to give back, and one whose adapter finds every slot pinned
-    the adapters behind it; each is the next of its priority from then on, so that it cannot starve.
+    does one whose adapter waits for pages that the cache is to give back, and one whose adapter finds no room such
+    adapters as would take some of what it lacks; each is the next of its priority then, so that it cannot starve.
     `max_adapter_pages` limits the pages of distinct adapters that run in one step (an adapter of more pages runs with
     no other adapter): at the limit those whose adapter runs already go first (`BatchAdapters`).
 
