@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
+from benchmarks.engine import BANDWIDTH
 from benchmarks.record import RESULTS
 from benchmarks.step import PARTS
 
@@ -64,7 +65,8 @@ def draw_step() -> None:
         axes.bar([x + 0.16 for x in range(len(cases))], floors, 0.16, bottom=least, color=colour, alpha=0.6)
         taken, least = ([a + b for a, b in zip(*pair, strict=True)] for pair in ((taken, values), (least, floors)))
     axes.set_xticks(range(len(cases)), [case.replace(" nf4", "").replace(" ", "\n") for case in cases])
-    axes.set(xlabel="requests x adapters", ylabel="ms", title="A decode step; narrow: its bytes at 4.25 TB/s")
+    title = f"A decode step; narrow: its bytes at {BANDWIDTH / 1e12:.2f} TB/s"
+    axes.set(xlabel="requests x adapters", ylabel="ms", title=title)
     figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(FOLDER / "step.svg", metadata={"Date": None})
     plt.close(figure)
